@@ -1,0 +1,152 @@
+"""The settings of GEKO: bucket thresholds, weights, learning-state rules and selection."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+
+class Bucket(IntEnum):
+    """What a sample still has to teach; the value is what `SampleState.bucket` stores."""
+
+    FREEZE = 0  # correct, confident, steady: skipped
+    LIGHT = 1  # correct, but not yet all three
+    FOCUS = 2  # wrong and unsure
+    HARD = 3  # wrong and sure of it
+
+
+@dataclass(frozen=True)
+class GEKOConfig:
+    """Thresholds, weights and rules; immutable, so one config can be shared by states and trainers.
+
+    Buckets
+        freeze_confidence: a correct sample freezes only above this mean confidence, in (0, 1].
+        freeze_quality: and only above this quality, in (0, 1].
+        min_q_for_freeze: and only at this Q-value or above, in [0, 1]; 0 switches the gate off.
+        focus_confidence: a wrong sample is FOCUS up to this confidence and HARD above it.
+        bucket_weights: loss weights of (HARD, FOCUS, LIGHT).
+        freeze_weight: loss weight of FREEZE; 0 except for `uniform()`.
+    Learning state
+        correctness: "loss" calls a sample correct below `correct_loss` (nats a token),
+            "accuracy" from `correct_accuracy` on (share of tokens predicted right).
+        quality: "rise" counts only upward moves of the loss as unsteady, "std" is gekolib's rule.
+        q_value_lr, q_value_loss_scale: `Q <- (1 - lr) Q + lr (1 - min(loss / scale, 1))`.
+    Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
+        use_curriculum: move the bucket weights along the mountain curriculum.
+        selection: leave samples of weight zero out of each epoch's plan.
+        probes: re-check left-out samples forward-only, so that a forgotten one thaws.
+        uniform_finish: last share of the run, in [0, 1), on all samples with weight 1.
+        noise_guard: quarantine samples that look mislabelled.
+
+    Raises:
+        ValueError, TypeError: a field outside its range or of the wrong kind, by name.
+    """
+
+    freeze_confidence: float = 0.85
+    freeze_quality: float = 0.80
+    focus_confidence: float = 0.60
+    bucket_weights: tuple[float, float, float] = (3, 1, 0)
+    freeze_weight: float = 0.0
+    correctness: str = "loss"
+    correct_loss: float = 0.5
+    correct_accuracy: float = 1.0
+    quality: str = "rise"
+    q_value_lr: float = 0.1
+    q_value_loss_scale: float = 10.0
+    min_q_for_freeze: float = 0.0
+    use_curriculum: bool = True
+    selection: bool = True
+    probes: bool = True
+    uniform_finish: float = 0.125
+    noise_guard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("freeze_confidence", "freeze_quality", "focus_confidence", "correct_accuracy", "q_value_lr"):
+            self._check_number(name, 0.0, 1.0, "in (0, 1]", open_low=True)
+        self._check_number("min_q_for_freeze", 0.0, 1.0, "in [0, 1]")
+        self._check_number("correct_loss", 0.0, math.inf, "> 0", open_low=True)
+        self._check_number("q_value_loss_scale", 0.0, math.inf, "> 0", open_low=True)
+        self._check_number("freeze_weight", 0.0, math.inf, ">= 0")
+        self._check_number("uniform_finish", 0.0, 0.999999, "in [0, 1)")
+        if self.focus_confidence >= self.freeze_confidence:
+            raise ValueError(
+                f"focus_confidence must be below freeze_confidence ({self.freeze_confidence}), "
+                f"got {self.focus_confidence}"
+            )
+        self._check_choice("correctness", ("loss", "accuracy"))
+        self._check_choice("quality", ("rise", "std"))
+        for name in ("use_curriculum", "selection", "probes", "noise_guard"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_weights()
+
+    def _check_number(self, name: str, low: float, high: float, allowed: str, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+        inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+        if not inside:
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+    def _check_weights(self) -> None:
+        weights = self.bucket_weights
+        if not isinstance(weights, (tuple, list)) or any(
+            isinstance(w, bool) or not isinstance(w, (int, float)) for w in weights
+        ):
+            raise TypeError(f"bucket_weights must be three numbers (HARD, FOCUS, LIGHT), got {weights!r}")
+        if len(weights) != 3 or not all(math.isfinite(w) and w >= 0 for w in weights):
+            raise ValueError(f"bucket_weights must be three finite numbers >= 0 (HARD, FOCUS, LIGHT), got {weights}")
+        object.__setattr__(self, "bucket_weights", tuple(weights))
+
+    @classmethod
+    def aggressive(cls) -> GEKOConfig:
+        """The seed's preset that freezes late and pushes HARD samples."""
+        return cls(freeze_confidence=0.90, freeze_quality=0.85, bucket_weights=(5, 2, 0))
+
+    @classmethod
+    def balanced(cls) -> GEKOConfig:
+        """The seed's preset that keeps LIGHT samples in training."""
+        return cls(bucket_weights=(3, 2, 1))
+
+    @classmethod
+    def conservative(cls) -> GEKOConfig:
+        """The seed's preset with the flattest weights."""
+        return cls(freeze_confidence=0.80, freeze_quality=0.75, bucket_weights=(2, 2, 1))
+
+    @classmethod
+    def gekolib(cls) -> GEKOConfig:
+        """The rules of the reference package gekolib 0.3.1: quality by standard deviation, Q gate at 0.8."""
+        return cls(quality="std", min_q_for_freeze=0.8)
+
+    @classmethod
+    def uniform(cls) -> GEKOConfig:
+        """The standard loss with GEKO's statistics: weight 1 in every bucket, nothing left out."""
+        return cls(
+            bucket_weights=(1, 1, 1),
+            freeze_weight=1.0,
+            use_curriculum=False,
+            selection=False,
+            probes=False,
+            uniform_finish=0.0,
+            noise_guard=False,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> GEKOConfig:
+        """The config that `to_dict` described; an unknown field raises `ValueError` by name."""
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config has unknown fields {unknown}; was it written by a newer geko_kernels?")
+        return cls(**fields)

@@ -1,0 +1,130 @@
+"""The op set `torch.ops.geko`: schemas, shapes for tracing, and the choice of backend. See `reference` for the maths."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COLUMNS = (
+    "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
+    "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
+    "Tensor(i!)? error"
+)
+_GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
+_SCHEMAS = {
+    "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
+    "-> Tensor",
+    "sample_update_": "(Tensor tokens, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
+    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "loss_forward_": "(Tensor logits, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
+    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
+    "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
+}
+_MODULES = {"reference": "geko_kernels.reference", "triton": "geko_kernels.kernels", "cpp": "geko_kernels.cpp"}
+_override = os.environ.get("GEKO_BACKEND", "")  # tests replace it
+_loaded: dict[str, ModuleType] = {}
+
+
+def _load(name: str) -> ModuleType:
+    """The backend module `name`, or the reference with one warning where it can't be imported."""
+    if name not in _MODULES:
+        raise ValueError(f"GEKO_BACKEND must be one of {sorted(_MODULES)}, got {name!r}")
+    try:
+        _loaded[name] = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        if _override:
+            raise
+        warnings.warn(
+            f"geko_kernels: the {name!r} backend is not available ({error}); using the plain PyTorch reference, "
+            "which is right but slow. `python -m geko_kernels env` says what is missing.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        _loaded[name] = importlib.import_module(_MODULES["reference"])
+    return _loaded[name]
+
+
+def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Which backend runs on `device`: "triton", "cpp" or "reference" (always for float64)."""
+    if dtype == torch.float64:
+        return "reference"
+    return _override or ("cpp" if device.type == "cpu" else "triton")
+
+
+def _implement(op: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        probe: Tensor = args[1] if op.startswith("logits_grad") else args[0]  # the logits or their statistics
+        name = backend_name(probe.device, probe.dtype)
+        return getattr(_loaded.get(name) or _load(name), op)(*args)
+
+    return run
+
+
+def _entries(labels: Tensor, sample_ids: Tensor | None) -> int | torch.SymInt:
+    return labels.numel() if sample_ids is not None and sample_ids.dim() == 2 else labels.shape[0]
+
+
+def _real(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((5, labels.numel()), dtype=_real(logits))
+
+
+def _fake_sample_update(
+    tokens: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entries, reduction = _entries(labels, sample_ids), rest[-4]
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    value = tokens.new_empty(() if reduction else (entries,))
+    coeff = tokens.new_empty(labels.numel())
+    token_visit = labels.new_empty(labels.numel() if packed else 0, dtype=torch.int32)
+    floats, ints = tokens.new_empty((6, entries)), labels.new_empty((2, entries))
+    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, labels.new_empty((2, entries), dtype=torch.uint8)
+
+
+def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    tokens = _fake_token_stats(logits, labels)
+    reduction, ignore_index, shift, _softcap, update = rest[-5:]
+    return *_fake_sample_update(tokens, labels, sample_ids, reduction, ignore_index, shift, update), tokens
+
+
+def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "token_stats": _fake_token_stats,
+    "sample_update_": _fake_sample_update,
+    "loss_forward_": _fake_loss_forward,
+    "logits_grad": _fake_logits_grad,
+    "logits_grad_": _fake_nothing,
+}
+
+_library = torch.library.Library("geko", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implement(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"geko::{_name}", _FAKES[_name], lib=_library)
+
+token_stats = torch.ops.geko.token_stats.default
+sample_update_ = torch.ops.geko.sample_update_.default
+loss_forward_ = torch.ops.geko.loss_forward_.default
+logits_grad = torch.ops.geko.logits_grad.default
+logits_grad_ = torch.ops.geko.logits_grad_.default

@@ -1,0 +1,238 @@
+"""The learning state: one row per sample, kept as flat tensors on the training device."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from geko_kernels.config import Bucket, GEKOConfig
+from geko_kernels.reference import quality_of
+
+HISTORY = 5  # losses kept per sample
+NO_ERROR = torch.iinfo(torch.int64).max
+_FORMAT = "geko_kernels.SampleState"
+# name -> (dtype, value of a sample never seen, columns); what a checkpoint holds
+_COLUMNS: dict[str, tuple[torch.dtype, float, int]] = {
+    "q_value": (torch.float32, 0.5, 0),
+    "confidence": (torch.float32, 0.0, 0),
+    "loss_history": (torch.float32, 0.0, HISTORY),
+    "times_seen": (torch.int32, 0, 0),
+    "bucket": (torch.uint8, Bucket.FOCUS, 0),
+    "wrong_streak": (torch.uint8, 0, 0),
+    "quarantined": (torch.bool, False, 0),
+}
+
+
+class SampleState:
+    """What is known of each of `num_samples` training samples; `weighted_loss` reads and updates it.
+
+    Columns, indexed by sample id (40 bytes a sample in all):
+        q_value (N,) float32: moving average of how small the loss is, in [0, 1]; starts at 0.5.
+        confidence (N,) float32: mean token confidence at the last visit.
+        loss_history (N, 5) float32: mean token losses of the last visits in nats, newest last.
+        times_seen (N,) int32: visits counted.
+        bucket (N,) uint8: a `Bucket`; a sample never seen is FOCUS.
+        wrong_streak (N,) uint8: visits in a row, up to 255, at which the sample was not correct.
+        quarantined (N,) bool: weight 0 whatever the bucket (set by the sampler's noise guard).
+        changed (N,) bool: updated since the last `sync`.
+    Derived: `quality` (N,) and `last_loss` (N,), infinite where never seen.
+
+    Use one state on one stream at a time. Sample ids at or above `num_samples` are flagged, see `check`.
+
+    Args:
+        num_samples: number of rows, at least 1.
+        config: thresholds and rules; `GEKOConfig()` if left out.
+        device: where the rows live: the device of the logits.
+    """
+
+    q_value: Tensor
+    confidence: Tensor
+    loss_history: Tensor
+    times_seen: Tensor
+    bucket: Tensor
+    wrong_streak: Tensor
+    quarantined: Tensor
+
+    def __init__(
+        self, num_samples: int, config: GEKOConfig | None = None, device: torch.device | str | int = "cpu"
+    ) -> None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+            raise TypeError(f"num_samples must be an int, got {num_samples!r}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if config is not None and not isinstance(config, GEKOConfig):
+            raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        self.num_samples = num_samples
+        self.config = config or GEKOConfig()
+        for name, (dtype, value, columns) in _COLUMNS.items():
+            shape = (num_samples, columns) if columns else (num_samples,)
+            setattr(self, name, torch.full(shape, value, dtype=dtype, device=device))
+        self.device = self.q_value.device
+        self.changed = torch.zeros(num_samples, dtype=torch.bool, device=device)
+        self.claim = torch.zeros(num_samples, dtype=torch.int32, device=device)  # scratch: who writes a row
+        self.error = torch.full((), NO_ERROR, dtype=torch.int64, device=device)
+        self.rules = rules_tensor(self.config, self.device)
+        self.weights = torch.tensor(
+            [*self.config.bucket_weights, self.config.freeze_weight], dtype=torch.float32, device=device
+        )  # (HARD, FOCUS, LIGHT, FREEZE)
+        # labels tensor -> outcome of its visit, for forwards that activation checkpointing repeats
+        self.visits_by_labels: Any = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __repr__(self) -> str:
+        return f"SampleState(num_samples={self.num_samples}, device='{self.device}')"
+
+    @property
+    def bucket_weights(self) -> Tensor:
+        """(3,) float32 on the device: the weights of (HARD, FOCUS, LIGHT) that the next call uses.
+
+        Write into it (`copy_`, `[0] = 5`) or assign three numbers; neither recompiles anything.
+        """
+        return self.weights[:3]
+
+    @bucket_weights.setter
+    def bucket_weights(self, weights: Tensor | tuple[float, float, float]) -> None:
+        if len(weights) != 3:
+            raise ValueError(f"bucket_weights must hold three weights (HARD, FOCUS, LIGHT), got {len(weights)}")
+        for slot, weight in enumerate(weights):
+            if isinstance(weight, Tensor):
+                self.weights[slot].copy_(weight)
+            else:
+                self.weights[slot].fill_(weight)
+
+    @property
+    def freeze_weight(self) -> Tensor:
+        """() float32 on the device: the weight of FREEZE, 0 unless the config or a uniform phase says else."""
+        return self.weights[3]
+
+    @property
+    def quality(self) -> Tensor:
+        """(N,) float32: how steady each sample's last losses are, in [0, 1]; 1 before the second visit."""
+        return quality_of(self.loss_history, self.times_seen, self.rules)
+
+    @property
+    def last_loss(self) -> Tensor:
+        """(N,) float32: mean token loss at the last visit, in nats; infinite where never seen."""
+        return self.loss_history[:, -1].masked_fill(self.times_seen == 0, float("inf"))
+
+    def bucket_counts(self) -> Tensor:
+        """(4,) int64 on the device: samples per bucket, indexed by `Bucket`.
+
+        Equal to `torch.bincount(state.bucket, minlength=4)`, without its host sync.
+        """
+        return torch.stack([(self.bucket == bucket).sum() for bucket in Bucket])
+
+    def check(self) -> None:
+        """Raise if a call since the last check met a bad label or sample id; waits for the device.
+
+        Raises:
+            IndexError: names the first offender (lowest position). The flag is cleared.
+        """
+        raise_flagged(self.error)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The columns by name (not copies) and the current weights of (HARD, FOCUS, LIGHT, FREEZE)."""
+        return {**{name: getattr(self, name) for name in _COLUMNS}, "weights": self.weights}
+
+    def load_state_dict(self, columns: dict[str, Tensor]) -> None:
+        """Copy the columns of `state_dict()` in; a missing, unknown or misshapen one raises `ValueError`."""
+        own = self.state_dict()
+        if columns.keys() != own.keys():
+            missing, unknown = sorted(own.keys() - columns.keys()), sorted(columns.keys() - own.keys())
+            raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
+        for name, mine in own.items():
+            theirs = columns[name]
+            if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                raise ValueError(
+                    f"state_dict[{name!r}] must be {tuple(mine.shape)} {mine.dtype}, got {tuple(theirs.shape)} "
+                    f"{theirs.dtype}; the state of another dataset?"
+                )
+        for name, mine in own.items():
+            mine.copy_(columns[name])
+        self.changed.fill_(False)
+        self.claim.zero_()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, config included; a process killed meanwhile leaves the old file whole."""
+        path = Path(path)
+        columns = {name: column.detach().cpu().contiguous() for name, column in self.state_dict().items()}
+        metadata = {"format": _FORMAT, "config": json.dumps(self.config.to_dict())}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(columns, temporary, metadata)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
+        """The state that `save` wrote, with its config.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a state file, truncated, or of an unknown layout.
+        """
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        if metadata.get("format") != _FORMAT or "q_value" not in columns:
+            raise ValueError(f"{path} is a safetensors file, but not one that SampleState.save wrote")
+        state = cls(len(columns["q_value"]), GEKOConfig.from_dict(json.loads(metadata["config"])), device)
+        state.load_state_dict(columns)
+        return state
+
+
+def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
+    """(10,) float32: the numbers of `config` that the kernels read, in the order of `reference.Rules`."""
+    return torch.tensor(
+        [
+            config.freeze_confidence,
+            config.freeze_quality,
+            config.focus_confidence,
+            config.correct_loss,
+            config.correct_accuracy,
+            config.q_value_lr,
+            config.q_value_loss_scale,
+            config.min_q_for_freeze,
+            float(config.correctness == "accuracy"),
+            float(config.quality == "std"),
+        ],
+        dtype=torch.float32,
+        device=device,
+    )
+
+
+def raise_flagged(error: Tensor) -> None:
+    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.error_key`."""
+    key = int(error)
+    if key == NO_ERROR:
+        return
+    error.fill_(NO_ERROR)
+    position, is_label, value = key >> 33, (key >> 32) & 1, key & 0xFFFFFFFF
+    value -= (value >> 31) << 32
+    if is_label:
+        raise IndexError(
+            f"labels: {value} (token {position} of the flattened batch) is neither ignore_index nor inside the "
+            "vocabulary; its visit was left out of the loss and the state"
+        )
+    raise IndexError(
+        f"sample_ids: {value} (token {position} of the flattened batch) is outside the SampleState's table and not "
+        "-1 (padding); its visit was left out of the loss and the state"
+    )
