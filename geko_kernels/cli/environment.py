@@ -1,0 +1,121 @@
+"""`python -m geko_kernels env`: what is installed, which backend runs where, and why, for a bug report."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import geko_kernels
+from geko_kernels import ops
+
+_PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
+_VARIABLES = ("GEKO_BACKEND", "GEKO_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CXX")
+_REINSTALL = "then reinstall geko_kernels (`pip install --no-build-isolation -e .` in a checkout)"
+
+
+def describe() -> str:
+    """The sections versions, devices, backends and environment variables, as plain text."""
+    sections = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": _backends(),
+        "environment": [(name, os.environ.get(name, "not set")) for name in _VARIABLES],
+    }
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:<22}{value}" for name, value in rows)]) for title, rows in sections.items()
+    )
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [
+        ("geko_kernels", f"{geko_kernels.__version__} ({Path(geko_kernels.__file__).parent})"),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("system", platform.platform()),
+        (
+            "torch",
+            f"{torch.__version__} (built for CUDA: {torch.version.cuda or 'no'}, ROCm: {torch.version.hip or 'no'})",
+        ),
+        *((name, _version(name)) for name in _PACKAGES),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [
+        (
+            "cpu",
+            f"{_cpu_name()}, {os.cpu_count()} cores, "
+            f"torch: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        )
+    ]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        rows.append((f"cuda:{index}", f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {memory:.0f} GiB"))
+    if len(rows) == 1:
+        rows.append(("cuda", "none: " + ("torch sees no GPU" if torch.version.cuda else "this torch is a CPU build")))
+    return rows
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _backends() -> list[tuple[str, str]]:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [(device, _backend(torch.device(device))) for device in devices]
+
+
+def _backend(device: torch.device) -> str:
+    """Which backend runs on `device`, why, and whether a small loss and gradient come out right."""
+    wanted = ops.backend_name(device)
+    chosen = "set by GEKO_BACKEND" if os.environ.get("GEKO_BACKEND") else "the default here"
+    try:
+        detail = getattr(importlib.import_module(ops._MODULES[wanted]), "build_info", str)()
+    except ImportError as error:
+        return f"reference (plain PyTorch: right but slow), as {wanted} is missing: {error}. {_remedy(wanted)}"
+    return f"{wanted}, {chosen}; {detail + '; ' if detail else ''}{_check(device)}"
+
+
+def _remedy(backend: str) -> str:
+    if backend == "triton":
+        return "Install it with `pip install triton`."
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return f"No C++ compiler found: install one (Debian: `apt-get install g++`), {_REINSTALL}."
+    return f"A C++ compiler is there ({compiler}): {_REINSTALL}."
+
+
+def _check(device: torch.device) -> str:
+    logits = torch.linspace(-3, 3, 77, device=device).reshape(11, 7).requires_grad_()
+    labels = torch.arange(11, device=device) % 7
+    expected = F.cross_entropy(logits, labels)
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            loss = geko_kernels.weighted_loss(logits, labels)
+        assert isinstance(loss, torch.Tensor)
+        (grad,) = torch.autograd.grad(loss, logits)
+        error = max((loss - expected).abs().item(), (grad - expected_grad).abs().max().item())
+    except Exception as error:  # whatever a compiler or driver raises belongs in the report
+        return f"self-test FAILED: {type(error).__name__}: {error}"
+    return f"self-test {'ok' if error < 1e-5 else 'FAILED'} (largest error {error:.1e})"
