@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from geko_kernels import ops
 from geko_kernels.config import GEKOConfig
@@ -60,19 +62,23 @@ class _LogitsLoss(torch.autograd.Function):
     """Ties a loss that is already computed to the logits it came from."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, inplace: bool):
-        ctx.save_for_backward(logits, labels, visits.tokens, visits.coeff, visits.scale, visits.token_visit)
-        ctx.shift, ctx.softcap, ctx.inplace = shift, softcap, inplace
-        return visits.loss.view_as(visits.loss)
+    def forward(logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, inplace: bool) -> Tensor:
+        return visits.loss
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, labels, visits, ctx.shift, ctx.softcap, ctx.inplace = inputs
+        ctx.save_for_backward(logits, labels)
+        # not saved but kept: under activation checkpointing these stay those of the forward that was counted
+        ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        logits, *saved = ctx.saved_tensors
-        args = (grad_output, logits, *saved, ctx.shift, ctx.softcap)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels = ctx.saved_tensors
+        args = (grad_output, logits, labels, *ctx.visits, ctx.shift, ctx.softcap)
         if ctx.inplace:
             ops.logits_grad_(*args)
-            torch.autograd.graph.increment_version(logits)
             return logits, None, None, None, None, None
         return ops.logits_grad(*args), None, None, None, None, None
 
@@ -134,7 +140,7 @@ def weighted_loss(
     items = _num_items_tensor(num_items, reduction, logits.device)
     logits_3d = logits if logits.dim() == 3 else logits.unsqueeze(1)  # (B, S, V)
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
-    visits = _visit(logits_3d.detach(), labels_2d, labels, sample_ids, state, items, code, ignore_index, shift, cap, update)
+    visits = _visit(logits_3d.detach(), labels_2d, sample_ids, state, items, code, ignore_index, shift, cap, update)
     loss = visits.loss
     if logits.requires_grad and torch.is_grad_enabled():
         overwrite = inplace and not torch.compiler.is_compiling()
@@ -145,7 +151,6 @@ def weighted_loss(
 def _visit(
     logits: Tensor,
     labels: Tensor,
-    key: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
     num_items: Tensor | None,
@@ -155,13 +160,13 @@ def _visit(
     softcap: float,
     update: bool,
 ) -> Visits:
-    """Run the forward op, once a visit: what activation checkpointing repeats is answered from the first time."""
-    eager = not torch.compiler.is_compiling()
+    """Run the forward op with the state's columns; on the CPU look at the values of labels and ids first."""
+    eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
     if eager and logits.device.type == "cpu":
         _check_values(labels, sample_ids, state, logits.shape[-1], ignore_index, shift)
+    debug = eager and os.environ.get("GEKO_DEBUG", "0") not in ("", "0")
     if state is None:
-        rules, weights = _plain_rules(logits.device)
-        debug = eager and bool(os.environ.get("GEKO_DEBUG"))
+        rules, weights = _plain_rules(logits.device, eager)
         error = torch.full((), NO_ERROR, device=logits.device) if debug else None
         columns: tuple[Tensor | None, ...] = (*[None] * 9, error)
     else:
@@ -171,35 +176,28 @@ def _visit(
             *(state.changed, state.claim, state.quarantined, state.error),
         )
     writes = state is not None and update and torch.is_grad_enabled()
-    in_backward = eager and torch._C._current_graph_task_id() != -1
-    if in_backward and writes and state is not None and key in state.visits_by_labels:
-        return state.visits_by_labels[key]
     visits = Visits(
         *ops.loss_forward_(
             *(logits, labels, sample_ids, rules, weights, num_items, *columns),
             *(reduction, ignore_index, shift, softcap, writes),
         )
     )
-    if eager and state is not None and update and not in_backward:
-        if writes:
-            state.visits_by_labels[key] = visits
-        else:
-            state.visits_by_labels.pop(key, None)
-    if eager and error is not None and os.environ.get("GEKO_DEBUG"):
-        raise_flagged(error)
+    if debug and error is not None:
+        raise_flagged(error, len(state) if state is not None else -1, logits.shape[-1])
     return visits
 
 
 _plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-def _plain_rules(device: torch.device) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or device not in _plain:
-        pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
-        if torch.compiler.is_compiling():
-            return pair
+def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
+    """The default rules and weights 1, made once a device: a copy from the host would wait for it."""
+    if eager and device in _plain:
+        return _plain[device]
+    pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
+    if eager:
         _plain[device] = pair
-    return _plain[device]
+    return pair
 
 
 def _num_items_tensor(num_items: int | float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
@@ -209,12 +207,13 @@ def _num_items_tensor(num_items: int | float | Tensor | None, reduction: str, de
         raise ValueError(f"num_items divides only reduction='mean' or 'token_mean', got reduction={reduction!r}")
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
-            raise ValueError(f"num_items must be a number or a tensor of one element, got shape {tuple(num_items.shape)}")
+            shape = tuple(num_items.shape)
+            raise ValueError(f"num_items must be a number or a tensor of one element, got shape {shape}")
         return num_items.detach().reshape(()).to(device, torch.float32, non_blocking=True)
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a tensor of one element, got {type(num_items).__name__}")
-    if num_items <= 0:
-        raise ValueError(f"num_items must be above 0, got {num_items}")
+    if not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be a finite number above 0, got {num_items}")
     return torch.full((), float(num_items), device=device)
 
 
@@ -234,6 +233,8 @@ def _check_arguments(
         if not isinstance(tensor, Tensor) and not (name == "sample_ids" and tensor is None):
             hint = "; this model returned no logits" if name == "logits" and tensor is None else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}; use {name}.full_tensor()")
     if state is not None and not isinstance(state, SampleState):
         raise TypeError(f"state must be a SampleState or None, got {type(state).__name__}")
     if logits.dtype not in _DTYPES:
@@ -255,12 +256,20 @@ def _check_arguments(
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if shift and logits.dim() == 2:
         raise ValueError("shift=True needs logits (B, S, V): with (B, V) there is no next position to predict")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    _check_softcap(softcap)
     if inplace and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace=True would write the gradient over a leaf tensor; pass the output of a model")
-    if inplace and 0 in logits.stride() and logits.numel() > 1:
+    if inplace and any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError("inplace=True cannot write over expanded logits (stride 0)")
+
+
+def _check_softcap(softcap: float | None) -> None:
+    if softcap is None:
+        return
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a number above 0 or None, got {softcap!r}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number above 0 or None, got {softcap}")
 
 
 def _check_ids(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, state: SampleState | None) -> None:
@@ -296,4 +305,4 @@ def _check_values(
         suspect = bool(sample_ids.min() < -1 or sample_ids.max() >= state.num_samples)
     if suspect:
         rows = -1 if state is None else state.num_samples
-        raise_flagged(layout(labels, sample_ids, rows, vocab, ignore_index, shift).error.clone())
+        raise_flagged(layout(labels, sample_ids, rows, vocab, ignore_index, shift).error.clone(), rows, vocab)

@@ -1,4 +1,4 @@
-"""The op set `torch.ops.geko`: schemas, shapes for tracing, and the choice of backend. See `reference` for the maths."""
+"""The op set `torch.ops.geko`: schemas, shapes for tracing, choice of backend. See `reference` for the maths."""
 
 from __future__ import annotations
 
@@ -62,11 +62,31 @@ def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> st
     return _override or ("cpp" if device.type == "cpu" else "triton")
 
 
+def _recomputing() -> bool:
+    """Whether activation checkpointing repeats a forward that has been counted.
+
+    Non-reentrant: the repeat runs inside the backward, under saved-tensor hooks. Reentrant: there are no hooks, and
+    the first forward ran under no_grad, uncounted.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _implement(op: str) -> Callable[..., Any]:
+    """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
+    arguments = getattr(torch.ops.geko, op).default._schema.arguments
+    written = [place for place, argument in enumerate(arguments) if argument.is_write]
+    updates = arguments[-1].name == "update"
+    probe = next(place for place, argument in enumerate(arguments) if argument.name in ("logits", "tokens"))
+
     def run(*args: Any) -> Any:
-        probe: Tensor = args[1] if op.startswith("logits_grad") else args[0]  # the logits or their statistics
-        name = backend_name(probe.device, probe.dtype)
-        return getattr(_loaded.get(name) or _load(name), op)(*args)
+        if updates and args[-1] and _recomputing():
+            args = (*args[:-1], False)
+        name = backend_name(args[probe].device, args[probe].dtype)
+        result = getattr(_loaded.get(name) or _load(name), op)(*args)
+        if written and (not updates or args[-1]):
+            torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
+        return result
 
     return run
 
@@ -92,7 +112,8 @@ def _fake_sample_update(
     coeff = tokens.new_empty(labels.numel())
     token_visit = labels.new_empty(labels.numel() if packed else 0, dtype=torch.int32)
     floats, ints = tokens.new_empty((6, entries)), labels.new_empty((2, entries))
-    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, labels.new_empty((2, entries), dtype=torch.uint8)
+    flags = labels.new_empty((2, entries), dtype=torch.uint8)
+    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, flags
 
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -202,7 +202,7 @@ def sample_update_(
     loss = loss_sum / divisor
     sure = per_visit(torch.where(where.valid, tokens[3], 0)) / divisor
     accuracy = per_visit(torch.where(where.valid, tokens[4], 0)) / divisor
-    finite = counted & loss.isfinite() & sure.isfinite()
+    finite = counted & loss.float().isfinite() & sure.isfinite()
 
     row = where.ids.clamp(0, max(rows - 1, 0))
     in_table = (where.ids >= 0) & (where.ids < rows)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import uuid
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference import quality_of
@@ -84,8 +83,6 @@ class SampleState:
         self.weights = torch.tensor(
             [*self.config.bucket_weights, self.config.freeze_weight], dtype=torch.float32, device=device
         )  # (HARD, FOCUS, LIGHT, FREEZE)
-        # labels tensor -> outcome of its visit, for forwards that activation checkpointing repeats
-        self.visits_by_labels: Any = WeakTensorKeyDictionary()
 
     def __len__(self) -> int:
         return self.num_samples
@@ -105,11 +102,13 @@ class SampleState:
     def bucket_weights(self, weights: Tensor | tuple[float, float, float]) -> None:
         if len(weights) != 3:
             raise ValueError(f"bucket_weights must hold three weights (HARD, FOCUS, LIGHT), got {len(weights)}")
+        if isinstance(weights, Tensor):
+            self.weights[:3].copy_(weights)
+            return
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise ValueError(f"bucket_weights must be three finite numbers >= 0 (HARD, FOCUS, LIGHT), got {weights}")
         for slot, weight in enumerate(weights):
-            if isinstance(weight, Tensor):
-                self.weights[slot].copy_(weight)
-            else:
-                self.weights[slot].fill_(weight)
+            self.weights[slot].fill_(weight)  # unlike a copy from the host, this does not wait for the device
 
     @property
     def freeze_weight(self) -> Tensor:
@@ -139,7 +138,7 @@ class SampleState:
         Raises:
             IndexError: names the first offender (lowest position). The flag is cleared.
         """
-        raise_flagged(self.error)
+        raise_flagged(self.error, self.num_samples)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The columns by name (not copies) and the current weights of (HARD, FOCUS, LIGHT, FREEZE)."""
@@ -168,15 +167,12 @@ class SampleState:
         path = Path(path)
         columns = {name: column.detach().cpu().contiguous() for name, column in self.state_dict().items()}
         metadata = {"format": _FORMAT, "config": json.dumps(self.config.to_dict())}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             save_file(columns, temporary, metadata)
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
@@ -192,9 +188,10 @@ class SampleState:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT or "q_value" not in columns:
+        if metadata.get("format") != _FORMAT or "config" not in metadata or "times_seen" not in columns:
             raise ValueError(f"{path} is a safetensors file, but not one that SampleState.save wrote")
-        state = cls(len(columns["q_value"]), GEKOConfig.from_dict(json.loads(metadata["config"])), device)
+        config = GEKOConfig.from_dict(json.loads(metadata["config"]))
+        state = cls(columns["times_seen"].numel(), config, device)
         state.load_state_dict(columns)
         return state
 
@@ -219,8 +216,11 @@ def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
     )
 
 
-def raise_flagged(error: Tensor) -> None:
-    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.error_key`."""
+def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1) -> None:
+    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.error_key`.
+
+    `num_samples` and `vocab`, where known (>= 0), are named as what is allowed.
+    """
     key = int(error)
     if key == NO_ERROR:
         return
@@ -228,11 +228,10 @@ def raise_flagged(error: Tensor) -> None:
     position, is_label, value = key >> 33, (key >> 32) & 1, key & 0xFFFFFFFF
     value -= (value >> 31) << 32
     if is_label:
-        raise IndexError(
-            f"labels: {value} (token {position} of the flattened batch) is neither ignore_index nor inside the "
-            "vocabulary; its visit was left out of the loss and the state"
-        )
+        name, allowed = "labels", "ignore_index nor " + (f"in [0, {vocab})" if vocab >= 0 else "inside the vocabulary")
+    else:
+        name, allowed = "sample_ids", "-1 (padding) nor " + (f"in [0, {num_samples})" if num_samples >= 0 else "a row")
     raise IndexError(
-        f"sample_ids: {value} (token {position} of the flattened batch) is outside the SampleState's table and not "
-        "-1 (padding); its visit was left out of the loss and the state"
+        f"{name}: {value} (token {position} of the flattened batch) is neither {allowed}; its visit was left out of "
+        "the loss and the state"
     )
