@@ -214,7 +214,7 @@ def _num_items_tensor(num_items: int | float | Tensor | None, reduction: str, de
         raise TypeError(f"num_items must be a number or a tensor of one element, got {type(num_items).__name__}")
     if not 0 < num_items < math.inf:
         raise ValueError(f"num_items must be a finite number above 0, got {num_items}")
-    return torch.full((), float(num_items), device=device)
+    return torch.ones((), device=device) * num_items  # torch.full would compile anew for every number
 
 
 def _check_arguments(

@@ -1,0 +1,62 @@
+"""Settings of every test: Triton's interpreter where there is no GPU, poisoned memory, the backends, hypothesis."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from geko_kernels import ops  # noqa: E402
+
+# backend is set anew for each test, not for each example: nothing in it changes between examples
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=30, derandomize=True, **_common)
+settings.register_profile("deep", max_examples=1000, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New memory holds NaN (or the largest integer), also where C++ asks for it: an unwritten output is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["reference", "cpp", pytest.param("triton", marks=[pytest.mark.gpu] if HAS_GPU else [])],
+)
+def backend(request, monkeypatch):
+    """The name of the backend that every op runs on."""
+    try:
+        importlib.import_module(ops._MODULES[request.param])
+    except ImportError as error:
+        pytest.skip(f"the {request.param} backend cannot be loaded: {error}")
+    monkeypatch.setattr(ops, "_override", request.param)
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    """Where the tensors of a test of `backend` live."""
+    return "cuda" if backend == "triton" and HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Every op runs in plain PyTorch."""
+    monkeypatch.setattr(ops, "_override", "reference")
