@@ -1,0 +1,1 @@
+"""Training with selection: the sampler (plain torch) and the trainer (on Hugging Face Transformers)."""

@@ -1,0 +1,122 @@
+"""The report's charts, drawn with matplotlib from the figures that `efficiency` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Okabe and Ito's palette: told apart with any colour vision
+BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#8C8C8C"
+BUCKET_COLOURS = {"FREEZE": BLUE, "LIGHT": GREEN, "FOCUS": ORANGE, "HARD": RED}
+_PARTS = {"steps": BLUE, "probes": ORANGE, "selection": GREEN, "other": GREY}
+
+
+def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
+    """Share of the samples in each bucket at the end of each epoch, as stacked areas; `buckets` one mapping an epoch."""
+    figure, axes = _axes("Samples by bucket at the end of each epoch")
+    totals = [max(sum(counts.values()), 1) for counts in buckets]
+    shares = [[counts[name] / n for counts, n in zip(buckets, totals, strict=True)] for name in BUCKET_COLOURS]
+    epochs = list(range(1, len(buckets) + 1))
+    if len(epochs) > 1:
+        areas = axes.stackplot(epochs, shares, colors=BUCKET_COLOURS.values(), edgecolor="white", linewidth=0.8)
+        axes.set_xlim(1, len(epochs))
+    else:  # one point spans no area
+        bottoms = [sum(share[0] for share in shares[:i]) for i in range(len(shares))]
+        areas = axes.bar([1] * 4, [s[0] for s in shares], 0.4, bottoms, color=BUCKET_COLOURS.values()).patches
+        axes.set_xlim(0, 2)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel(f"share of {totals[-1]:,} samples")
+    _epoch_axis(axes)
+    _legend_right(axes, list(reversed(areas)), list(reversed(BUCKET_COLOURS)))
+    return figure
+
+
+def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float]]], share: bool) -> Figure:
+    """`curves` are points (epoch, value) by name; `share` shows values in [0, 1] as percent."""
+    figure, axes = _axes(title)
+    styles = zip(curves.items(), (BLUE, RED), ("o-", "s--"), strict=False)
+    for (name, points), colour, style in styles:
+        marker_size = 4 if len(points) <= 40 else 0
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=name, linewidth=1.6, markersize=marker_size)
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel(unit)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    _epoch_axis(axes)
+    if len(curves) > 1:
+        _legend_right(axes, *axes.get_legend_handles_labels())
+    return figure
+
+
+def time_chart(seconds: Mapping[str, float]) -> Figure:
+    """Where the wall time of training went: one bar a part, and what no part covers as "other"."""
+    parts = {name: seconds[name] for name in ("steps", "probes", "selection")}
+    parts["other"] = max(seconds["total"] - sum(parts.values()), 0.0)
+    figure, axes = _axes("Wall time by part", height=2.4)
+    bars = axes.barh(list(parts), list(parts.values()), color=[_PARTS[name] for name in parts], height=0.62)
+    total = max(seconds["total"], 1e-9)
+    axes.bar_label(bars, [f" {_duration(s)}  ({s / total:.0%})" for s in parts.values()], fontsize=9)
+    axes.set_xlim(0, max(parts.values()) * 1.25 or 1)
+    axes.set_xlabel("seconds")
+    axes.invert_yaxis()
+    return figure
+
+
+def work_chart(work: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Forward and backward passes against the standard run's; `work[unit]` has standard, forward and backward."""
+    figure, axes = _axes("Work done, against the same run with the standard loss", height=0.9 + 0.75 * len(work))
+    for row, (unit, counts) in enumerate(work.items()):
+        standard = max(counts["standard"], 1)
+        for part, offset, colour in (("forward", -0.18, BLUE), ("backward", 0.18, ORANGE)):
+            (bar,) = axes.barh(
+                row + offset, counts[part] / standard, 0.33, color=colour, label=part if row == 0 else None
+            )
+            text = f" {_short(counts[part])} of {_short(counts['standard'])} {unit}"
+            axes.annotate(text, (bar.get_width(), row + offset), va="center", fontsize=9)
+    axes.axvline(1, color="#444444", linewidth=1, linestyle="--", label="standard run")
+    axes.set_yticks(range(len(work)), list(work))
+    axes.set_xlim(0, 1.45)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("share of the standard run")
+    axes.invert_yaxis()
+    _legend_right(axes, *axes.get_legend_handles_labels())
+    return figure
+
+
+def _axes(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.6, height), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    return figure, axes
+
+
+def _epoch_axis(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend_right(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _short(count: float) -> str:
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {suffix}"
+    return f"{count:.0f}"

@@ -1,0 +1,189 @@
+"""What a run has truly forwarded and backpropagated, beside what a standard run would have.
+
+`GEKOTrainer.get_efficiency_report()` returns, and a checkpoint carries on, this dict:
+
+    samples_standard   samples that a run without selection had trained by now: finished share * epochs * dataset size
+    samples_forward    samples that went through a forward pass, probes included
+    samples_backward   samples that went through a backward pass: every sample of a training batch
+    samples_idle       those among them whose weight was zero: their backward moved nothing
+    tokens_forward     tokens of the forward passes, padding left out
+    tokens_backward    tokens of the backward passes
+    saved_compute      1 - (samples_forward + 2 * samples_backward) / (3 * samples_standard): share of the standard
+                       run's work not done, a backward counted as two forwards; negative where probes cost more
+    seconds            {"total": in `train()`, "steps": training steps, "probes", "selection": sync and planning,
+                       "evaluation", "checkpoints"}, wall time of this process
+    epochs             a list of one dict per epoch:
+        epoch          counted from 0
+        samples        samples trained (forward and backward)
+        probes         left-out samples re-checked forward-only before it
+        steps          optimizer steps
+        loss           mean unweighted token loss over the training samples, nats; None where none was trained
+        accuracy       share of their tokens predicted right; None where none was trained
+        seconds        wall time, probes and selection included
+        buckets        {"FREEZE": n, "LIGHT": n, "FOCUS": n, "HARD": n} of all samples at its end
+        quarantined    samples that the noise guard holds back at its end
+        forgotten      samples that were right when they were last looked at, and wrong at its end
+
+`train()` ends by writing `geko_report.json` into `output_dir`, a dict of:
+
+    version            1
+    num_samples        size of the training set
+    config             `GEKOConfig.to_dict()`
+    efficiency         the dict above
+    log_history        what `Trainer.log` got: `trainer.state.log_history`; beside Transformers' own keys each training
+                       entry has geko_loss, geko_accuracy, geko_freeze, geko_light, geko_focus, geko_hard and
+                       geko_quarantined (shares of the samples), geko_progress and geko_phase_hard, geko_phase_focus,
+                       geko_phase_light (the weights in force)
+    most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
+    num_quarantined    how many samples are quarantined
+    quarantined        up to 10,000 of their ids, highest loss first
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geko_kernels.config import Bucket
+from geko_kernels.loss import SampleStats
+
+REPORT_NAME = "geko_report.json"
+_COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits")
+_PARTS = ("total", "steps", "probes", "selection", "evaluation", "checkpoints")
+
+
+class Efficiency:
+    """Counts on the device without a sync, collected at log steps, at epoch ends and in checkpoints.
+
+    Args:
+        device: where the statistics of the steps are.
+        reduce: sums a tensor over all processes in place; left out for one process.
+    """
+
+    def __init__(self, device: torch.device, reduce: Callable[[Tensor], None] | None = None) -> None:
+        self.reduce = reduce
+        self.sums = torch.zeros(2, len(_COUNTS), dtype=torch.float64, device=device)  # (train, probe) since collect
+        self.train = dict.fromkeys(_COUNTS, 0.0)
+        self.probe = dict.fromkeys(_COUNTS, 0.0)
+        self.seconds = dict.fromkeys(_PARTS, 0.0)
+        self.epochs: list[dict[str, Any]] = []
+        self.samples_standard = 0
+        self.mark = self._marked(0)  # totals when the open epoch began
+
+    def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
+        """Add one forward's visits; `tokens` () is how many tokens the model read for them."""
+        seen = stats.num_tokens > 0
+        parts = [
+            seen.sum(),
+            tokens,
+            (seen & (stats.weight == 0)).sum(),
+            stats.num_tokens.sum(),
+            (stats.loss.double() * stats.num_tokens).sum(),
+            (stats.accuracy.double() * stats.num_tokens).sum(),
+        ]
+        self.sums[int(probe)] += torch.stack([part.double() for part in parts])
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's wall time to `seconds[part]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+    def collect(self) -> dict[str, float]:
+        """Move the device's counts into the totals (all processes call it); returns the training share of them."""
+        if self.reduce is not None:
+            self.reduce(self.sums)
+        train, probe = (dict(zip(_COUNTS, row, strict=True)) for row in self.sums.tolist())
+        self.sums.zero_()
+        for total, new in ((self.train, train), (self.probe, probe)):
+            for name in _COUNTS:
+                total[name] += new[name]
+        return train
+
+    def _marked(self, step: int) -> dict[str, Any]:
+        spent = sum(self.seconds[part] for part in ("steps", "probes", "selection"))
+        return {"train": dict(self.train), "probe": dict(self.probe), "step": step, "spent": spent}
+
+    def close_epoch(self, epoch: int, step: int, samples_standard: int, marks: dict[str, Any]) -> None:
+        """Append the open epoch's record; `marks` adds buckets, quarantined and forgotten."""
+        self.collect()
+        self.samples_standard = samples_standard
+        now, before = self._marked(step), self.mark
+        train = {name: now["train"][name] - before["train"][name] for name in _COUNTS}
+        labels = train["labels"]
+        self.epochs.append(
+            {
+                "epoch": epoch,
+                "samples": round(train["samples"]),
+                "probes": round(now["probe"]["samples"] - before["probe"]["samples"]),
+                "steps": step - before["step"],
+                "loss": train["loss"] / labels if labels else None,
+                "accuracy": train["hits"] / labels if labels else None,
+                "seconds": now["spent"] - before["spent"],
+                **marks,
+            }
+        )
+        self.mark = now
+
+    def report(self) -> dict[str, Any]:
+        """The dict described at the top of this file."""
+        backward = round(self.train["samples"])
+        forward = backward + round(self.probe["samples"])
+        standard = self.samples_standard
+        return {
+            "samples_standard": standard,
+            "samples_forward": forward,
+            "samples_backward": backward,
+            "samples_idle": round(self.train["idle"]),
+            "tokens_forward": round(self.train["tokens"] + self.probe["tokens"]),
+            "tokens_backward": round(self.train["tokens"]),
+            "saved_compute": 1 - (forward + 2 * backward) / (3 * standard) if standard else 0.0,
+            "seconds": dict(self.seconds),
+            "epochs": [dict(epoch) for epoch in self.epochs],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `collect` first."""
+        names = ("train", "probe", "seconds", "epochs", "samples_standard", "mark")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Carry on from `state_dict()`."""
+        self.sums.zero_()
+        for name in self.state_dict():
+            setattr(self, name, values[name])
+
+
+def count_tokens(inputs: dict[str, Any], sample_ids: Tensor) -> Tensor:
+    """() tokens that the model reads for real samples (id >= 0): padding and repeated samples left out."""
+    real = sample_ids >= 0
+    if sample_ids.dim() == 2:
+        return real.sum()
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.ne(0) & real[:, None]).sum()
+    return real.sum() * (tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 1)
+
+
+def bucket_names(counts: list[int]) -> dict[str, int]:
+    """Counts in order of `Bucket` by name."""
+    return {bucket.name: counts[bucket] for bucket in Bucket}
+
+
+def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    """Write JSON so that a process killed meanwhile leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values, indent=1))
+    os.replace(temporary, path)
