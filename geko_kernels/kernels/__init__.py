@@ -1,0 +1,37 @@
+"""The Triton backend: `reference`'s ops, same arguments and returns. `ops` imports it when a tensor first needs it.
+
+Launches go to the current device, so each op first makes the logits' device current where it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from geko_kernels.kernels import forward as _forward
+from geko_kernels.kernels import logits_grad as _logits_grad
+from geko_kernels.kernels import sample_update as _sample_update
+from geko_kernels.kernels import token_stats as _token_stats
+
+
+def _on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(op)
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return op(first, *rest)
+        with torch.cuda.device_of(first):
+            return op(first, *rest)
+
+    return run
+
+
+token_stats = _on_own_device(_token_stats.token_stats)
+sample_update_ = _on_own_device(_sample_update.sample_update_)
+loss_forward_ = _on_own_device(_forward.loss_forward_)
+logits_grad = _on_own_device(_logits_grad.logits_grad)
+logits_grad_ = _on_own_device(_logits_grad.logits_grad_)
+
+__all__ = ["logits_grad", "logits_grad_", "loss_forward_", "sample_update_", "token_stats"]
