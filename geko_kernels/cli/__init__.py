@@ -41,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"geko_kernels {command}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("geko_kernels"):
+            raise
+        print(f"geko_kernels {command} needs {error.name}: pip install 'geko_kernels[train]'", file=sys.stderr)
+        return 2
     return 0
 
 

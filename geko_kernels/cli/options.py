@@ -82,6 +82,12 @@ def read_options(flags: dict[str, Any], config: str | None) -> TrainOptions:
     for name in ("model", "data", "output_dir"):
         if not values.get(name):
             raise UsageError(f"--{name.replace('_', '-')} is required, as a flag or as `{name}:` in the --config file")
+    for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_length", 2), ("seed", 0)):
+        if values.get(name, least) < least:
+            raise UsageError(f"{name} must be at least {least}, got {values[name]}")
+    for name in ("epochs", "learning_rate"):
+        if not values.get(name, 1) > 0:
+            raise UsageError(f"{name} must be above 0, got {values[name]}")
     return TrainOptions(**values)
 
 

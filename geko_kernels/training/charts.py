@@ -12,11 +12,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Okabe and Ito's palette: told apart with any colour vision
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#8C8C8C"
 BUCKET_COLOURS = {"FREEZE": BLUE, "LIGHT": GREEN, "FOCUS": ORANGE, "HARD": RED}
-_PARTS = {"steps": BLUE, "probes": ORANGE, "selection": GREEN, "other": GREY}
+_PART_COLOURS = {"steps": BLUE, "probes": ORANGE, "selection": GREEN}
 
 
 def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
-    """Share of the samples in each bucket at the end of each epoch, as stacked areas; `buckets` one mapping an epoch."""
+    """Share of the samples in each bucket at the end of each epoch, as stacked areas; one mapping an epoch."""
     figure, axes = _axes("Samples by bucket at the end of each epoch")
     totals = [max(sum(counts.values()), 1) for counts in buckets]
     shares = [[counts[name] / n for counts, n in zip(buckets, totals, strict=True)] for name in BUCKET_COLOURS]
@@ -24,14 +24,15 @@ def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
     if len(epochs) > 1:
         areas = axes.stackplot(epochs, shares, colors=BUCKET_COLOURS.values(), edgecolor="white", linewidth=0.8)
         axes.set_xlim(1, len(epochs))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:  # one point spans no area
         bottoms = [sum(share[0] for share in shares[:i]) for i in range(len(shares))]
         areas = axes.bar([1] * 4, [s[0] for s in shares], 0.4, bottoms, color=BUCKET_COLOURS.values()).patches
-        axes.set_xlim(0, 2)
+        axes.set(xlim=(0, 2), xticks=[1])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel(f"share of {totals[-1]:,} samples")
-    _epoch_axis(axes)
+    axes.set_xlabel("epoch")
     _legend_right(axes, list(reversed(areas)), list(reversed(BUCKET_COLOURS)))
     return figure
 
@@ -47,7 +48,8 @@ def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel(unit)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    _epoch_axis(axes)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         _legend_right(axes, *axes.get_legend_handles_labels())
     return figure
@@ -55,10 +57,12 @@ def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float
 
 def time_chart(seconds: Mapping[str, float]) -> Figure:
     """Where the wall time of training went: one bar a part, and what no part covers as "other"."""
-    parts = {name: seconds[name] for name in ("steps", "probes", "selection")}
+    parts = {name: spent for name, spent in seconds.items() if name != "total"}
     parts["other"] = max(seconds["total"] - sum(parts.values()), 0.0)
-    figure, axes = _axes("Wall time by part", height=2.4)
-    bars = axes.barh(list(parts), list(parts.values()), color=[_PARTS[name] for name in parts], height=0.62)
+    figure, axes = _axes("Wall time by part", height=2.8)
+    bars = axes.barh(
+        list(parts), list(parts.values()), color=[_PART_COLOURS.get(name, GREY) for name in parts], height=0.62
+    )
     total = max(seconds["total"], 1e-9)
     axes.bar_label(bars, [f" {_duration(s)}  ({s / total:.0%})" for s in parts.values()], fontsize=9)
     axes.set_xlim(0, max(parts.values()) * 1.25 or 1)
@@ -77,10 +81,10 @@ def work_chart(work: Mapping[str, Mapping[str, float]]) -> Figure:
                 row + offset, counts[part] / standard, 0.33, color=colour, label=part if row == 0 else None
             )
             text = f" {_short(counts[part])} of {_short(counts['standard'])} {unit}"
-            axes.annotate(text, (bar.get_width(), row + offset), va="center", fontsize=9)
+            axes.annotate(text, (max(bar.get_width(), 1), row + offset), va="center", fontsize=9)
     axes.axvline(1, color="#444444", linewidth=1, linestyle="--", label="standard run")
     axes.set_yticks(range(len(work)), list(work))
-    axes.set_xlim(0, 1.45)
+    axes.set_xlim(0, 0.45 + max(1, axes.dataLim.xmax))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of the standard run")
@@ -97,11 +101,6 @@ def _axes(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
     return figure, axes
-
-
-def _epoch_axis(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _legend_right(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -1,0 +1,18 @@
+"""`python -m geko_kernels report RUN_DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from geko_kernels.cli.errors import UsageError
+from geko_kernels.training.report import write_report
+
+
+def report(run_dir: str) -> str:
+    """Make the report of `run_dir`; returns the lines that say where it is."""
+    try:
+        page = write_report(run_dir)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    images = sorted(path.name for path in Path(run_dir).glob("report_*.png"))
+    return f"{page}\n{page.parent}: {', '.join(images)}"

@@ -1,0 +1,99 @@
+"""`report.html` and its PNGs, made from the `geko_report.json` that a run leaves in its output directory."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
+from geko_kernels.training.efficiency import REPORT_NAME
+
+_VERSION = 1
+_SECTIONS = {"num_samples", "config", "efficiency", "log_history", "most_forgotten", "num_quarantined", "quarantined"}
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+Curve = list[tuple[float, float]]
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write `report.html`, which needs no other file, and `report_*.png` into `run_dir`; returns the page's path.
+
+    Raises:
+        FileNotFoundError: no `geko_report.json` in `run_dir`.
+        ValueError: that file is damaged or of another version.
+    """
+    run_dir = Path(run_dir)
+    run = _read(run_dir / REPORT_NAME)
+    images = {}
+    for name, figure in _charts(run).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        (run_dir / f"report_{name}.png").write_bytes(buffer.getvalue())
+        images[name] = {"title": figure.axes[0].get_title("left"), "data": base64.b64encode(buffer.getvalue()).decode()}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    page = run_dir / "report.html"
+    page.write_text(
+        template.render(run=run, images=images, name=run_dir.resolve().name, colours=BUCKET_COLOURS), encoding="utf-8"
+    )
+    return page
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; give the output_dir of a finished GEKOTrainer run")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        version = run["version"]
+        missing = _SECTIONS - run.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or was not written by GEKOTrainer ({error!r})") from error
+    if version != _VERSION:
+        raise ValueError(f"{path} has version {version}, this geko_kernels reads {_VERSION}; update geko_kernels")
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}")
+    return run
+
+
+def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
+    efficiency = run["efficiency"]
+    loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
+    charts = {"work": work_chart(_work(efficiency)), "time": time_chart(efficiency["seconds"])}
+    if efficiency["epochs"]:
+        charts["buckets"] = bucket_chart([epoch["buckets"] for epoch in efficiency["epochs"]])
+    if loss:
+        charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
+    if accuracy:
+        charts["accuracy"] = curve_chart("Accuracy", "tokens predicted right", accuracy, share=True)
+    return charts
+
+
+def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones."""
+    standard, trained = efficiency["samples_standard"], efficiency["samples_backward"]
+    counts = {
+        unit: {part: efficiency[f"{unit}_{part}"] for part in ("forward", "backward")} for unit in ("samples", "tokens")
+    }
+    counts["samples"]["standard"] = standard
+    counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
+    return counts
+
+
+def _curves(run: Mapping[str, Any], quantity: str) -> dict[str, Curve]:
+    """Points (epoch, value) of `quantity` on the training and the evaluation data, where they were logged."""
+    keys = {"training": f"geko_{quantity}", "evaluation": f"eval_{quantity}"}
+    logged = {
+        name: [(row["epoch"], row[key]) for row in run["log_history"] if row.get(key) is not None]
+        for name, key in keys.items()
+    }
+    if len(logged["training"]) < 2:
+        epochs = run["efficiency"]["epochs"]
+        logged["training"] = [(row["epoch"] + 1, row[quantity]) for row in epochs if row[quantity] is not None]
+    return {name: points for name, points in logged.items() if points}
