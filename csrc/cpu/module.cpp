@@ -1,0 +1,18 @@
+// geko_kernels._C: what is no tensor op. Importing it also registers the ops of library.cpp.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "csrc/cpu/row_kernels.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "The CPU kernels of geko_kernels: facts about them; the ops are in torch.ops.geko_cpu.";
+  module.def(
+      "build_info", [] { return std::string("torch " GEKO_BUILD_TORCH ", C++ compiler " __VERSION__); },
+      "What the extension was built with.");
+  module.def(
+      "cpu_capability", [] { return std::string(geko::row_kernels().capability); },
+      "The instruction set in use: 'avx512', 'avx2' or 'portable'; the widest, or what GEKO_CPU_CAPABILITY names.");
+  module.def("num_threads", &torch::stable::get_num_threads, "Threads that the ops use: `torch.get_num_threads()`.");
+}

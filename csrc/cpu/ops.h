@@ -1,0 +1,59 @@
+// The ops of the namespace geko_cpu; geko_kernels/reference.py says what each equals.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "csrc/cpu/tensors.h"
+#include "csrc/layout.h"
+
+namespace geko {
+
+using Optional = std::optional<Tensor>;
+using Update = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// A batch, and the tensors that keep its labels and ids alive.
+struct HeldBatch : Batch {
+  HeldBatch(const Tensor& labels, const Optional& sample_ids, int64_t vocab, int64_t ignore_index, bool shift);
+  Tensor held_labels;
+  Optional held_ids;
+};
+
+// Where the rows of (B, S, V) logits lie, and what they are made of.
+struct Rows {
+  explicit Rows(const Tensor& logits);
+  char* at(int64_t token) const {
+    return base + ((token / length) * strides[0] + (token % length) * strides[1]) * size;
+  }
+  char* base;
+  int64_t length, vocab, size, strides[3], element;
+};
+
+Tensor token_stats(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,
+    double softcap);
+
+Update sample_update_(
+    const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
+    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
+    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
+    int64_t ignore_index, bool shift, bool update);
+
+Forward loss_forward_(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
+    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
+    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
+    bool shift, double softcap, bool update);
+
+Tensor logits_grad(
+    const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
+    const Tensor& scale, const Tensor& token_visit, bool shift, double softcap);
+
+void logits_grad_(
+    const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
+    const Tensor& scale, const Tensor& token_visit, bool shift, double softcap);
+
+}  // namespace geko

@@ -1,0 +1,149 @@
+// Visit means, learning state, bucket and weight of each visit, and the loss: one pass over tokens, one over visits.
+#include <cstring>
+
+#include "csrc/cpu/ops.h"
+#include "csrc/visit.h"
+
+namespace geko {
+namespace {
+
+// The columns of `SampleState`; all null without a state.
+struct Table {
+  int64_t rows;  // -1 without a state
+  float *q_value, *confidence, *history;
+  int32_t* times_seen;
+  uint8_t *bucket, *wrong_streak;
+  bool *changed, *quarantined;
+
+  bool holds(int64_t id) const { return id >= 0 && id < rows; }
+
+  SampleRow read(int64_t id) const {
+    SampleRow row;
+    if (!holds(id)) return row;
+    row.q_value = q_value[id], row.confidence = confidence[id], row.times_seen = times_seen[id];
+    row.bucket = bucket[id], row.wrong_streak = wrong_streak[id];
+    std::memcpy(row.history, history + id * kHistory, sizeof(row.history));
+    return row;
+  }
+
+  void write(int64_t id, const SampleRow& row) const {
+    q_value[id] = row.q_value, confidence[id] = row.confidence, times_seen[id] = row.times_seen;
+    bucket[id] = row.bucket, wrong_streak[id] = row.wrong_streak, changed[id] = true;
+    std::memcpy(history + id * kHistory, row.history, sizeof(row.history));
+  }
+};
+
+// Sums over the valid tokens of a visit, in float32 and token order as the reference's.
+struct Sums {
+  int64_t tokens = 0;
+  float loss = 0.f, confidence = 0.f, hits = 0.f;
+};
+
+std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t tokens) {
+  std::vector<Sums> sums(layout.ids.size());
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!layout.valid(t)) continue;
+    Sums& sum = sums[layout.visit[t]];
+    sum.tokens += 1;
+    sum.loss += stats[t], sum.confidence += stats[3 * tokens + t], sum.hits += stats[4 * tokens + t];
+  }
+  return sums;
+}
+
+}  // namespace
+
+Update sample_update_(
+    const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
+    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
+    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
+    int64_t ignore_index, bool shift, bool update) {
+  const int64_t n = q_value ? q_value->numel() : -1;
+  const Table table{
+      n,
+      data<float>(q_value, n, "q_value"),
+      data<float>(confidence, n, "confidence"),
+      data<float>(loss_history, n * kHistory, "loss_history"),
+      data<int32_t>(times_seen, n, "times_seen"),
+      data<uint8_t>(bucket, n, "bucket"),
+      data<uint8_t>(wrong_streak, n, "wrong_streak"),
+      data<bool>(changed, n, "changed"),
+      data<bool>(quarantined, n, "quarantined")};
+  const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
+  const Layout layout = layout_of(batch, n);
+  const int64_t count = batch.tokens(), entries = batch.visits();
+  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, 5 * count, "tokens"), count);
+  const Rules& rule = *reinterpret_cast<const Rules*>(data<float>(rules, kRules, "rules"));
+  const float* bucket_weights = data<float>(weights, 4, "weights");
+
+  const bool none = reduction == NONE, by_token = reduction == TOKEN_MEAN;
+  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType type) {
+    return torch::stable::new_empty(tokens, shape, type);
+  };
+  Tensor value = none ? empty({entries}, ScalarType::Float) : empty({}, ScalarType::Float);
+  Tensor scale = empty({}, ScalarType::Float), coeff = empty({count}, ScalarType::Float);
+  Tensor token_visit = empty({batch.packed ? count : 0}, ScalarType::Int);
+  Tensor floats = empty({6, entries}, ScalarType::Float), ints = empty({2, entries}, ScalarType::Long);
+  Tensor flags = empty({2, entries}, ScalarType::Byte);
+  float* loss_to = data<float>(value, none ? entries : 1, "loss");
+  float* floats_to = data<float>(floats, 6 * entries, "floats");
+  int64_t* ints_to = data<int64_t>(ints, 2 * entries, "ints");
+  uint8_t* flags_to = data<uint8_t>(flags, 2 * entries, "flags");
+
+  std::vector<Visit> visits(entries);  // all judged by the old rows before any is written
+  std::vector<float> token_coeff(entries);
+  double sum = 0.;
+  int64_t counted = 0, valid = 0;
+  for (int64_t v = 0; v < entries; ++v) {
+    const int64_t id = layout.ids[v];
+    const Visit visit = judge(table.read(id), sums[v].tokens, sums[v].loss, sums[v].confidence, sums[v].hits, rule);
+    const bool dropped = table.quarantined && table.holds(id) && table.quarantined[id];
+    const float any = visit.tokens > 0 ? 1.f : 0.f;
+    const float weight = dropped ? 0.f : q_value ? weight_of(visit, bucket_weights) : any;
+    const float loss = visit.tokens > 0 ? weight * (by_token ? sums[v].loss : visit.loss) : 0.f;
+    if (none) loss_to[v] = loss;
+    sum += loss, counted += visit.tokens > 0, valid += visit.tokens;
+    token_coeff[v] = by_token || visit.tokens == 0 ? weight : weight / static_cast<float>(visit.tokens);
+    const float columns[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
+    for (int64_t i = 0; i < 6; ++i) floats_to[i * entries + v] = columns[i];
+    ints_to[v] = id, ints_to[entries + v] = visit.tokens;
+    flags_to[v] = visit.row.bucket, flags_to[entries + v] = visit.correct;
+    visits[v] = visit;
+  }
+  if (q_value && update)
+    for (int64_t v = 0; v < entries; ++v)
+      if (visits[v].finite) table.write(layout.ids[v], visits[v].row);  // the last visit of a sample stays
+  if (error) {
+    int64_t* key = data<int64_t>(error, 1, "error");
+    *key = std::min(*key, layout.error);
+  }
+
+  float divisor_inverse = 1.f;
+  if (reduction == MEAN || by_token) {
+    const float present = static_cast<float>(by_token ? valid : counted);
+    const float items = num_items ? *data<float>(num_items, 1, "num_items") : present;
+    divisor_inverse = items > 0.f ? 1.f / items : 0.f;
+  }
+  *data<float>(scale, 1, "scale") = divisor_inverse;
+  if (!none) *loss_to = static_cast<float>(sum) * divisor_inverse;
+  float* coeff_to = data<float>(coeff, count, "coeff");
+  for (int64_t t = 0; t < count; ++t) coeff_to[t] = layout.valid(t) ? token_coeff[layout.visit[t]] : 0.f;
+  if (batch.packed && count)
+    std::memcpy(data<int32_t>(token_visit, count, "token_visit"), layout.visit.data(), count * sizeof(int32_t));
+  return {value, scale, coeff, token_visit, floats, ints, flags};
+}
+
+Forward loss_forward_(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
+    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
+    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
+    bool shift, double softcap, bool update) {
+  const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
+  const Update rest = sample_update_(
+      tokens, labels, sample_ids, rules, weights, num_items, q_value, confidence, loss_history, times_seen, bucket,
+      wrong_streak, changed, claim, quarantined, error, logits.size(2), reduction, ignore_index, shift, update);
+  return std::tuple_cat(rest, std::make_tuple(tokens));
+}
+
+}  // namespace geko

@@ -1,0 +1,102 @@
+// What one visit does to a sample's learning state: quality, Q-value, bucket and weight. Plain C++, no torch and no
+// allocation, so that host and device code share it. The equal of `sample_update_` in geko_kernels/reference.py;
+// compile without contraction of a * b + c, so that both round alike.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GEKO_HD __host__ __device__ __forceinline__
+#else
+#define GEKO_HD inline
+#endif
+
+namespace geko {
+
+enum Bucket : uint8_t { FREEZE = 0, LIGHT = 1, FOCUS = 2, HARD = 3 };
+enum Reduction : int64_t { NONE = 0, MEAN = 1, TOKEN_MEAN = 2, SUM = 3 };
+
+constexpr int kHistory = 5;  // losses kept per sample
+constexpr int kRules = 10;
+
+// The numbers of `GEKOConfig` in the order of `reference.Rules`; the rules tensor is one of these.
+struct Rules {
+  float freeze_confidence, freeze_quality, focus_confidence, correct_loss, correct_accuracy;
+  float q_lr, q_scale, min_q, by_accuracy, by_std;
+};
+static_assert(sizeof(Rules) == kRules * sizeof(float), "Rules mirrors the rules tensor");
+
+// The columns of `SampleState` that a visit reads and writes, for one sample; the values are those never seen.
+struct SampleRow {
+  float q_value = 0.5f, confidence = 0.f;
+  float history[kHistory] = {0.f, 0.f, 0.f, 0.f, 0.f};  // mean token losses, newest last
+  int32_t times_seen = 0;
+  uint8_t bucket = FOCUS, wrong_streak = 0;
+};
+
+// What the tokens of a visit came to, and what follows from it.
+struct Visit {
+  int64_t tokens;                    // valid ones
+  float loss, confidence, accuracy;  // means over them
+  float quality;
+  bool finite, correct;
+  SampleRow row;  // after the visit; where not finite, the old one but for its bucket
+};
+
+// 1 - min(r, 1): r is the root mean square of the upward moves, or the standard deviation (by_std), of the last losses.
+GEKO_HD float quality_of(const float* history, int32_t times_seen, const Rules& rules) {
+  const int count = times_seen < kHistory ? times_seen : kHistory, first = kHistory - count;
+  float sum = 0.f, divisor;
+  if (rules.by_std > 0.f) {
+    divisor = static_cast<float>(count > 1 ? count : 1);
+    for (int i = first; i < kHistory; ++i) sum += history[i];
+    const float mean = sum / divisor;
+    sum = 0.f;
+    for (int i = first; i < kHistory; ++i) sum += (history[i] - mean) * (history[i] - mean);
+  } else {
+    divisor = static_cast<float>(count > 2 ? count - 1 : 1);
+    for (int i = first; i + 1 < kHistory; ++i) {
+      const float rise = history[i + 1] > history[i] ? history[i + 1] - history[i] : 0.f;
+      sum += rise * rise;
+    }
+  }
+  const float unsteady = sqrtf(sum / divisor);
+  return 1.f - (unsteady > 1.f ? 1.f : unsteady);
+}
+
+GEKO_HD uint8_t bucket_of(const Visit& visit, const Rules& rules) {
+  if (!visit.correct) return visit.confidence > rules.focus_confidence ? HARD : FOCUS;
+  const bool steady = visit.confidence > rules.freeze_confidence && visit.quality > rules.freeze_quality;
+  return steady && visit.row.q_value >= rules.min_q ? FREEZE : LIGHT;
+}
+
+// The visit of a sample whose row was `old`, from the sums over its `tokens` valid tokens.
+GEKO_HD Visit judge(
+    const SampleRow& old, int64_t tokens, float loss_sum, float confidence_sum, float hits, const Rules& rules) {
+  const float divisor = static_cast<float>(tokens > 1 ? tokens : 1);
+  Visit visit{tokens, loss_sum / divisor, confidence_sum / divisor, hits / divisor, 0.f, false, false, old};
+  SampleRow& row = visit.row;
+  visit.finite = tokens > 0 && std::isfinite(visit.loss) && std::isfinite(visit.confidence);
+  if (visit.finite) {
+    for (int i = 0; i + 1 < kHistory; ++i) row.history[i] = old.history[i + 1];
+    row.history[kHistory - 1] = visit.loss;
+    const float scaled = visit.loss / rules.q_scale;
+    row.q_value = (1.f - rules.q_lr) * old.q_value + rules.q_lr * (1.f - (scaled > 1.f ? 1.f : scaled));
+    row.confidence = visit.confidence;
+    row.times_seen = old.times_seen + 1;
+    const bool by_loss = visit.loss < rules.correct_loss, by_accuracy = visit.accuracy >= rules.correct_accuracy;
+    visit.correct = rules.by_accuracy > 0.f ? by_accuracy : by_loss;
+    row.wrong_streak = visit.correct ? 0 : old.wrong_streak < 255 ? old.wrong_streak + 1 : 255;
+  }
+  visit.quality = quality_of(row.history, row.times_seen, rules);
+  if (tokens > 0) row.bucket = bucket_of(visit, rules);
+  return visit;
+}
+
+// `weights` are those of (HARD, FOCUS, LIGHT, FREEZE).
+GEKO_HD float weight_of(const Visit& visit, const float* weights) {
+  return visit.tokens > 0 ? weights[HARD - visit.row.bucket] : 0.f;
+}
+
+}  // namespace geko
