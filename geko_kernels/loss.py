@@ -15,7 +15,7 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.reference import Reduction, layout
 from geko_kernels.state import NO_ERROR, SampleState, raise_flagged, rules_tensor
 
-_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
+REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -134,10 +134,12 @@ def weighted_loss(
 
     Source: the GEKO document's weighted loss; see `reference.py` for every op in plain PyTorch.
     """
-    _check_arguments(logits, labels, sample_ids, state, reduction, shift, ignore_index, softcap, inplace)
-    code = _REDUCTIONS[reduction]
+    check_batch("logits", logits, labels, sample_ids, state, reduction, shift, ignore_index, softcap)
+    if inplace:
+        _check_inplace(logits)
+    code = REDUCTIONS[reduction]
     cap = float(softcap or 0.0)
-    items = _num_items_tensor(num_items, reduction, logits.device)
+    items = num_items_tensor(num_items, reduction, logits.device)
     logits_3d = logits if logits.dim() == 3 else logits.unsqueeze(1)  # (B, S, V)
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     visits = _visit(logits_3d.detach(), labels_2d, sample_ids, state, items, code, ignore_index, shift, cap, update)
@@ -163,18 +165,8 @@ def _visit(
     """Run the forward op with the state's columns; on the CPU look at the values of labels and ids first."""
     eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
     if eager and logits.device.type == "cpu":
-        _check_values(labels, sample_ids, state, logits.shape[-1], ignore_index, shift)
-    debug = eager and os.environ.get("GEKO_DEBUG", "0") not in ("", "0")
-    if state is None:
-        rules, weights = _plain_rules(logits.device, eager)
-        error = torch.full((), NO_ERROR, device=logits.device) if debug else None
-        columns: tuple[Tensor | None, ...] = (*[None] * 9, error)
-    else:
-        rules, weights, error = state.rules, state.weights, state.error
-        columns = (
-            *(state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak),
-            *(state.changed, state.claim, state.quarantined, state.error),
-        )
+        check_values(labels, sample_ids, state, logits.shape[-1], ignore_index, shift)
+    rules, weights, columns = table_of(state, logits.device, eager)
     writes = state is not None and update and torch.is_grad_enabled()
     visits = Visits(
         *ops.loss_forward_(
@@ -182,9 +174,33 @@ def _visit(
             *(reduction, ignore_index, shift, softcap, writes),
         )
     )
-    if debug and error is not None:
-        raise_flagged(error, len(state) if state is not None else -1, logits.shape[-1])
+    if eager:
+        check_flag(columns[-1], state, logits.shape[-1])
     return visits
+
+
+def table_of(
+    state: SampleState | None, device: torch.device, eager: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Rules, weights and columns of `state` as `sample_update_` takes them; the columns end with the error flag."""
+    if state is None:
+        error = torch.full((), NO_ERROR, device=device) if eager and _debug() else None
+        return *_plain_rules(device, eager), (*[None] * 9, error)
+    columns = (
+        *(state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak),
+        *(state.changed, state.claim, state.quarantined, state.error),
+    )
+    return state.rules, state.weights, columns
+
+
+def _debug() -> bool:
+    return os.environ.get("GEKO_DEBUG", "0") not in ("", "0")
+
+
+def check_flag(error: Tensor | None, state: SampleState | None, vocab: int) -> None:
+    """With GEKO_DEBUG=1: raise what the ops flagged, at once."""
+    if error is not None and _debug():
+        raise_flagged(error, len(state) if state is not None else -1, vocab)
 
 
 _plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -200,7 +216,7 @@ def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
     return pair
 
 
-def _num_items_tensor(num_items: int | float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
+def num_items_tensor(num_items: int | float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
     if num_items is None:
         return None
     if reduction not in ("mean", "token_mean"):
@@ -217,8 +233,9 @@ def _num_items_tensor(num_items: int | float | Tensor | None, reduction: str, de
     return torch.ones((), device=device) * num_items  # torch.full would compile anew for every number
 
 
-def _check_arguments(
-    logits: Tensor,
+def check_batch(
+    name: str,
+    tokens: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
@@ -226,40 +243,44 @@ def _check_arguments(
     shift: bool,
     ignore_index: int,
     softcap: float | None,
-    inplace: bool,
 ) -> None:
-    """What Python can see without looking at values; see `weighted_loss` for what is allowed."""
-    for name, tensor in (("logits", logits), ("labels", labels), ("sample_ids", sample_ids)):
-        if not isinstance(tensor, Tensor) and not (name == "sample_ids" and tensor is None):
-            hint = "; this model returned no logits" if name == "logits" and tensor is None else ""
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    """What Python can see of a batch without its values; `tokens` is the argument `name`, one vector a token."""
+    for key, tensor in ((name, tokens), ("labels", labels), ("sample_ids", sample_ids)):
+        if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
+            hint = "; this model returned no logits" if key == "logits" and tensor is None else ""
+            raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
         if hasattr(tensor, "full_tensor"):
-            raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}; use {name}.full_tensor()")
+            raise TypeError(f"{key} must be a plain tensor, got a {type(tensor).__name__}; use {key}.full_tensor()")
     if state is not None and not isinstance(state, SampleState):
         raise TypeError(f"state must be a SampleState or None, got {type(state).__name__}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() not in (2, 3) or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be (B, S, V) or (B, V) with V >= 1, got {tuple(logits.shape)}")
+    if tokens.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tokens.dtype}")
+    if tokens.dim() not in (2, 3) or tokens.shape[-1] < 1:
+        size = "V" if name == "logits" else "H"
+        raise ValueError(f"{name} must be (B, S, {size}) or (B, {size}) with {size} >= 1, got {tuple(tokens.shape)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
-    if labels.shape != logits.shape[:-1]:
+    if labels.shape != tokens.shape[:-1]:
         raise ValueError(
-            f"labels must be {tuple(logits.shape[:-1])} for logits of {tuple(logits.shape)}, got {tuple(labels.shape)}"
+            f"labels must be {tuple(tokens.shape[:-1])} for {name} of {tuple(tokens.shape)}, got {tuple(labels.shape)}"
         )
-    if labels.device != logits.device:
-        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
-    _check_ids(logits, labels, sample_ids, state)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {tuple(_REDUCTIONS)}, got {reduction!r}")
+    for key, where in (("labels", labels), ("sample_ids", sample_ids)):
+        if where is not None and where.device != tokens.device:
+            raise ValueError(f"{key} must be on the device of {name}, {tokens.device}, got {where.device}")
+    _check_ids(labels, sample_ids, state)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if shift and logits.dim() == 2:
-        raise ValueError("shift=True needs logits (B, S, V): with (B, V) there is no next position to predict")
+    if shift and tokens.dim() == 2:
+        raise ValueError(f"shift=True needs {name} of 3 dimensions: in 2 there is no next position to predict")
     _check_softcap(softcap)
-    if inplace and logits.requires_grad and logits.is_leaf:
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace=True would write the gradient over a leaf tensor; pass the output of a model")
-    if inplace and any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError("inplace=True cannot write over expanded logits (stride 0)")
 
 
@@ -272,26 +293,24 @@ def _check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap must be a finite number above 0 or None, got {softcap}")
 
 
-def _check_ids(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, state: SampleState | None) -> None:
+def _check_ids(labels: Tensor, sample_ids: Tensor | None, state: SampleState | None) -> None:
     if sample_ids is None:
         if state is not None:
             raise ValueError("sample_ids must be given with a state: it says whose row each visit updates")
         return
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids must be int64, got {sample_ids.dtype}; use sample_ids.long()")
-    allowed = (labels.shape[:1], labels.shape) if logits.dim() == 3 else (labels.shape,)
+    allowed = (labels.shape[:1], labels.shape)[: labels.dim()]
     if sample_ids.shape not in allowed:
         shapes = " or ".join(str(tuple(shape)) for shape in allowed)
         raise ValueError(f"sample_ids must be {shapes}, got {tuple(sample_ids.shape)}")
-    if sample_ids.device != logits.device:
-        raise ValueError(f"sample_ids must be on the logits' device {logits.device}, got {sample_ids.device}")
-    if state is not None and state.device != logits.device:
+    if state is not None and state.device != labels.device:
         raise ValueError(
-            f"state must be on the logits' device {logits.device}, got {state.device}; make it with device=..."
+            f"state must be on the device of the labels, {labels.device}, got {state.device}; make it with device=..."
         )
 
 
-def _check_values(
+def check_values(
     labels: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
