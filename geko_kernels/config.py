@@ -37,9 +37,11 @@ class GEKOConfig:
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
         use_curriculum: move the bucket weights along the mountain curriculum.
         selection: leave samples of weight zero out of each epoch's plan.
-        probes: re-check left-out samples forward-only, so that a forgotten one thaws.
-        uniform_finish: last share of the run, in [0, 1), on all samples with weight 1.
-        noise_guard: quarantine samples that look mislabelled.
+        probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
+        uniform_finish: last share of the run, in [0, 1), on all samples but quarantined ones, with weight 1.
+        noise_guard: quarantine samples that look mislabelled; see `training/guard.py` for the rule.
+        noise_guard_visits: such a sample was wrong at this many visits running, at least 2, without improving.
+        noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
 
     Raises:
         ValueError, TypeError: a field outside its range or of the wrong kind, by name.
@@ -62,6 +64,8 @@ class GEKOConfig:
     probes: bool = True
     uniform_finish: float = 0.125
     noise_guard: bool = True
+    noise_guard_visits: int = 2
+    noise_guard_share: float = 0.4
 
     def __post_init__(self) -> None:
         for name in ("freeze_confidence", "freeze_quality", "focus_confidence", "correct_accuracy", "q_value_lr"):
@@ -71,6 +75,7 @@ class GEKOConfig:
         self._check_number("q_value_loss_scale", 0.0, math.inf, "> 0", open_low=True)
         self._check_number("freeze_weight", 0.0, math.inf, ">= 0")
         self._check_number("uniform_finish", 0.0, 0.999999, "in [0, 1)")
+        self._check_number("noise_guard_share", 0.0, 0.999999, "in (0, 1)", open_low=True)
         if self.focus_confidence >= self.freeze_confidence:
             raise ValueError(
                 f"focus_confidence must be below freeze_confidence ({self.freeze_confidence}), "
@@ -81,6 +86,11 @@ class GEKOConfig:
         for name in ("use_curriculum", "selection", "probes", "noise_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        visits = self.noise_guard_visits
+        if isinstance(visits, bool) or not isinstance(visits, int):
+            raise TypeError(f"noise_guard_visits must be an integer from 2 to 5, got {visits!r}")
+        if not 2 <= visits <= 5:
+            raise ValueError(f"noise_guard_visits must be from 2 to 5 (the losses kept per sample), got {visits}")
         self._check_weights()
 
     def _check_number(self, name: str, low: float, high: float, allowed: str, open_low: bool = False) -> None:

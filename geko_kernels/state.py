@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference import quality_of
+from geko_kernels.sync import sync_rows_
 
 HISTORY = 5  # losses kept per sample
 NO_ERROR = torch.iinfo(torch.int64).max
@@ -130,7 +132,17 @@ class SampleState:
 
         Equal to `torch.bincount(state.bucket, minlength=4)`, without its host sync.
         """
-        return torch.stack([(self.bucket == bucket).sum() for bucket in Bucket])
+        return torch.stack([(self.bucket == bucket).count_nonzero() for bucket in Bucket])
+
+    def sync(self, group: ProcessGroup | None = None) -> None:
+        """Bring the rows that any process of `group` has updated since the last sync to all of them; clears `changed`.
+
+        Every process of the group calls it. A row updated on several is taken from the one with the most visits, the
+        highest rank among equals. With one process, or without torch.distributed, nothing moves.
+
+        Args: group: a process group whose backend takes tensors of `device`; None is the default one.
+        """
+        sync_rows_({name: getattr(self, name) for name in _COLUMNS}, self.changed, self.claim, group)
 
     def check(self) -> None:
         """Raise if a call since the last check met a bad label or sample id; waits for the device.

@@ -1,0 +1,69 @@
+"""`SampleState.sync`: every process ends up with the rows that any of them has updated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, group: dist.ProcessGroup | None) -> None:
+    """All-gather the rows of `columns` marked in `changed` and write them on every process; two collectives.
+
+    A row changed on several processes is taken from the one with the most visits (`times_seen`), the highest rank
+    among equals, so all agree. Without several processes only the marks are cleared.
+
+    Args: columns of (N, ...) by name, "times_seen" among them; changed (N,) bool, all False afterwards;
+        claim (N,) int32: scratch, all 0 before and after.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        ids = changed.nonzero()[:, 0]
+        gathered = _gather_rows(torch.cat([_as_bytes(ids), *(_as_bytes(c[ids]) for c in columns.values())], 1), group)
+        _write_latest_(columns, gathered, claim)
+    changed.zero_()
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """(n, ...) -> (n, bytes of a row) uint8."""
+    return rows.reshape(len(rows), _width(rows)).contiguous().view(torch.uint8)
+
+
+def _width(rows: Tensor) -> int:
+    return rows.shape[1] if rows.dim() > 1 else 1
+
+
+def _gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(n, b) uint8 with another n on each process -> all of them in order of rank."""
+    world = dist.get_world_size(group)
+    counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
+    counts[dist.get_rank(group)] = len(rows)
+    dist.all_reduce(counts, group=group)
+    sizes = counts.tolist()
+    longest = max(sizes)
+    if longest == 0:
+        return rows
+    padded = torch.zeros(longest, rows.shape[1], dtype=torch.uint8, device=rows.device)
+    padded[: len(rows)] = rows
+    everyone = torch.empty(world * longest, rows.shape[1], dtype=torch.uint8, device=rows.device)
+    dist.all_gather_into_tensor(everyone, padded, group=group)
+    return torch.cat([everyone[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
+
+
+def _write_latest_(columns: Mapping[str, Tensor], gathered: Tensor, claim: Tensor) -> None:
+    """Write the rows of `gathered` (rows of `_as_bytes`, in order of rank), one winner per id."""
+    widths = [8, *(column.element_size() * _width(column) for column in columns.values())]
+    parts = dict(zip(["ids", *columns], gathered.split(widths, 1), strict=True))
+    ids = parts["ids"].contiguous().view(torch.int64)[:, 0]
+    seen = parts["times_seen"].contiguous().view(torch.int32)[:, 0]
+    order = torch.argsort(seen, stable=True)  # most visits last, higher rank later among equals
+    place = torch.empty_like(order)
+    place[order] = torch.arange(1, len(order) + 1, device=order.device)
+    claim.scatter_reduce_(0, ids, place.to(claim.dtype), "amax")
+    won = claim[ids] == place
+    claim.index_fill_(0, ids, 0)
+    at = ids[won]
+    for name, column in columns.items():
+        values = parts[name][won].contiguous().view(column.dtype)
+        column[at] = values.reshape(len(at), *column.shape[1:])

@@ -1,0 +1,39 @@
+"""When a left-out sample is looked at again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_INTERVAL = 64  # epochs
+
+
+class ProbeSchedule:
+    """Re-check times of the samples that an epoch's plan leaves out; 5 bytes a sample, on the state's device.
+
+    A sample left out at epoch e is due at e + 1, one of odd id at e + 2, so that a crowd that froze together is not
+    probed together; while it stays left out the time to the next probe doubles from 2 epochs on (up to 64).
+
+    Columns: interval (N,) uint8, 0 for a sample that takes part; next_probe (N,) int32, an epoch.
+    """
+
+    def __init__(self, num_samples: int, device: torch.device) -> None:
+        self.interval = torch.zeros(num_samples, dtype=torch.uint8, device=device)
+        self.next_probe = torch.zeros(num_samples, dtype=torch.int32, device=device)
+
+    def due(self, left_out: Tensor, epoch: int) -> Tensor:
+        """left_out (N,) bool -> ids (n,) int64 to probe before `epoch`, ascending."""
+        return (left_out & (self.interval > 0) & (self.next_probe <= epoch)).nonzero()[:, 0]
+
+    def probed_(self, ids: Tensor, epoch: int) -> None:
+        """Double the interval of `ids`, just probed; those that came back are reset by `follow_`."""
+        self.interval[ids] = (self.interval[ids] * 2).clamp(max=MAX_INTERVAL)
+        self.next_probe[ids] = epoch + self.interval[ids].int()
+
+    def follow_(self, left_out: Tensor, epoch: int) -> None:
+        """Start the clock of samples newly left out of `epoch`, stop it for those that take part."""
+        fresh = left_out & (self.interval == 0)
+        for parity in (0, 1):
+            self.next_probe[parity::2].masked_fill_(fresh[parity::2], epoch + 1 + parity)
+        self.interval.masked_fill_(fresh, 1)
+        self.interval.masked_fill_(~left_out, 0)

@@ -1,0 +1,280 @@
+"""`GEKOSampler`: each epoch's plan, drawn from the learning state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from geko_kernels.config import Bucket
+from geko_kernels.curriculum import MountainCurriculum
+from geko_kernels.state import SampleState
+from geko_kernels.training.guard import update_quarantine_
+from geko_kernels.training.probes import ProbeSchedule
+
+_CHUNK = 1 << 16  # ids turned into Python integers at a time
+_COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
+Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
+
+
+class Plan(NamedTuple):
+    """One epoch: which samples in which order, and which stretch of the run it makes."""
+
+    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
+    head: int  # samples of the head
+    start: float  # progress of the run at the first sample,
+    turn: float  # where the head ends
+    end: float  # and after the last one
+
+
+class GEKOSampler(Sampler[int]):
+    """Sample ids of one epoch without replacement, those left out that have nothing to teach now.
+
+    With `perm = torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` the plan is
+    `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
+    bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
+    those never seen. The last `uniform_finish` of the run takes every sample but the quarantined.
+
+    In a loop of your own:
+
+        sampler = GEKOSampler(state, num_epochs=3)
+        loader = DataLoader(dataset, batch_size=B, sampler=sampler)
+        for epoch in range(3):
+            probes = sampler.due_probes(epoch)     # ids to run forward-only through weighted_loss, then
+            sampler.probed(probes, epoch)
+            sampler.set_epoch(epoch)               # draws the plan: len(loader) is this epoch's
+            for step, batch in enumerate(loader):
+                sampler.advance(step * B)          # moves the weights along the curriculum
+
+    Several processes: give every rank the same arguments; `due_probes` and `set_epoch` sync the state and draw the
+    same plan everywhere. The sampler yields the whole plan; sharding is accelerate's part (`accelerator.prepare`).
+
+    Args:
+        state: the learning state; its config says what is left out.
+        num_epochs: length of the run, in passes over the dataset; the last one may be partial.
+        seed: of the order.
+        shuffle: False keeps the order of the ids.
+        pad_to: fill the plan up to a multiple of this with marked repeats: `~id`, which `IdDataset` turns into the
+            sample with id -1. So accelerate never repeats a sample itself, and repeats count for nothing.
+        lengths: (N,) sample lengths: windows of the plan are sorted by them, longest first.
+        window: samples in such a window.
+    """
+
+    def __init__(
+        self,
+        state: SampleState,
+        num_epochs: float = 1.0,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        pad_to: int = 1,
+        lengths: Tensor | None = None,
+        window: int = 1,
+    ) -> None:
+        if not isinstance(state, SampleState):
+            raise TypeError(f"state must be a SampleState, got {type(state).__name__}")
+        if not num_epochs > 0:
+            raise ValueError(f"num_epochs must be above 0, got {num_epochs}")
+        if lengths is not None and len(lengths) != len(state):
+            raise ValueError(f"lengths must have one entry for each of the {len(state)} samples, got {len(lengths)}")
+        self.state = state
+        self.num_epochs = float(num_epochs)
+        self.seed, self.shuffle, self.pad_to = seed, shuffle, pad_to
+        self.lengths, self.window = lengths, window
+        self.curriculum = MountainCurriculum()
+        self.probes = ProbeSchedule(len(state), state.device)
+        self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
+        self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
+        self.epoch = 0
+        self.position = 0  # ids of the plan handed out
+        self.plan: Plan | None = None
+        self._finished = False  # the plan has been handed out to its end
+        self._row: Row | None = None  # weights in force
+
+    def __len__(self) -> int:
+        """Ids in this epoch's plan, padding included; all samples' before the first plan is drawn."""
+        size = len(self.state) if self.plan is None else len(self.plan.ids)
+        return math.ceil(size / self.pad_to) * self.pad_to
+
+    def __iter__(self) -> Iterator[int]:
+        if self.plan is None or self._finished:
+            self.set_epoch(self.epoch + self._finished)
+        assert self.plan is not None
+        ids = self.plan.ids
+        while self.position < len(self):
+            chunk = ids[self.position : self.position + _CHUNK].tolist() or self._padding(self.position - len(ids))
+            for sample in chunk:
+                self.position += 1
+                yield sample
+        self.position, self._finished = 0, True
+
+    def _padding(self, done: int) -> list[int]:
+        assert self.plan is not None
+        ids = self.plan.ids
+        missing = torch.arange(done, len(self) - len(ids)) % max(len(ids), 1)
+        return [~int(sample) for sample in ids[missing]]
+
+    def set_epoch(self, epoch: int, start: float | None = None) -> None:
+        """Draw the plan of `epoch`, unless that is the one at hand and not yet handed out.
+
+        `start` is the finished share of the run where it is counted in samples drawn, so that a run of shorter
+        epochs has more of them (`max_steps`); left out, epoch e begins at `e / num_epochs`.
+        """
+        if self.plan is not None and epoch == self.epoch and not self._finished:
+            return
+        self.state.sync()
+        update_quarantine_(self.state)
+        self.note_forgotten_()
+        self.plan = None  # frees its ids first
+        self.plan = self._draw(epoch, start)
+        self.epoch, self.position, self._finished = epoch, 0, False
+        self.advance(0)
+
+    def _span(self, epoch: int, start: float | None) -> tuple[float, float]:
+        """Progress at the epoch's begin and its longest possible end."""
+        begin = epoch / self.num_epochs if start is None else start
+        return min(begin, 1.0), min(begin + 1 / self.num_epochs, 1.0)
+
+    def _keep(self, epoch: int, start: float | None) -> Tensor:
+        """(N,) bool: samples that the part of the epoch before the uniform finish trains."""
+        state, config = self.state, self.state.config
+        keep = ~state.quarantined
+        if config.selection:
+            begin, end = self._span(epoch, start)
+            row = self._weights_at((begin + end) / 2)
+            taught = state.times_seen == 0
+            for bucket in Bucket:
+                if row[3 - bucket] > 0:
+                    taught |= state.bucket == bucket
+            keep &= taught
+        return keep
+
+    def _draw(self, epoch: int, start: float | None) -> Plan:
+        state, total = self.state, len(self.state)
+        begin, longest = self._span(epoch, start)
+        finish = 1 - state.config.uniform_finish
+        keep = self._keep(epoch, start)
+        perm = torch.arange(total, dtype=torch.int32)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            torch.randperm(total, generator=generator, dtype=torch.int32, out=perm)
+        kept = keep.cpu().index_select(0, perm)
+        if start is None:  # a slot passes whether its sample is trained or not
+            slots = round((longest - begin) * self.num_epochs * total)
+            cut = min(max(round((finish - begin) * self.num_epochs * total), 0), slots)
+            turn, end = begin + cut / (self.num_epochs * total), longest
+        else:  # only samples drawn count
+            slots = total
+            cut = self._cut_after(kept, round((finish - begin) * self.num_epochs * total))
+        if cut < slots:
+            kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
+        ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
+        head = int(kept[:cut].count_nonzero())
+        if start is not None:
+            turn = begin + head / (self.num_epochs * total)
+            end = begin + len(ids) / (self.num_epochs * total)
+        self.probes.follow_(~keep if cut else state.quarantined, epoch)
+        ids = torch.cat([self._grouped(ids[:head]), self._grouped(ids[head:])]) if self.lengths is not None else ids
+        return Plan(ids, head, begin, min(turn, 1.0), min(end, 1.0))
+
+    @staticmethod
+    def _cut_after(kept: Tensor, budget: int) -> int:
+        """How many slots to pass until `budget` kept samples are drawn; none if nothing is kept."""
+        count = int(kept.count_nonzero())
+        if budget <= 0 or count == 0:
+            return 0
+        if count <= budget:
+            return len(kept)
+        return int(torch.searchsorted(kept.cumsum(0, dtype=torch.int32), budget)) + 1
+
+    def _grouped(self, ids: Tensor) -> Tensor:
+        assert self.lengths is not None
+        windows = [w[self.lengths[w.long()].argsort(descending=True, stable=True)] for w in ids.split(self.window)]
+        return torch.cat(windows) if windows else ids
+
+    def progress(self, consumed: float) -> float:
+        """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
+        if self.plan is None:
+            return 0.0
+        ids, head, start, turn, end = self.plan
+        if consumed < head:
+            return start + (turn - start) * consumed / head
+        tail = len(ids) - head
+        return turn + (end - turn) * min((consumed - head) / tail, 1.0) if tail else end
+
+    def _weights_at(self, progress: float) -> Row:
+        config = self.state.config
+        if config.use_curriculum:
+            return (*self.curriculum.weights(progress), config.freeze_weight)
+        return (*config.bucket_weights, config.freeze_weight)
+
+    def weights(self, consumed: float) -> Row:
+        """Weights of (HARD, FOCUS, LIGHT, FREEZE) after `consumed` samples of the plan: the phase's, or 1 for all."""
+        if self.plan is not None and consumed >= self.plan.head and len(self.plan.ids) > self.plan.head:
+            return (1.0, 1.0, 1.0, 1.0)
+        return self._weights_at(self.progress(consumed))
+
+    def advance(self, consumed: float) -> None:
+        """Give the state the weights that hold after `consumed` samples of the plan; launches nothing in between."""
+        row = self.weights(consumed)
+        if row != self._row:
+            for slot, weight in enumerate(row):
+                self.state.weights[slot].fill_(weight)
+            self._row = row
+
+    def due_probes(self, epoch: int, start: float | None = None) -> Tensor:
+        """ids (n,) int32 on the CPU that `epoch` leaves out and that are due for a look before it is drawn.
+
+        None where the uniform finish makes up most of the epoch and so looks at them anyway.
+        """
+        self.state.sync()
+        begin, end = self._span(epoch, start)
+        if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
+            return torch.empty(0, dtype=torch.int32)
+        self.note_forgotten_()
+        return self.probes.due(~self._keep(epoch, start), epoch).int().cpu()
+
+    def probed(self, ids: Tensor, epoch: int) -> None:
+        """`ids` have been run forward-only: their next probe is twice as far off, unless they came back."""
+        self.probes.probed_(ids.to(self.state.device, torch.int64), epoch)
+
+    def note_forgotten_(self) -> Tensor:
+        """Count samples that were right when last looked at and are wrong now; returns how many, () int64."""
+        correct = (self.state.bucket <= Bucket.LIGHT) & (self.state.times_seen > 0)
+        lost = self.was_correct & ~correct
+        self.forgotten += (lost & (self.forgotten < 255)).to(self.forgotten.dtype)
+        self.was_correct.copy_(correct)
+        return lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """What resuming in the middle of an epoch needs, beside the SampleState.
+
+        `consumed` is how many samples of the plan the loop has trained, where loader workers have fetched ahead.
+        """
+        plan = self.plan
+        return {
+            **{name: getattr(self._owner(name), name) for name in _COLUMNS},
+            "plan": None if plan is None else plan.ids,
+            "spans": None if plan is None else list(plan[1:]),
+            "epoch": self.epoch,
+            "position": self.position if consumed is None else consumed,
+            "finished": self._finished,
+        }
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Carry on from `state_dict()`; the state of another dataset size raises `ValueError`."""
+        rows = len(values["interval"])
+        if rows != len(self.state):
+            raise ValueError(f"state_dict is of a sampler over {rows} samples, this one has {len(self.state)}")
+        for name in _COLUMNS:
+            getattr(self._owner(name), name).copy_(values[name])
+        self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
+        self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
+        self._row = None
+
+    def _owner(self, column: str) -> Any:
+        return self.probes if column in ("interval", "next_probe") else self
