@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,15 @@ import geko_kernels
 from geko_kernels import ops
 
 _PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
-_VARIABLES = ("GEKO_BACKEND", "GEKO_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CXX")
+_VARIABLES = (
+    "GEKO_BACKEND",
+    "GEKO_CPU_CAPABILITY",
+    "GEKO_DEBUG",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "CXX",
+)
 _REINSTALL = "then reinstall geko_kernels (`pip install --no-build-isolation -e .` in a checkout)"
 
 
@@ -80,19 +89,29 @@ def _cpu_name() -> str:
 
 
 def _backends() -> list[tuple[str, str]]:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [(device, _backend(torch.device(device))) for device in devices]
+    cuda = _backend(torch.device("cuda")) if torch.cuda.is_available() else "none: no CUDA device to run on"
+    return [("cpu", _backend(torch.device("cpu"))), ("cuda", cuda)]
 
 
 def _backend(device: torch.device) -> str:
     """Which backend runs on `device`, why, and whether a small loss and gradient come out right."""
     wanted = ops.backend_name(device)
-    chosen = "set by GEKO_BACKEND" if os.environ.get("GEKO_BACKEND") else "the default here"
+    asked = bool(os.environ.get("GEKO_BACKEND"))
+    if wanted not in ops._MODULES:
+        return (
+            f"none: GEKO_BACKEND={wanted} is unknown; unset it, or set it to one of {', '.join(sorted(ops._MODULES))}"
+        )
     try:
-        detail = getattr(importlib.import_module(ops._MODULES[wanted]), "build_info", str)()
+        module = importlib.import_module(ops._MODULES[wanted])
     except ImportError as error:
-        return f"reference (plain PyTorch: right but slow), as {wanted} is missing: {error}. {_remedy(wanted)}"
-    return f"{wanted}, {chosen}; {detail + '; ' if detail else ''}{_check(device)}"
+        instead = "none, as GEKO_BACKEND asks for" if asked else "reference (plain PyTorch: right but slow), without"
+        return f"{instead} {wanted}: {error}. {_remedy(wanted)}"
+    why = "set by GEKO_BACKEND" if asked else "the default here"
+    return f"{wanted}, {why}; {_build(module) if wanted == 'cpp' else ''}{_check(device)}"
+
+
+def _build(cpp: ModuleType) -> str:
+    return f"{cpp.cpu_capability()}, {cpp.num_threads()} threads, built with {cpp.build_info()}; "
 
 
 def _remedy(backend: str) -> str:
