@@ -12,15 +12,15 @@ import triton.language as tl
 from geko_kernels.kernels.addressing import visit_starts
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
 
+SEARCH_BLOCK = tl.constexpr(128)  # small: rare code, and it must not cost registers or compile time
+
 
 @triton.jit
 def _finite_visit(
     batch,
-    tokens_ptr,
-    token_count,
+    token_stats,
     slot,
     sample,
-    vocab,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,7 +33,7 @@ def _finite_visit(
         length = run_length(batch, slot, sample, BLOCK)
     one = tl.zeros([1], tl.int32)
     _, items, loss, sure, _ = visit_means(
-        batch, tokens_ptr, token_count, one + first, one + length, length, one == 0, vocab, SHIFT, PACKED, 1, BLOCK
+        batch, token_stats, one + first, one + length, length, one == 0, SHIFT, PACKED, 1, BLOCK
     )
     return tl.max(((items > 0) & is_finite(loss, sure)).to(tl.int32), 0)
 
@@ -41,12 +41,10 @@ def _finite_visit(
 @triton.jit
 def _superseded(
     batch,
-    tokens_ptr,
-    token_count,
+    token_stats,
     slot,
     sample,
     entries,
-    vocab,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,29 +62,27 @@ def _superseded(
         start += BLOCK
         if match < entries:
             start = match + 1
-            found = _finite_visit(batch, tokens_ptr, token_count, match, sample, vocab, SHIFT, PACKED, BLOCK)
+            found = _finite_visit(batch, token_stats, match, sample, SHIFT, PACKED, BLOCK)
     return found
 
 
 @triton.jit
 def writers(
     batch,
-    tokens_ptr,
-    token_count,
+    token_stats,
     claim_ptr,
     slot,
     sample,
     known,
     finite,
     entries,
-    vocab,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Which visits write their sample's row: the last finite one of each sample. Takes the claims back."""
     mine = known & (tl.load(claim_ptr + sample, mask=known, other=0) == slot + 1)
+    tl.debug_barrier()  # every thread has read its claim
     tl.store(claim_ptr + sample, tl.zeros([ROWS], tl.int32), mask=mine)
     doubtful = finite & ~mine
     late = tl.zeros([ROWS], tl.int32)
@@ -97,8 +93,6 @@ def writers(
             if tl.max(here.to(tl.int32), 0) > 0:
                 my_slot = tl.max(tl.where(here, slot, 0), 0)
                 my_sample = tl.max(tl.where(here, sample, 0), 0)
-                found = _superseded(
-                    batch, tokens_ptr, token_count, my_slot, my_sample, entries, vocab, SHIFT, PACKED, BLOCK
-                )
+                found = _superseded(batch, token_stats, my_slot, my_sample, entries, SHIFT, PACKED, SEARCH_BLOCK)
                 late = tl.where(here, found, late)
     return finite & (late == 0)

@@ -12,11 +12,9 @@ from geko_kernels.kernels.addressing import BATCH_INTS, token_sample, visit_star
 from geko_kernels.kernels.claims import writers
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
-from geko_kernels.kernels.visit_output import NONE, store_coefficients, store_padding, store_visits
+from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
 from geko_kernels.kernels.visit_prep import (
     COUNT_PLANE,
-    ITEMS_PLANE,
-    LOSS_PLANE,
     PREP_TILE,
     empty_scratch,
     launch_visit_prep,
@@ -24,68 +22,37 @@ from geko_kernels.kernels.visit_prep import (
 )
 from geko_kernels.reference import Reduction
 
-MEAN = tl.constexpr(int(Reduction.MEAN))
 TOKEN_MEAN = tl.constexpr(int(Reduction.TOKEN_MEAN))
-SUM = tl.constexpr(int(Reduction.SUM))
+PACKED_GROUP = 16  # tokens a program; a divisor of PREP_TILE
 
 
 @triton.jit
-def _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, REDUCTION: tl.constexpr):
-    """The last program to arrive: all partial sums in a fixed order, then the divisor."""
-    loss = tl.zeros([1024], tl.float32)
-    items = tl.zeros([1024], tl.int32)
-    for start in range(0, partials, 1024):
-        i = start + tl.arange(0, 1024)
-        inside = i < partials
-        bits = tl.load(plane(scratch_ptr, LOSS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
-        loss += bits.to(tl.float32, bitcast=True)
-        items += tl.load(plane(scratch_ptr, ITEMS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
-    value = tl.sum(loss, 0)
-    if REDUCTION != SUM:  # MEAN, TOKEN_MEAN
-        if num_items_ptr is None:
-            divisor = tl.sum(items, 0).to(tl.float32)
-        else:
-            divisor = tl.load(num_items_ptr).to(tl.float32)
-        scale = tl.where(divisor > 0, tl.div_rn(1.0, divisor), 0.0)
-        tl.store(scale_ptr, scale)
-        value *= scale
-    tl.store(value_ptr, value)
-
-
-@triton.jit
-def _locate_packed(batch, scratch_ptr, entries, TILE: tl.constexpr):
-    """Packed, program t: the sample of token t, whether a visit starts there, that visit's entry, visits in all."""
-    t = tl.program_id(0)
-    sample, starts = visit_starts(batch, t, True, True)
+def _locate_packed(batch, scratch_ptr, entries, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Packed, the program's tokens: positions, samples, which start a visit; the first one's entry; visits in all."""
+    t = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    samples, starts = visit_starts(batch, t, t < entries, True)
+    my_tile = tl.program_id(0) * GROUP // TILE
+    tiles = tl.cdiv(entries, TILE)
     before = tl.zeros([TILE], tl.int32)
     visits = tl.zeros([TILE], tl.int32)
-    for start in range(0, tl.cdiv(entries, TILE), TILE):
+    for start in range(0, tiles, TILE):
         tile = start + tl.arange(0, TILE)
-        count = tl.load(plane(scratch_ptr, COUNT_PLANE, entries) + tile, mask=tile < tl.cdiv(entries, TILE), other=0)
+        count = tl.load(plane(scratch_ptr, COUNT_PLANE, entries) + tile, mask=tile < tiles, other=0)
         visits += count
-        before += tl.where(tile < t // TILE, count, 0)
-    entry = tl.sum(before, 0)
-    if starts:
-        neighbour = t // TILE * TILE + tl.arange(0, TILE)
-        _, others = visit_starts(batch, neighbour, neighbour < t, True)
-        entry += tl.sum(others.to(tl.int32), 0)
-    return sample, starts, entry, tl.sum(visits, 0)
+        before += tl.where(tile < my_tile, count, 0)
+    neighbour = my_tile * TILE + tl.arange(0, TILE)
+    _, others = visit_starts(batch, neighbour, neighbour < tl.program_id(0) * GROUP, True)
+    return t, samples, starts, tl.sum(before + others.to(tl.int32), 0), tl.sum(visits, 0)
 
 
 @triton.jit
 def _update_visits(
     batch,
-    tokens_ptr,
-    token_count,
-    vocab,
+    token_stats,
     where,
-    constants,
-    columns,
-    guards,
-    scratch_ptr,
+    table,
     outputs,
-    coeff_ptr,
-    token_visit_ptr,
+    scratch_ptr,
     REDUCTION: tl.constexpr,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -93,17 +60,17 @@ def _update_visits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS visits from their tokens to their entries; returns their loss and items for the batch's total."""
+    """ROWS visits from their tokens to their entries; returns what each adds to the loss and to the divisor."""
     entries, slot, entry, live, sample, first, lengths, longest = where
-    rules_ptr, weights_ptr = constants
-    claim_ptr, quarantined_ptr, table_rows = guards
+    rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows = table
     HAS_TABLE: tl.constexpr = columns[0] is not None
     known = live & (sample >= 0) & (sample < table_rows) if HAS_TABLE else live
     loss_sum, items, loss, sure, accuracy = visit_means(
-        batch, tokens_ptr, token_count, first, lengths, longest, known, vocab, SHIFT, PACKED, ROWS, BLOCK
+        batch, token_stats, first, lengths, longest, known, SHIFT, PACKED, ROWS, BLOCK
     )
     means = (items, loss, sure, accuracy)
-    finite = (items > 0) & is_finite(loss, sure)
+    counted = items > 0
+    finite = counted & is_finite(loss, sure)
     old = old_rows(scratch_ptr, entries, slot, live, HAS_TABLE)
     q_value, quality, correct, bucket, weight = judge_visits(old, means, finite, rules_ptr, weights_ptr, HAS_TABLE)
     if quarantined_ptr is not None:
@@ -111,49 +78,18 @@ def _update_visits(
         weight = tl.where(shut_out != 0, 0.0, weight)
     judged = (q_value, quality, correct, bucket, weight)
     if HAS_TABLE and UPDATE:
-        writes = writers(
-            batch,
-            tokens_ptr,
-            token_count,
-            claim_ptr,
-            slot,
-            sample,
-            known,
-            finite,
-            entries,
-            vocab,
-            SHIFT,
-            PACKED,
-            ROWS,
-            BLOCK,
-        )
+        writes = writers(batch, token_stats, claim_ptr, slot, sample, known, finite, entries, SHIFT, PACKED, ROWS)
         write_rows(columns, sample, writes, old, means, judged)
     if REDUCTION == TOKEN_MEAN:
-        coefficient = weight
-        contribution = tl.where(items > 0, weight * loss_sum, 0.0)
+        coefficient, contribution, divided_by = weight, weight * loss_sum, items
     else:
         coefficient = tl.div_rn(weight, tl.maximum(items, 1).to(tl.float32))
-        contribution = tl.where(items > 0, weight * loss, 0.0)
-    coefficient = tl.where(items > 0, coefficient, 0.0)
+        contribution, divided_by = weight * loss, counted.to(tl.int32)
+    contribution = tl.where(counted, contribution, 0.0)
+    coefficient = tl.where(counted, coefficient, 0.0)
     store_visits(outputs, entries, entry, live, sample, means, judged, contribution, REDUCTION)
-    store_coefficients(
-        batch,
-        coeff_ptr,
-        token_visit_ptr,
-        first,
-        lengths,
-        longest,
-        entry,
-        coefficient,
-        vocab,
-        SHIFT,
-        PACKED,
-        BLOCK,
-    )
-    if REDUCTION == TOKEN_MEAN:
-        return tl.sum(contribution, 0), tl.sum(items, 0)
-    else:
-        return tl.sum(contribution, 0), tl.sum((items > 0).to(tl.int32), 0)
+    store_coefficients(batch, token_stats, outputs, first, lengths, longest, entry, coefficient, SHIFT, PACKED, BLOCK)
+    return contribution, divided_by
 
 
 @triton.jit(do_not_specialize=BATCH_INTS)
@@ -174,10 +110,10 @@ def _sample_update_kernel(
     num_items_ptr,
     q_value_ptr,
     confidence_ptr,
-    loss_history_ptr,
-    times_seen_ptr,
+    history_ptr,
+    seen_ptr,
     bucket_ptr,
-    wrong_streak_ptr,
+    streak_ptr,
     changed_ptr,
     claim_ptr,
     quarantined_ptr,
@@ -197,80 +133,45 @@ def _sample_update_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One program a tile of ROWS rows, or packed one a token, at work where a visit starts."""
+    """One program a tile of ROWS rows; or packed one a GROUP of tokens, for the visits that start in it, one by one."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    columns = (
-        q_value_ptr,
-        confidence_ptr,
-        loss_history_ptr,
-        times_seen_ptr,
-        bucket_ptr,
-        wrong_streak_ptr,
-        changed_ptr,
-    )
-    outputs = (value_ptr, floats_ptr, ints_ptr, flags_ptr)
-    program = tl.program_id(0)
+    token_stats = (tokens_ptr, token_count, vocab)
+    columns = (q_value_ptr, confidence_ptr, history_ptr, seen_ptr, bucket_ptr, streak_ptr, changed_ptr)
+    table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows)
+    outputs = (value_ptr, floats_ptr, ints_ptr, flags_ptr, coeff_ptr, token_visit_ptr)
+    loss = tl.zeros([ROWS], tl.float32)
+    items = tl.zeros([ROWS], tl.int32)
     if PACKED:
         entries = token_count
-        sample, starts, at, partials = _locate_packed(batch, scratch_ptr, entries, TILE)
-        store_padding(outputs, coeff_ptr, token_visit_ptr, entries, program, sample, partials, REDUCTION)
-        _, first_starts = visit_starts(batch, program * 0, True, True)
-        arrivals = partials + 1 - first_starts.to(tl.int32)  # program 0 comes in any case
-        longest = 0
-        if starts:
-            longest = run_length(batch, program, sample, BLOCK)
+        t, samples, starts, entry, visits = _locate_packed(batch, scratch_ptr, entries, TILE, GROUP)
+        store_padding(outputs, entries, t, samples, visits, REDUCTION)
         one = tl.zeros([1], tl.int32)
-        slot, entry, lengths = one + program, one + at, one + longest
-        sample = sample + one.to(tl.int64)
-        live = lengths > 0
-        first = slot
-        works = starts | (program == 0)
+        token = tl.min(tl.where(starts, t, entries), 0)
+        while token < entries:
+            sample = tl.sum(tl.where(t == token, samples, 0), 0)
+            longest = run_length(batch, token, sample, BLOCK)
+            at = one + token
+            where = (entries, at, one + entry, one == 0, sample + one.to(tl.int64), at, one + longest, longest)
+            one_loss, one_items = _update_visits(
+                batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
+            )
+            loss += one_loss
+            items += one_items
+            entry += 1
+            token = tl.min(tl.where(starts & (t > token), t, entries), 0)
     else:
         entries = token_count // length
-        slot = program * ROWS + tl.arange(0, ROWS)
-        entry, at, longest = slot, program, length
+        slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         live = slot < entries
         first = slot * length
-        lengths = tl.where(live, length, 0)
         sample = token_sample(batch, first, live, False)
-        partials = tl.num_programs(0)
-        arrivals = partials
-        starts = True
-        works = True
-    if works:
-        where = (entries, slot, entry, live, sample, first, lengths, longest)
-        guards = (claim_ptr, quarantined_ptr, table_rows)
-        constants = (rules_ptr, weights_ptr)
+        where = (entries, slot, slot, live, sample, first, tl.where(live, length, 0), length)
         loss, items = _update_visits(
-            batch,
-            tokens_ptr,
-            token_count,
-            vocab,
-            where,
-            constants,
-            columns,
-            guards,
-            scratch_ptr,
-            outputs,
-            coeff_ptr,
-            token_visit_ptr,
-            REDUCTION,
-            SHIFT,
-            PACKED,
-            UPDATE,
-            ROWS,
-            BLOCK,
+            batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
         )
-        if program == 0 and REDUCTION != MEAN and REDUCTION != TOKEN_MEAN:
-            tl.store(scale_ptr, 1.0)
-        if REDUCTION != NONE:
-            if starts:
-                tl.store(plane(scratch_ptr, LOSS_PLANE, entries) + at, loss.to(tl.int32, bitcast=True))
-                tl.store(plane(scratch_ptr, ITEMS_PLANE, entries) + at, items)
-            tl.debug_barrier()
-            if tl.atomic_add(scratch_ptr, 1, sem="acq_rel") == arrivals - 1:
-                _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, REDUCTION)
+    finish(scratch_ptr, entries, tl.sum(loss, 0), tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
 
 
 def launch_sample_update(
@@ -308,7 +209,7 @@ def launch_sample_update(
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    _sample_update_kernel[(count if packed else triton.cdiv(rows, tile),)](
+    _sample_update_kernel[(triton.cdiv(count, PACKED_GROUP) if packed else triton.cdiv(rows, tile),)](
         *(tokens, labels, *labels.stride(), sample_ids, id_b, id_s, length, ignore_index, count, vocab),
         *(rules, weights, num_items, *columns, scratch, value, scale, coeff, token_visit, floats, ints, flags),
         table_rows,
@@ -319,17 +220,18 @@ def launch_sample_update(
         ROWS=tile,
         BLOCK=block,
         TILE=PREP_TILE,
+        GROUP=PACKED_GROUP,
         num_warps=warps,
     )
     return value, scale, coeff, token_visit, floats, ints, flags
 
 
 def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
-    """(tokens a step, visits a program, warps)."""
+    """(tokens a step, visits at a time, warps): four tokens a thread at most."""
     if packed:
-        return 256, 1, 2  # one program a token: small, since most have nothing to do
-    block = min(triton.next_power_of_2(length), 1024)
-    return block, min(1024 // block, 128), 4
+        return 512, 1, 4
+    block = min(triton.next_power_of_2(length), 2048)
+    return block, max(min(512 // block, 128), 1), max(block // 128, 4)
 
 
 def sample_update_(

@@ -19,13 +19,11 @@ def scored_tokens(batch, t, live, vocab, SHIFT: tl.constexpr, PACKED: tl.constex
 @triton.jit
 def visit_means(
     batch,
-    tokens_ptr,
-    token_count,
+    token_stats,
     first,
-    length,
+    lengths,
     longest,
     known,
-    vocab,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -33,8 +31,9 @@ def visit_means(
 ):
     """Loss sum, valid tokens and the means of loss, confidence and hit of ROWS visits.
 
-    Args: first, length (ROWS,): tokens of the visit; known (ROWS,): False where its id is bad, which leaves it out.
+    Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False where its id is bad, which leaves it out.
     """
+    tokens_ptr, token_count, vocab = token_stats
     loss = tl.zeros([ROWS, BLOCK], tl.float32)
     sure = tl.zeros([ROWS, BLOCK], tl.float32)
     hits = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -44,10 +43,12 @@ def visit_means(
     for start in range(0, longest, BLOCK):
         offset = start + tl.arange(0, BLOCK)[None, :]
         t = first[:, None] + offset
-        scored, wrong = scored_tokens(batch, t, offset < length[:, None], vocab, SHIFT, PACKED)
-        loss += tl.load(tokens_ptr + t, mask=scored, other=0.0)
-        sure += tl.load(tokens_ptr + 3 * stride + t, mask=scored, other=0.0)
-        hits += tl.load(tokens_ptr + 4 * stride + t, mask=scored, other=0.0)
+        inside = offset < lengths[:, None]
+        scored, wrong = scored_tokens(batch, t, inside, vocab, SHIFT, PACKED)
+        # 0 where not scored; not masked by it, so that these loads do not wait for the labels
+        loss += tl.load(tokens_ptr + t, mask=inside, other=0.0)
+        sure += tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0)
+        hits += tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
         count += scored.to(tl.int32)
         bad += wrong.to(tl.int32)
     kept = known & (tl.sum(bad, 1) == 0)
