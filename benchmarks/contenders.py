@@ -1,0 +1,117 @@
+"""Who takes part in the loss benchmark: how each turns a `Case` into a loss of the logits.
+
+A `make` imports its peer when called, and whatever it or the loss raises becomes the reason in the results. To add a
+contender, write its `make` and name it in `CONTENDERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.nn.functional as F
+from loss_cases import Case
+from torch import Tensor
+from torch_geko import geko_step
+
+import geko_kernels as gk
+
+LossOf = Callable[[Tensor], Tensor]
+# HARD, FOCUS, LIGHT: samples that are wrong weigh 1, so that without learnt samples the loss is F.cross_entropy
+_WEIGHTS = (1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`make(case)` gives a function from logits to the loss ().
+
+    ours: takes the logits in the shape of a model's output, and runs at every share of zero-weight rows.
+    inplace: overwrites its logits, so it gets a copy that is restored before each timed call.
+    package: the distribution whose version goes into the results.
+    """
+
+    name: str
+    make: Callable[[Case], LossOf]
+    ours: bool = False
+    inplace: bool = False
+    cpu: bool = True
+    package: str = "torch"
+
+    def package_version(self) -> str | None:
+        try:
+            return f"{self.package} {version(self.package)}"
+        except PackageNotFoundError:
+            return None
+
+
+def _state(case: Case) -> gk.SampleState:
+    return gk.SampleState(case.shape.samples, gk.GEKOConfig(bucket_weights=_WEIGHTS), case.device)
+
+
+def _geko(case: Case, inplace: bool) -> LossOf:
+    labels, state = case.labels.view(case.shape.batch[:-1]), _state(case)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        loss = gk.weighted_loss(logits, labels, case.sample_ids, state, inplace=inplace)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return loss_of
+
+
+def _torch_geko(case: Case, compiled: bool) -> LossOf:
+    step = torch.compile(geko_step, fullgraph=True, dynamic=False) if compiled else geko_step
+    ids, length, state = case.sample_ids.flatten(), case.shape.length, _state(case)
+    if case.shape.packed:
+        ids = ids[::length].contiguous()
+    return lambda logits: step(logits, case.labels, ids, length, state)[0]
+
+
+def _torch(case: Case, upcast: bool) -> LossOf:
+    if upcast:
+        return lambda logits: F.cross_entropy(logits.float(), case.labels)
+    return lambda logits: F.cross_entropy(logits, case.labels)
+
+
+def _compile(case: Case) -> LossOf:
+    loss = torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
+    return lambda logits: loss(logits, case.labels)
+
+
+def _liger(case: Case) -> LossOf:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # type: ignore[import-not-found]
+
+    arguments = (case.labels, None, -100, 0.0, 0.0, "mean", None, False, False, False)
+    return lambda logits: LigerCrossEntropyFunction.apply(logits, *arguments)[0]
+
+
+def _quack(case: Case) -> LossOf:
+    from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
+
+    return lambda logits: cross_entropy(logits, case.labels)
+
+
+def _flash_attn(case: Case) -> LossOf:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss  # type: ignore[import-not-found]
+
+    return lambda logits: cross_entropy_loss(logits, case.labels)[0].mean()
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("geko", partial(_geko, inplace=False), ours=True, package="geko_kernels"),
+        Contender("geko-inplace", partial(_geko, inplace=True), ours=True, inplace=True, package="geko_kernels"),
+        Contender("torch", partial(_torch, upcast=False)),
+        Contender("torch-fp32", partial(_torch, upcast=True)),
+        Contender("compile", _compile),
+        Contender("torch-geko", partial(_torch_geko, compiled=False)),
+        Contender("compile-geko", partial(_torch_geko, compiled=True)),
+        Contender("liger", _liger, inplace=True, cpu=False, package="liger-kernel"),
+        Contender("flash-attn", _flash_attn, cpu=False, package="flash-attn"),
+        Contender("quack", _quack, cpu=False, package="quack-kernels"),
+    )
+}

@@ -1,0 +1,207 @@
+"""`weighted_loss` against its peers: the same inputs, one run, each checked before it is timed.
+
+    python benchmarks/loss.py [--device cpu] [--quick] [--contenders geko,liger] [--results DIR]
+
+appends to DIR/loss.jsonl and ends with each target, its measured ratio, and whether it was hit. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from contenders import CONTENDERS, Contender, LossOf
+from loss_cases import QUICK_SHAPES, SHAPES, TOLERANCE, ZERO_SHARES, Case, Shape, errors, make_case
+from results import RESULTS, Row, append, environment
+from targets import label, targets
+from timing import Timing, host_us, launches, measure, peak_mib
+from torch import Tensor
+
+from geko_kernels import ops
+
+BUDGET_S = {"cuda": 60.0, "cpu": 300.0}  # wall time a contender may take in all, compilation included
+_ROTATED_BYTES = 2**28  # small inputs take turns up to this many bytes, so that no cache holds them all
+_SMALL_STEPS = 20  # steps a measurement at small shapes
+_MODES = ("forward", "full")
+
+
+class Inputs:
+    """The logits as `contender` takes them: autograd inputs that can be restored if it overwrites them."""
+
+    def __init__(self, contender: Contender, case: Case) -> None:
+        shape = case.shape.batch if contender.ours else case.logits.shape
+        self.original = case.logits.view(shape)
+        copies = 1 if case.shape.large or case.device.type == "cpu" else min(_ROTATED_BYTES // case.logits_bytes, 8)
+        if contender.inplace:
+            self.copies = [self.original.clone() for _ in range(copies)]
+        else:
+            self.copies = [self.original, *(self.original.clone() for _ in range(copies - 1))]
+        # a view of a leaf: an in-place gradient may not be written over a leaf
+        self.logits = [copy.detach().requires_grad_().view_as(copy) for copy in self.copies]
+        self.turn = itertools.cycle(self.logits)
+        self.reset = self._restore if contender.inplace else None
+
+    def _restore(self) -> None:
+        for copy in self.copies:
+            copy.copy_(self.original)
+
+
+def backward(loss: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def check(loss_of: LossOf, inputs: Inputs, case: Case) -> Row:
+    """Raise ValueError unless the loss and its gradient are right; also warms up and compiles."""
+    logits = inputs.logits[0]
+    loss = loss_of(logits)
+    loss_error, grad_error = errors(case, loss, backward(loss, logits))
+    loss_limit, grad_limit = TOLERANCE[case.logits.dtype]
+    if not (loss_error <= loss_limit and grad_error <= grad_limit):
+        raise ValueError(f"wrong result: relative error of the loss {loss_error:.2e}, of its gradient {grad_error:.2e}")
+    return {"loss_error": loss_error, "grad_error": grad_error}
+
+
+def bench(contender: Contender, case: Case) -> Iterator[Row]:
+    """The rows of `contender` on `case`: time of the forward and of the full step, and what the full step takes."""
+    loss_of, inputs = contender.make(case), Inputs(contender, case)
+    found = check(loss_of, inputs, case)
+    if inputs.reset:
+        inputs.reset()
+    inner = 1 if case.shape.large or case.device.type == "cpu" else _SMALL_STEPS
+
+    def forward() -> Tensor:
+        return loss_of(next(inputs.turn))
+
+    def full() -> Tensor:
+        logits = next(inputs.turn)
+        return backward(loss_of(logits), logits)
+
+    yield {**found, "mode": "forward", **rates(measure(forward, case.device, inputs.reset, inner), 1, case)}
+    passes = 3 - (case.zero_rows if contender.ours else 0)
+    row = {**found, "mode": "full", **rates(measure(full, case.device, inputs.reset, inner), passes, case)}
+    if case.device.type == "cuda":
+        row["peak_mib"] = peak_mib(full)
+        row["launches"] = launches(full)
+        logits = inputs.logits[0]
+        row["host_forward_us"], row["host_backward_us"] = host_us(
+            lambda: loss_of(logits), lambda loss: backward(loss, logits)
+        )
+    yield row
+
+
+def bench_copy(case: Case) -> Row:
+    """The bandwidth ceiling: `logits` copied to another buffer, bytes read and written."""
+    other = torch.empty_like(case.logits)
+    return {"mode": "full", **rates(measure(lambda: other.copy_(case.logits), case.device), 2, case)}
+
+
+def rates(timing: Timing, passes: float, case: Case) -> Row:
+    """Times, and the speed if a step moved the logits' bytes `passes` times and nothing else."""
+    tbps = passes * case.logits_bytes / timing.median / 1e9
+    return {"ms": timing.median, "ms_p20": timing.p20, "ms_p80": timing.p80, "tbps": tbps}
+
+
+def describe(name: str, case: Case) -> Row:
+    """The keys that say what was run, with nothing measured yet."""
+    return {
+        **{"bench": "loss", "contender": name, "T": case.shape.tokens, "V": case.shape.vocab},
+        **{"dtype": str(case.logits.dtype).removeprefix("torch."), "itemsize": case.logits.element_size()},
+        **{"zero_share": round(case.zero_share, 4), "zero_rows": round(case.zero_rows, 4)},
+        **{"packed": case.shape.packed, "size": "large" if case.shape.large else "small", "mode": None},
+        **{"ms": None, "ms_p20": None, "ms_p80": None, "tbps": None, "peak_mib": None, "launches": None},
+        **{"host_forward_us": None, "host_backward_us": None, "loss_error": None, "grad_error": None},
+        **{"backend": None, "version": None, "reason": None},
+    }
+
+
+def attempt(contender: Contender, case: Case, spent: dict[str, float]) -> Iterator[Row]:
+    """`bench` with every failure turned into rows without times and with a `reason`."""
+    base = describe(contender.name, case) | {"version": contender.package_version()}
+    if contender.ours:
+        base["backend"] = ops.backend_name(case.device, case.logits.dtype)
+    missing = list(_MODES)
+    start = time.perf_counter()
+    try:
+        if spent.get(contender.name, 0.0) > BUDGET_S[case.device.type]:
+            raise TimeoutError(f"took {spent[contender.name]:.0f} s in this run already")
+        for row in bench(contender, case):
+            missing.remove(row["mode"])
+            yield base | row
+    except Exception as error:  # a peer may fail in any way; the run goes on
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        yield from (base | {"mode": mode, "reason": reason} for mode in missing)
+    spent[contender.name] = spent.get(contender.name, 0.0) + time.perf_counter() - start
+    torch.compiler.reset()
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run(
+    shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], names: Sequence[str], device: torch.device
+) -> Iterator[Row]:
+    """All rows of a run: every contender at zero share 0, ours at the other shares where the shape is large."""
+    spent: dict[str, float] = {}
+    contenders = [CONTENDERS[name] for name in names if device.type == "cuda" or CONTENDERS[name].cpu]
+    for shape, dtype in itertools.product(shapes, dtypes):
+        case = make_case(shape, dtype, 0.0, device)
+        yield describe("copy", case) | bench_copy(case)
+        for contender in contenders:
+            yield from attempt(contender, case, spent)
+        del case
+        for zero_share in ZERO_SHARES[1:] if shape.large or device.type == "cpu" else ():
+            case = make_case(shape, dtype, zero_share, device)
+            for contender in contenders:
+                if contender.ours:
+                    yield from attempt(contender, case, spent)
+            del case
+
+
+def show(row: Row) -> str:
+    where = f"{label(row):32} zero {row['zero_share']:.2f}  {row['contender']:13} {row['mode']:8}"
+    if row["ms"] is None:
+        return f"{where} -- {row['reason']}"
+    more = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:8.1f} MiB  {row['launches']} launches"
+    return f"{where} {row['ms']:9.3f} ms [{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]  {row['tbps']:8.4f} TB/s{more}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--quick", action="store_true", help="one shape of each kind instead of all")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"some of {','.join(CONTENDERS)}")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where loss.jsonl is appended to")
+    parser.add_argument("--commit", help="goes into the rows where the source is no git checkout")
+    options = parser.parse_args()
+    unknown = sorted(set(options.contenders.split(",")) - set(CONTENDERS))
+    if unknown:
+        parser.error(f"--contenders: no such contender {', '.join(unknown)}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    # a slow stand-in is not what is to be measured
+    warnings.filterwarnings("error", message="geko_kernels: the .* backend is not available")
+    device = torch.device(options.device)
+    shapes = QUICK_SHAPES[options.device] if options.quick else SHAPES[options.device]
+    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    common, rows = environment(device, options.commit), []
+    print(" ".join(f"{key}={value}" for key, value in common.items()), flush=True)
+    for row in run(shapes, dtypes, options.contenders.split(","), device):
+        rows.append(row | common)
+        append(options.results / "loss.jsonl", rows[-1])
+        print(show(row), flush=True)
+    print("\nTargets: measured, bar, what")
+    for target in targets(rows):
+        print(target)
+    return int(any(row["reason"] and row["contender"].startswith("geko") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The loss benchmark at tiny shapes: contenders agree, the rows are complete, targets and pictures come out of them."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import contenders
+import loss
+import loss_cases
+import results
+import targets
+import timing
+
+KEYS = {
+    *("bench", "contender", "T", "V", "dtype", "zero_share", "mode", "ms", "ms_p20", "ms_p80", "tbps", "peak_mib"),
+    *("launches", "gpu", "torch", "triton", "commit", "date"),
+}
+SHAPES = (loss_cases.Shape(6, 2, length=1), loss_cases.Shape(64, 31, length=8), loss_cases.Shape(96, 17, 8, packed=2))
+EAGER = ["geko", "geko-inplace", "torch", "torch-fp32", "torch-geko"]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setitem(timing._SECONDS, "cpu", 1e-3)
+
+
+def run(shapes, dtype, names):
+    common = results.environment(torch.device("cpu"))
+    return [row | common for row in loss.run(shapes, [dtype], names, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contenders_agree_and_rows_are_complete(dtype):
+    rows = run(SHAPES, dtype, EAGER)
+    assert [row["reason"] for row in rows if row["reason"]] == []
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+    combinations = {(row["T"], row["contender"], row["mode"], row["zero_share"]) for row in rows}
+    assert len(combinations) == len(rows) == len(SHAPES) * (1 + 2 * len(EAGER) + 2 * 2 * 4)
+
+
+def test_zero_share_reaches_the_weights():
+    for zero_share in loss_cases.ZERO_SHARES:
+        case = loss_cases.make_case(SHAPES[1], torch.float32, zero_share, torch.device("cpu"))
+        assert case.zero_rows == pytest.approx(round(zero_share * 8) / 8)
+        loss_of = contenders.CONTENDERS["geko"].make(case)
+        logits = case.logits.view(SHAPES[1].batch).requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(logits), logits)
+        assert torch.equal(grad.view(case.logits.shape).abs().sum(1) == 0, case.weight == 0)
+
+
+def test_a_wrong_or_missing_peer_is_a_reason():
+    halved = dataclasses.replace(
+        contenders.CONTENDERS["torch"], make=lambda case: lambda x: 0.5 * x.float().logsumexp(-1).mean()
+    )
+    case = loss_cases.make_case(SHAPES[1], torch.float32, 0.0, torch.device("cpu"))
+    rows = [*loss.attempt(halved, case, {}), *loss.attempt(contenders.CONTENDERS["quack"], case, {})]
+    assert [(row["mode"], row["ms"]) for row in rows] == 2 * [("forward", None), ("full", None)]
+    assert "wrong result" in rows[0]["reason"] and rows[2]["reason"]
+
+
+def test_targets_and_pictures_come_from_the_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    for row in run(SHAPES[1:], torch.float32, EAGER):
+        results.append(tmp_path / "loss.jsonl", row)
+    (rows,) = results.runs(tmp_path / "loss.jsonl")
+    assert [target.what for target in targets.targets(rows)] == [
+        "64 x 31 float32: time of torch-geko / geko",
+        "2 x 48 packed x 17 float32: time of torch-geko / geko",
+    ]
+    plot.draw(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "loss_time_cpu.png",
+        "loss_zero_share_cpu.png",
+        "loss_bandwidth_cpu.png",
+    }
+
+
+def test_gpu_targets_know_a_hit_from_a_miss():
+    base = {"T": 8192, "V": 50257, "dtype": "bfloat16", "itemsize": 2, "packed": 0, "size": "large", "gpu": "NVIDIA X"}
+    base |= {"mode": "full", "zero_share": 0.0, "peak_mib": None, "host_forward_us": None, "host_backward_us": None}
+    rows = [
+        base | {"contender": "geko", "ms": 1.0, "tbps": 3.5},
+        base | {"contender": "geko", "ms": 0.8, "tbps": 3.4, "zero_share": 0.6667},
+        base | {"contender": "copy", "ms": 0.5, "tbps": 4.0},
+        base | {"contender": "liger", "ms": 1.25, "tbps": 2.8},
+        base | {"contender": "quack", "ms": None, "tbps": None},
+    ]
+    found = {
+        target.what.partition(": ")[2]: (round(target.measured, 3), target.hit) for target in targets.targets(rows)
+    }
+    assert found == {
+        "time of geko / fastest plain loss (liger)": (0.8, True),
+        "time of geko / three passes at copy speed": (1.143, True),
+        "speed of geko / copy, odd V": (0.875, True),
+        "time of geko at zero share 2/3 / at 0": (0.8, False),
+    }
