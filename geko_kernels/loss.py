@@ -73,14 +73,34 @@ class _LogitsLoss(torch.autograd.Function):
         ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
         args = (grad_output, logits, labels, *ctx.visits, ctx.shift, ctx.softcap)
-        if ctx.inplace:
-            ops.logits_grad_(*args)
-            return logits, None, None, None, None, None
-        return ops.logits_grad(*args), None, None, None, None, None
+        with torch.no_grad():
+            if ctx.inplace:
+                ops.logits_grad_(*args)
+                grad = logits
+            else:
+                grad = ops.logits_grad(*args)
+        if torch.is_grad_enabled():
+            grad = _NoSecondDerivative.apply(grad, logits)
+        return grad, None, None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient under create_graph: usable as a value, an error in the backward, never silently a constant."""
+
+    @staticmethod
+    def forward(grad: Tensor, logits: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:
+        raise NotImplementedError("weighted_loss has no second derivative; use F.cross_entropy for one")
 
 
 def weighted_loss(

@@ -161,11 +161,12 @@ def test_nothing_recompiles_when_the_phase_or_the_divisor_changes(change):
 
 @pytest.mark.usefixtures("reference")
 def test_dynamic_shapes_compile_once():
+    # no size is 5: dynamo takes it for the length of a history, which has the same
     state = gk.SampleState(20)
     torch._dynamo.reset()
     counters.clear()
     step = torch.compile(gk.weighted_loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows, length in ((3, 5), (4, 6), (7, 9)):
+    for rows, length in ((3, 6), (4, 7), (7, 9)):
         logits, labels = torch.randn(rows, length, 8, requires_grad=True), torch.randint(8, (rows, length))
         step(logits, labels, torch.arange(rows), state, shift=True).backward()
         assert logits.grad.isfinite().all()
