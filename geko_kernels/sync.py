@@ -54,9 +54,11 @@ def _gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _write_latest_(columns: Mapping[str, Tensor], gathered: Tensor, claim: Tensor) -> None:
     """Write the rows of `gathered` (rows of `_as_bytes`, in order of rank), one winner per id."""
     widths = [8, *(column.element_size() * _width(column) for column in columns.values())]
-    parts = dict(zip(["ids", *columns], gathered.split(widths, 1), strict=True))
-    ids = parts["ids"].contiguous().view(torch.int64)[:, 0]
-    seen = parts["times_seen"].contiguous().view(torch.int32)[:, 0]
+    # clone: contiguous() leaves a single row its wide stride, which view(dtype) refuses
+    split = [part.clone(memory_format=torch.contiguous_format) for part in gathered.split(widths, 1)]
+    parts = dict(zip(["ids", *columns], split, strict=True))
+    ids = parts["ids"].view(torch.int64)[:, 0]
+    seen = parts["times_seen"].view(torch.int32)[:, 0]
     order = torch.argsort(seen, stable=True)  # most visits last, higher rank later among equals
     place = torch.empty_like(order)
     place[order] = torch.arange(1, len(order) + 1, device=order.device)
@@ -65,5 +67,5 @@ def _write_latest_(columns: Mapping[str, Tensor], gathered: Tensor, claim: Tenso
     claim.index_fill_(0, ids, 0)
     at = ids[won]
     for name, column in columns.items():
-        values = parts[name][won].contiguous().view(column.dtype)
+        values = parts[name][won].view(column.dtype)
         column[at] = values.reshape(len(at), *column.shape[1:])
