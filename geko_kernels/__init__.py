@@ -2,6 +2,7 @@
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
+from geko_kernels.linear_loss import weighted_linear_loss
 from geko_kernels.loss import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
 
@@ -13,5 +14,6 @@ __all__ = [
     "Phase",
     "SampleState",
     "SampleStats",
+    "weighted_linear_loss",
     "weighted_loss",
 ]

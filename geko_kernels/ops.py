@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geko_kernels import reference_rows
+
 _COLUMNS = (
     "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
     "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
@@ -30,7 +32,14 @@ _SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
+    "scored_rows": "(Tensor labels, Tensor? sample_ids, int vocab, int ignore_index, bool shift) "
+    "-> (Tensor, Tensor, Tensor)",
+    "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held) -> Tensor",
+    "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, Tensor labels, "
+    "Tensor tokens, int first, int last, int vocab, bool shift, float softcap) -> ()",
+    "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
 }
+_PROBES = ("logits", "tokens", "coeff", "labels", "values")  # the argument that says which backend runs
 _MODULES = {"reference": "geko_kernels.reference", "triton": "geko_kernels.kernels", "cpp": "geko_kernels.cpp"}
 _override = os.environ.get("GEKO_BACKEND", "")  # tests replace it
 _loaded: dict[str, ModuleType] = {}
@@ -62,7 +71,7 @@ def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> st
     return _override or ("cpp" if device.type == "cpu" else "triton")
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether activation checkpointing repeats a forward that has been counted.
 
     Non-reentrant: the repeat runs inside the backward, under saved-tensor hooks. Reentrant: there are no hooks, and
@@ -77,13 +86,15 @@ def _implement(op: str) -> Callable[..., Any]:
     arguments = getattr(torch.ops.geko, op).default._schema.arguments
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
     updates = arguments[-1].name == "update"
-    probe = next(place for place, argument in enumerate(arguments) if argument.name in ("logits", "tokens"))
+    names = [argument.name for argument in arguments]
+    probe = names.index(next(name for name in _PROBES if name in names))
 
     def run(*args: Any) -> Any:
-        if updates and args[-1] and _recomputing():
+        if updates and args[-1] and recomputing():
             args = (*args[:-1], False)
         name = backend_name(args[probe].device, args[probe].dtype)
-        result = getattr(_loaded.get(name) or _load(name), op)(*args)
+        backend = _loaded.get(name) or _load(name)
+        result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
         if written and (not updates or args[-1]):
             torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
         return result
@@ -126,6 +137,15 @@ def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _fake_scored_rows(labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    count = labels.numel()
+    return labels.new_empty(count), labels.new_empty(count), labels.new_empty(1 + count, dtype=torch.int32)
+
+
+def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
+    return coeff.new_empty((), dtype=torch.int32)
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -136,6 +156,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "loss_forward_": _fake_loss_forward,
     "logits_grad": _fake_logits_grad,
     "logits_grad_": _fake_nothing,
+    "scored_rows": _fake_scored_rows,
+    "kept_rows_": _fake_kept_rows,
+    "gradient_rows_": _fake_nothing,
+    "rescale_": _fake_nothing,
 }
 
 _library = torch.library.Library("geko", "DEF")
@@ -149,3 +173,7 @@ sample_update_ = torch.ops.geko.sample_update_.default
 loss_forward_ = torch.ops.geko.loss_forward_.default
 logits_grad = torch.ops.geko.logits_grad.default
 logits_grad_ = torch.ops.geko.logits_grad_.default
+scored_rows = torch.ops.geko.scored_rows.default
+kept_rows_ = torch.ops.geko.kept_rows_.default
+gradient_rows_ = torch.ops.geko.gradient_rows_.default
+rescale_ = torch.ops.geko.rescale_.default

@@ -1,0 +1,148 @@
+"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HIDDEN_BYTES = 16 * 2**20  # dX is made in pieces of this size before they go to their rows
+
+
+def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`; `out` may be float32 where a and b are of lower precision."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # no GEMM of the CPU widens: each product is rounded once, the sum is not
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
+
+
+class WeightGradient:
+    """`sum(tile.T @ rows)` over calls of `add`, (rows, columns) in `dtype`, summed in float32 (float64 for float64).
+
+    A single product goes straight to `dtype`. Else the sum is held in float32; where `dtype` is narrower, its upper
+    half lies in the memory of the result, so that the narrow copy at the end takes no more.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.compute = (rows, columns), dtype, compute
+        self.memory = torch.empty(-(-rows * columns // 2) * 2, dtype=dtype, device=device)
+        self.result = self.memory[: rows * columns].view(rows, columns)
+        self.parts: list[Tensor] = []  # float32 sums of the rows, in order
+
+    def add(self, tile: Tensor, rows: Tensor, last: bool) -> None:
+        """Args: tile (n, rows of dW), rows (n, columns); last: nothing will follow."""
+        first = not self.parts
+        if first and last and self.dtype == self.compute:
+            multiply_(self.result, tile.t(), rows)
+            self.parts = [self.result]
+            return
+        if first:
+            self._hold()
+        start = 0
+        for part in self.parts:
+            multiply_(part, tile[:, start : start + len(part)].t(), rows, add=not first)
+            start += len(part)
+
+    def _hold(self) -> None:
+        rows, columns = self.shape
+        wide = torch.float64 if self.compute == torch.float64 else torch.float32
+        if self.dtype == wide:
+            self.parts = [self.result]
+            return
+        upper = rows // 128 * 64  # half of the rows at twice the bytes fit
+        inside = self.memory.view(wide)[: upper * columns].view(upper, columns)
+        self.parts = [inside, torch.empty(rows - upper, columns, dtype=wide, device=self.memory.device)]
+
+    def finish(self) -> Tensor:
+        """The sum in `dtype`; 0 if nothing was added."""
+        if not self.parts:
+            return self.result.zero_()
+        if len(self.parts) == 2:
+            inside, outside = self.parts
+            narrow_(inside, self.memory)
+            self.result[len(inside) :] = outside
+        self.parts = []
+        return self.result
+
+
+def narrow_(wide: Tensor, memory: Tensor) -> None:
+    """`memory[:n] = wide.flatten()`, where `wide` (4 bytes) starts in the same memory as `memory` (2 bytes).
+
+    Element i is read at byte 4i and written at byte 2i: elements [k, 2k) are written where only [k/2, k) was.
+    """
+    source, count = wide.view(-1), wide.numel()
+    start = min(count, 2**16)
+    memory[:start] = source[:start].clone()
+    while start < count:
+        stop = min(2 * start, count)
+        memory[start:stop] = source[start:stop]
+        start = stop
+
+
+class HeadGradients:
+    """The gradients of `hidden` (T, H), `weight` (V, H) and `bias` (V,) that are asked for; the others cost nothing.
+
+    Args:
+        hidden, weight: as in the GEMM, of one dtype; the vocabulary may be padded.
+        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        hidden_needed: bool,
+        weight_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
+        self.hidden_needed = hidden_needed
+        self.hidden_grad: Tensor | None = None
+        vocab, columns = weight.shape
+        self.weight_grad: WeightGradient | None = None
+        self.bias_grad: WeightGradient | None = None
+        if weight_dtype is not None:
+            self.weight_grad = WeightGradient(vocab, columns, weight_dtype, weight.dtype, weight.device)
+        if bias_dtype is not None:
+            self.bias_grad = WeightGradient(vocab, 1, bias_dtype, weight.dtype, weight.device)
+
+    def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
+        """Add n tokens whose logits have the gradient `coeff[:, None] * tile`.
+
+        Args:
+            tile (n, V) unscaled; positions (n,) distinct tokens; coeff (n,);
+            missing (n,): what of `coeff` the sums of dW and d(bias) do not hold yet;
+            last: nothing will follow.
+        """
+        if self.weight_grad is not None:
+            rows = self.hidden.index_select(0, positions).mul_(missing[:, None])
+            self.weight_grad.add(tile, rows, last)
+            del rows
+        if self.bias_grad is not None:
+            self.bias_grad.add(tile, missing[:, None].to(tile.dtype), last)
+        if self.hidden_needed:
+            if self.hidden_grad is None:
+                self.hidden_grad = torch.zeros_like(self.hidden)
+            self._add_hidden(self.hidden_grad, tile, positions, coeff)
+
+    def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+        wide = tile.dtype if tile.dtype == torch.float64 or not tile.is_cuda else torch.float32
+        columns = self.weight.shape[1]
+        step = max(1, _HIDDEN_BYTES // (columns * wide.itemsize))
+        for start in range(0, len(tile), step):
+            piece = slice(start, start + step)
+            product = torch.empty(len(tile[piece]), columns, dtype=wide, device=tile.device)
+            multiply_(product, tile[piece], self.weight)
+            out.index_copy_(0, positions[piece], product.mul_(coeff[piece, None]).to(out.dtype))
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""
+        if self.hidden_needed and self.hidden_grad is None:
+            self.hidden_grad = torch.zeros_like(self.hidden)
+        weight_grad = self.weight_grad.finish() if self.weight_grad is not None else None
+        bias_grad = self.bias_grad.finish()[:, 0] if self.bias_grad is not None else None
+        return self.hidden_grad, weight_grad, bias_grad

@@ -1,0 +1,93 @@
+"""The row ops of the linear path in plain PyTorch: which rows are scored, which are kept, and their gradient.
+
+Also what a backend without an op of its own runs. Shapes as in `reference`; a *slot* is a row of the logits buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from geko_kernels.reference import _cap, layout
+
+
+def scored_rows(
+    labels: Tensor, sample_ids: Tensor | None, vocab: int, ignore_index: int, shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The n tokens that predict something, in order.
+
+    Args: labels (B, S) int64, sample_ids (B,), (B, S) or None.
+    Returns:
+        rows (T,) int64: `scored.nonzero()`, then zeros;
+        targets (T,) int64: what each predicts, then zeros;
+        visits (1 + T,) int32: n, then a number for the visit of each, growing along the batch; the rest undefined.
+    """
+    where = layout(labels, sample_ids, -1, vocab, ignore_index, shift)
+    rows = torch.zeros(labels.numel(), dtype=torch.int64, device=labels.device)
+    targets = torch.zeros_like(rows)
+    visits = torch.full((1 + labels.numel(),), -1, dtype=torch.int32, device=labels.device)
+    found = where.scored.nonzero()[:, 0]
+    count = found.numel()
+    rows[:count], targets[:count] = found, where.target[found]
+    visits[0], visits[1 : 1 + count] = count, where.visit[found]
+    return rows, targets, visits
+
+
+def kept_rows_(coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int) -> Tensor:
+    """Which slots the rows whose coefficient is not 0 move to, so that kept rows lie at the front of the buffer.
+
+    Slots [0, held) are kept already, slots [held, held + len(rows)) hold the logits of `rows`. A kept row stays where
+    it is if that is inside the front, else it fills a hole, so no slot is both read and written by different rows.
+
+    Args: coeff (T,); rows (m,) int64 tokens; positions (R,) int64 and sources (R,) int64, R >= held + m.
+    Writes: positions[held:end], the token of each slot, and sources[held:end], the slot its logits are in.
+    Returns: end, () int32.
+    """
+    keep = coeff[rows] != 0
+    slots = torch.arange(held, held + rows.numel(), device=rows.device)
+    end = held + keep.sum()
+    front = slots < end
+    source = slots.clone()
+    source[front & ~keep] = slots[~front & keep]
+    source = source[front]
+    sources[held : held + source.numel()] = source
+    positions[held : held + source.numel()] = rows[source - held]
+    return end.int()
+
+
+def gradient_rows_(
+    logits: Tensor,
+    positions: Tensor,
+    sources: Tensor | None,
+    end: Tensor | None,
+    labels: Tensor,
+    tokens: Tensor,
+    first: int,
+    last: int,
+    vocab: int,
+    shift: bool,
+    softcap: float,
+) -> None:
+    """`logits[slot, :vocab] = softmax(z) - onehot(target)` for each slot of [first, min(last, end)), 0 beyond vocab.
+
+    Args: logits (R, ld); positions (R,) and sources (R,) from `kept_rows_`: z is `logits[sources[slot]]`, without
+        sources that of the slot itself; end () int32, without it `last`; labels (B, S); tokens (5, T) statistics.
+    """
+    last = last if end is None else min(last, int(end))
+    slots = slice(first, last)
+    at = positions[slots]
+    target = (labels.roll(-1, 1) if shift else labels).flatten()[at]
+    rows = logits[slots] if sources is None else logits[sources[slots]]
+    z = _cap(rows[:, :vocab].to(tokens.dtype), softcap)
+    grad = (z - tokens[1, at, None] - tokens[2, at, None]).exp()
+    grad.scatter_add_(1, target[:, None], -torch.ones_like(grad[:, :1]))
+    if softcap:
+        grad *= 1 - (z / softcap).square()
+    logits[slots, :vocab] = grad.to(logits.dtype)
+    logits[slots, vocab:] = 0
+
+
+def rescale_(values: Tensor, factor: Tensor) -> None:
+    """`values.mul_(factor)`; factor () float32. On a GPU a factor of 1 costs no memory traffic."""
+    if factor != 1:
+        values.mul_(factor)
