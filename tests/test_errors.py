@@ -1,0 +1,189 @@
+"""Bad input: the error names the argument, what came and what is allowed; the state is unharmed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import geko_kernels as gk
+from geko_kernels import ops
+
+LOGITS, LABELS, IDS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.arange(2)
+
+
+def call(**changes):
+    arguments = {"logits": LOGITS, "labels": LABELS, "sample_ids": IDS, "state": gk.SampleState(2), **changes}
+    return gk.weighted_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": None}, TypeError, "logits must be a torch.Tensor, got NoneType; this model returned no logits"),
+        ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor, got list"),
+        ({"logits": LOGITS.int()}, TypeError, "logits must be float32, bfloat16, float16 or float64, got torch.int32"),
+        ({"logits": LOGITS[0, 0]}, ValueError, "logits must be (B, S, V) or (B, V) with V >= 1, got (5,)"),
+        ({"logits": LOGITS[..., :0]}, ValueError, "logits must be (B, S, V) or (B, V) with V >= 1, got (2, 3, 0)"),
+        ({"labels": None}, TypeError, "labels must be a torch.Tensor, got NoneType"),
+        ({"labels": LABELS.int()}, TypeError, "labels must be int64, got torch.int32; use labels.long()"),
+        ({"labels": LABELS[:, 1:]}, ValueError, "labels must be (2, 3) for logits of (2, 3, 5), got (2, 2)"),
+        ({"labels": LABELS.flatten()}, ValueError, "labels must be (2, 3) for logits of (2, 3, 5), got (6,)"),
+        ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the device of logits, cpu, got meta"),
+        ({"sample_ids": None}, ValueError, "sample_ids must be given with a state"),
+        ({"sample_ids": [0, 1]}, TypeError, "sample_ids must be a torch.Tensor, got list"),
+        ({"sample_ids": IDS.int()}, TypeError, "sample_ids must be int64, got torch.int32; use sample_ids.long()"),
+        ({"sample_ids": torch.arange(3)}, ValueError, "sample_ids must be (2,) or (2, 3), got (3,)"),
+        ({"sample_ids": IDS.to("meta")}, ValueError, "sample_ids must be on the device of logits, cpu, got meta"),
+        ({"state": {}}, TypeError, "state must be a SampleState or None, got dict"),
+        (
+            {"state": gk.SampleState(2, device="meta")},
+            ValueError,
+            "state must be on the device of the labels, cpu, got",
+        ),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of ('none', 'mean', 'token_mean', 'sum'), got 'avg'"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a finite number above 0 or None, got 0.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be a finite number above 0 or None, got inf"),
+        ({"softcap": "30"}, TypeError, "softcap must be a number above 0 or None, got '30'"),
+        ({"num_items": 0}, ValueError, "num_items must be a finite number above 0, got 0"),
+        ({"num_items": float("nan")}, ValueError, "num_items must be a finite number above 0, got nan"),
+        ({"num_items": "3"}, TypeError, "num_items must be a number or a tensor of one element, got str"),
+        ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a tensor of one element, got shape"),
+        ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items divides only reduction='mean' or 'token_mean'"),
+    ],
+)
+def test_what_python_can_see(changes, error, message):
+    state = gk.SampleState(2)
+    with pytest.raises(error, match=re.escape(message)):
+        call(**{"state": state, **changes})
+    assert not state.times_seen.any() and not state.changed.any()
+
+
+def test_flat_logits_take_one_id_a_row_and_no_shift():
+    flat = {"logits": torch.randn(2, 5), "labels": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match=re.escape("sample_ids must be (2,), got (2, 3)")):
+        call(**flat, sample_ids=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="shift=True needs logits of 3 dimensions"):
+        call(**flat, shift=True)
+
+
+def test_inplace_needs_memory_of_its_own():
+    with pytest.raises(ValueError, match="inplace=True would write the gradient over a leaf"):
+        call(logits=LOGITS.clone().requires_grad_(), inplace=True)
+    with pytest.raises(ValueError, match="inplace=True cannot write over expanded logits"):
+        call(logits=LOGITS[:1].expand(2, 3, 5), inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": (0, 2, 5)}, "labels: 5 (token 2 of the flattened batch) is neither ignore_index nor in [0, 5)"),
+        ({"labels": (1, 1, -7)}, "labels: -7 (token 4 of the flattened batch) is neither ignore_index nor in [0, 5)"),
+        ({"labels": (1, 0, -100), "ignore_index": -1}, "labels: -100 (token 3 of the flattened batch)"),
+        ({"ids": 2}, "sample_ids: 2 (token 3 of the flattened batch) is neither -1 (padding) nor in [0, 2)"),
+        ({"ids": -2}, "sample_ids: -2 (token 3 of the flattened batch) is neither -1 (padding) nor in [0, 2)"),
+        ({"ids": 2**40}, "sample_ids: 2147483647 (token 3 of the flattened batch)"),
+    ],
+)
+def test_bad_values_raise_at_once_on_the_cpu(backend, device, changes, message):
+    if device != "cpu":
+        pytest.skip("a GPU flags them")
+    labels, ids, state = LABELS.clone(), IDS.clone(), gk.SampleState(2)
+    if "labels" in changes:
+        row, position, value = changes["labels"]
+        labels[row, position] = value
+    ids[1] = changes.get("ids", 1)
+    with pytest.raises(IndexError, match=re.escape(message)):
+        call(labels=labels, sample_ids=ids, state=state, ignore_index=changes.get("ignore_index", -100))
+    assert not state.times_seen.any() and not state.changed.any()
+    state.check()
+
+
+def test_a_label_that_nothing_predicts_may_be_anything():
+    labels, ids = torch.tensor([[99, 1, 2], [3, 4, 99]]), torch.tensor([[0, 0, 0], [1, 1, -1]])
+    call(labels=labels, sample_ids=ids, shift=True)
+
+
+def forward_op(logits, labels, sample_ids, state):
+    """The forward without the look at the values that `weighted_loss` takes on the CPU: what a GPU does."""
+    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
+    columns += (state.changed, state.claim, state.quarantined, state.error)
+    where = (logits, labels, sample_ids, state.rules, state.weights, None, *columns)
+    return ops.loss_forward_(*where, 0, -100, False, 0.0, True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_value_leaves_its_visit_out_and_sets_the_flag(backend, device, packed):
+    state, clean = gk.SampleState(4, device=device), gk.SampleState(4, device=device)
+    logits = torch.randn(4, 3, 5, device=device)
+    labels = torch.tensor([[1, 2, 3], [0, 5, 1], [1, -3, 1], [2, 2, 2]], device=device)
+    ids = torch.tensor([0, 1, 2, 9], device=device)
+    many = ids[:, None].expand(4, 3) if packed else ids
+    loss, scale, coeff, token_visit, *_, tokens = forward_op(logits, labels, many, state)
+    forward_op(logits[:1], labels[:1], many[:1], clean)
+    assert loss.isfinite().all() and loss.count_nonzero() == 1
+    assert all(column.equal(clean.state_dict()[name]) for name, column in state.state_dict().items())
+    grad = ops.logits_grad(torch.ones_like(loss), logits, labels, tokens, coeff, scale, token_visit, False, 0.0)
+    assert grad[0].any() and not grad[1:].any()
+    with pytest.raises(IndexError, match=re.escape("labels: 5 (token 4 of the flattened batch)")):
+        state.check()
+    state.check()
+
+
+@pytest.mark.parametrize("wild", [2**31, -(2**31), 2**40, -(2**62), 2**63 - 1])
+def test_wild_values_are_never_an_address(backend, device, wild):
+    for labels, ids in (
+        (torch.tensor([[0, wild]]), torch.tensor([0])),
+        (torch.tensor([[0, 1]]), torch.tensor([wild])),
+        (torch.tensor([[0, 1]]), torch.tensor([[0, wild]])),
+    ):
+        state = gk.SampleState(1, device=device)
+        forward_op(torch.randn(1, 2, 3, device=device), labels.to(device), ids.to(device), state)
+        with pytest.raises(IndexError):
+            state.check()
+
+
+def test_the_flag_names_the_lowest_position_of_several_calls_in_one(backend, device):
+    state = gk.SampleState(2, device=device)
+    ids = torch.tensor([[0, 0, 7, -1, 8, 1]], device=device)
+    forward_op(torch.randn(1, 6, 5, device=device), torch.zeros(1, 6, dtype=torch.long, device=device), ids, state)
+    with pytest.raises(IndexError, match=re.escape("sample_ids: 7 (token 2 ")):
+        state.check()
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_debug_checks_every_call(monkeypatch, value):
+    monkeypatch.setenv("GEKO_DEBUG", value)
+    state = gk.SampleState(2)
+    state.error.copy_((3 << 33) | 9)  # as a kernel would
+    if value == "1":
+        with pytest.raises(IndexError, match=re.escape("sample_ids: 9 (token 3 ")):
+            call(state=state)
+    else:
+        call(state=state)
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setattr(ops, "_override", "cuda")
+    with pytest.raises(ValueError, match=re.escape("GEKO_BACKEND must be one of ['cpp', 'reference', 'triton'], got")):
+        call()
+
+
+def test_a_missing_backend_falls_back_with_one_warning(monkeypatch, recwarn):
+    monkeypatch.setattr(ops, "_override", "")
+    monkeypatch.setattr(ops, "_loaded", {})
+    monkeypatch.setitem(ops._MODULES, "cpp", "geko_kernels.not_built")
+    for _ in range(3):
+        call()
+    assert [str(w.message) for w in recwarn if "'cpp' backend is not available" in str(w.message)].__len__() == 1
+
+
+def test_an_asked_for_backend_that_is_missing_is_an_error(monkeypatch):
+    monkeypatch.setattr(ops, "_override", "cpp")
+    monkeypatch.setattr(ops, "_loaded", {})
+    monkeypatch.setitem(ops._MODULES, "cpp", "geko_kernels.not_built")
+    with pytest.raises(ImportError):
+        call()
