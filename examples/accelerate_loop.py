@@ -9,24 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gloss_prompts import Item, gloss_items
+from gloss_prompts import gloss_items
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import geko_kernels as gk
-
-
-class Collator:
-    """Pads a list of items into a batch, and adds the `sample_ids` (B,) of its rows."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.pad = DataCollatorForSeq2Seq(tokenizer)
-
-    def __call__(self, items: list[Item]) -> dict[str, Tensor]:
-        ids = [item["sample_id"] for item in items]
-        batch = self.pad([{name: item[name] for name in ("input_ids", "labels")} for item in items])
-        return {**batch, "sample_ids": torch.tensor(ids)}
+from geko_kernels.training.data import CausalCollator, IdCollator, IdDataset
 
 
 def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -34,14 +23,16 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def probe(
-    model: Any, items: list[Item], collator: Collator, sampler: gk.GEKOSampler, epoch: int, accelerator: Accelerator
+    model: Any, data: IdDataset, collator: IdCollator, sampler: gk.GEKOSampler, epoch: int, accelerator: Accelerator
 ) -> int:
     """Look again, forward only, at left-out samples that are due: what was forgotten comes back into the plan."""
     due = sampler.due_probes(epoch)
     mine = due[accelerator.process_index :: accelerator.num_processes]
     model.eval()
-    for ids in mine.split(64):
-        batch = {name: tensor.to(accelerator.device) for name, tensor in collator([items[i] for i in ids]).items()}
+    for ids in mine.split(64) if len(mine) else ():
+        batch = {
+            name: tensor.to(accelerator.device) for name, tensor in collator([data[i] for i in ids.tolist()]).items()
+        }
         with torch.no_grad():
             logits = forward(model, batch)
         gk.weighted_loss(logits, batch["labels"], batch["sample_ids"], sampler.state, shift=True)
@@ -60,25 +51,26 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     args = parser.parse_args()
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    items = [{**item, "sample_id": i} for i, item in enumerate(gloss_items(tokenizer, "train", args.samples))]
-    collator = Collator(tokenizer)
+    data = IdDataset(gloss_items(tokenizer, "train", args.samples))
+    collator = IdCollator(CausalCollator(tokenizer.pad_token_id))  # adds the sample_ids to a batch
 
-    state = gk.SampleState(len(items), gk.GEKOConfig(), device=accelerator.device)
-    sampler = gk.GEKOSampler(state, args.epochs)
-    loader: Any = DataLoader(items, args.batch_size, sampler=sampler, collate_fn=collator)  # type: ignore[arg-type]
+    state = gk.SampleState(len(data), gk.GEKOConfig(), device=accelerator.device)
+    global_batch = args.batch_size * accelerator.num_processes
+    sampler = gk.GEKOSampler(state, args.epochs, pad_to=global_batch)  # so accelerate repeats no sample
+    loader: Any = DataLoader(data, args.batch_size, sampler=sampler, collate_fn=collator)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     for epoch in range(args.epochs):
-        num_probed = probe(accelerator.unwrap_model(model), items, collator, sampler, epoch, accelerator)
+        num_probed = probe(accelerator.unwrap_model(model), data, collator, sampler, epoch, accelerator)
         sampler.set_epoch(epoch)  # draws the plan
         for step, batch in enumerate(loader):
-            done = step * args.batch_size * accelerator.num_processes
+            done = step * global_batch
             sampler.advance(done)  # moves the weights along the curriculum
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - sampler.progress(done))
@@ -89,7 +81,7 @@ def main() -> None:
         state.sync()
         state.check()
         counts = dict(zip((bucket.name for bucket in gk.Bucket), state.bucket_counts().tolist(), strict=True))
-        accelerator.print(f"epoch {epoch + 1}: trained {len(sampler)} of {len(items)}, probed {num_probed}, {counts}")
+        accelerator.print(f"epoch {epoch + 1}: plan of {len(sampler)} rows, {num_probed} probed, {counts}")
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)

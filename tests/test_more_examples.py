@@ -31,14 +31,14 @@ def run(model, output, script, launcher=()):
 def test_accelerate_loop(model, tmp_path):
     pytest.importorskip("accelerate")
     output = run(model, tmp_path / "run", "accelerate_loop.py")
-    assert "epoch 2: trained 32 of 32" in output
+    assert "epoch 2: plan of 32 rows" in output
 
 
 def test_accelerate_loop_on_two_processes(model, tmp_path):
     pytest.importorskip("accelerate")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run(model, tmp_path / "run", "accelerate_loop.py", launcher)
-    assert output.count("epoch 2: trained 32 of 32") == 1
+    assert output.count("epoch 2: plan of 32 rows") == 1
 
 
 def test_trl_sft(model, tmp_path):

@@ -71,7 +71,7 @@ def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
     if loss:
         charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
     if accuracy:
-        charts["accuracy"] = curve_chart("Accuracy", "tokens predicted right", accuracy, share=True)
+        charts["accuracy"] = curve_chart("Accuracy", "labels predicted right", accuracy, share=True)
     return charts
 
 
