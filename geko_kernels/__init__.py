@@ -1,4 +1,7 @@
-"""GEKO for PyTorch: a cross-entropy that knows what each sample still has to teach, and a trainer that skips the rest."""
+"""GEKO for PyTorch: a cross-entropy that knows what each sample still has to teach; a trainer that skips the rest."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
@@ -6,10 +9,20 @@ from geko_kernels.linear_loss import weighted_linear_loss
 from geko_kernels.loss import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
 
+if TYPE_CHECKING:
+    from geko_kernels.training.arguments import GEKOTrainingArguments
+    from geko_kernels.training.sampler import GEKOSampler
+    from geko_kernels.training.trainer import GEKOTrainer
+
+_LAZY = {"GEKOSampler": "sampler", "GEKOTrainer": "trainer", "GEKOTrainingArguments": "arguments"}
+
 __version__ = "0.1.0"
 __all__ = [
     "Bucket",
     "GEKOConfig",
+    "GEKOSampler",
+    "GEKOTrainer",
+    "GEKOTrainingArguments",
     "MountainCurriculum",
     "Phase",
     "SampleState",
@@ -17,3 +30,15 @@ __all__ = [
     "weighted_linear_loss",
     "weighted_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The training classes on first use, so that transformers is imported by those who need it."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"geko_kernels.training.{_LAZY[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name in ("transformers", "accelerate"):
+            raise ImportError(f"{name} needs {error.name}: pip install geko_kernels[train]") from error
+        raise

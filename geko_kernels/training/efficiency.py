@@ -22,7 +22,7 @@
         seconds        wall time, probes and selection included
         buckets        {"FREEZE": n, "LIGHT": n, "FOCUS": n, "HARD": n} of all samples at its end
         quarantined    samples that the noise guard holds back at its end
-        forgotten      samples that were right when they were last looked at, and wrong at its end
+        forgotten      samples found wrong that were right before, by a probe ahead of the epoch or in its training
 
 `train()` ends by writing `geko_report.json` into `output_dir`, a dict of:
 
@@ -57,7 +57,7 @@ from geko_kernels.loss import SampleStats
 
 REPORT_NAME = "geko_report.json"
 _COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits")
-_PARTS = ("total", "steps", "probes", "selection", "evaluation", "checkpoints")
+_PARTS = ("steps", "probes", "selection", "evaluation", "checkpoints", "other")
 
 
 class Efficiency:
@@ -73,32 +73,44 @@ class Efficiency:
         self.sums = torch.zeros(2, len(_COUNTS), dtype=torch.float64, device=device)  # (train, probe) since collect
         self.train = dict.fromkeys(_COUNTS, 0.0)
         self.probe = dict.fromkeys(_COUNTS, 0.0)
-        self.seconds = dict.fromkeys(_PARTS, 0.0)
+        self.spent = dict.fromkeys(_PARTS, 0.0)
         self.epochs: list[dict[str, Any]] = []
         self.samples_standard = 0
+        self.open_epoch: int | None = None
         self.mark = self._marked(0)  # totals when the open epoch began
+        self._part: str | None = None  # what the wall time goes to now
+        self._since = 0.0
 
     def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
         """Add one forward's visits; `tokens` () is how many tokens the model read for them."""
         seen = stats.num_tokens > 0
+        loss = torch.where(stats.loss.isfinite(), stats.loss, 0).double()
         parts = [
             seen.sum(),
             tokens,
             (seen & (stats.weight == 0)).sum(),
             stats.num_tokens.sum(),
-            (stats.loss.double() * stats.num_tokens).sum(),
+            (loss * stats.num_tokens).sum(),
             (stats.accuracy.double() * stats.num_tokens).sum(),
         ]
         self.sums[int(probe)] += torch.stack([part.double() for part in parts])
 
+    def switch(self, part: str | None) -> str | None:
+        """From now on wall time goes to `part`; returns where it went before."""
+        now, before = time.perf_counter(), self._part
+        if before is not None:
+            self.spent[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the block's wall time to `seconds[part]`."""
-        start = time.perf_counter()
+        """The block's wall time goes to `part`, and to nothing around it."""
+        before = self.switch(part)
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - start
+            self.switch(before)
 
     def collect(self) -> dict[str, float]:
         """Move the device's counts into the totals (all processes call it); returns the training share of them."""
@@ -112,19 +124,26 @@ class Efficiency:
         return train
 
     def _marked(self, step: int) -> dict[str, Any]:
-        spent = sum(self.seconds[part] for part in ("steps", "probes", "selection"))
+        spent = sum(self.spent[part] for part in ("steps", "probes", "selection"))
         return {"train": dict(self.train), "probe": dict(self.probe), "step": step, "spent": spent}
 
-    def close_epoch(self, epoch: int, step: int, samples_standard: int, marks: dict[str, Any]) -> None:
-        """Append the open epoch's record; `marks` adds buckets, quarantined and forgotten."""
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Open the record of `epoch`, which begins after `step` optimizer steps; counts and time go to it from now."""
+        self.switch(self._part)
+        self.open_epoch, self.mark = epoch, self._marked(step)
+
+    def end_epoch(self, step: int, marks: dict[str, Any]) -> None:
+        """Append the open epoch's record, if one is open; `marks` adds buckets, quarantined and forgotten."""
+        if self.open_epoch is None:
+            return
         self.collect()
-        self.samples_standard = samples_standard
+        self.switch(self._part)
         now, before = self._marked(step), self.mark
         train = {name: now["train"][name] - before["train"][name] for name in _COUNTS}
         labels = train["labels"]
         self.epochs.append(
             {
-                "epoch": epoch,
+                "epoch": self.open_epoch,
                 "samples": round(train["samples"]),
                 "probes": round(now["probe"]["samples"] - before["probe"]["samples"]),
                 "steps": step - before["step"],
@@ -134,13 +153,15 @@ class Efficiency:
                 **marks,
             }
         )
-        self.mark = now
+        self.open_epoch = None
 
     def report(self) -> dict[str, Any]:
         """The dict described at the top of this file."""
         backward = round(self.train["samples"])
         forward = backward + round(self.probe["samples"])
         standard = self.samples_standard
+        self.switch(self._part)
+        seconds = {part: spent for part, spent in self.spent.items() if part != "other"}
         return {
             "samples_standard": standard,
             "samples_forward": forward,
@@ -149,13 +170,14 @@ class Efficiency:
             "tokens_forward": round(self.train["tokens"] + self.probe["tokens"]),
             "tokens_backward": round(self.train["tokens"]),
             "saved_compute": 1 - (forward + 2 * backward) / (3 * standard) if standard else 0.0,
-            "seconds": dict(self.seconds),
+            "seconds": {"total": sum(self.spent.values()), **seconds},
             "epochs": [dict(epoch) for epoch in self.epochs],
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `collect` first."""
-        names = ("train", "probe", "seconds", "epochs", "samples_standard", "mark")
+        self.switch(self._part)
+        names = ("train", "probe", "spent", "epochs", "samples_standard", "open_epoch", "mark")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:

@@ -31,6 +31,27 @@ class Plan(NamedTuple):
     end: float  # and after the last one
 
 
+class PaddedIds(Sampler[int]):
+    """`ids` (n,) in their order, filled up to a multiple of `pad_to` with marked repeats, see `GEKOSampler`."""
+
+    def __init__(self, ids: Tensor, pad_to: int) -> None:
+        self.ids, self.pad_to = ids, pad_to
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.ids) / self.pad_to) * self.pad_to
+
+    def __iter__(self) -> Iterator[int]:
+        return iterate_padded(self.ids, len(self))
+
+
+def iterate_padded(ids: Tensor, length: int, start: int = 0) -> Iterator[int]:
+    """`ids[start:]` as integers, a chunk at a time, then `~ids[0], ~ids[1], ...` up to `length` in all."""
+    for chunk in ids[start:].split(_CHUNK):
+        yield from chunk.tolist()
+    for place in range(max(start, len(ids)), length):
+        yield ~int(ids[(place - len(ids)) % len(ids)])
+
+
 class GEKOSampler(Sampler[int]):
     """Sample ids of one epoch without replacement, those left out that have nothing to teach now.
 
@@ -89,6 +110,7 @@ class GEKOSampler(Sampler[int]):
         self.probes = ProbeSchedule(len(state), state.device)
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
+        self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
         self.epoch = 0
         self.position = 0  # ids of the plan handed out
         self.plan: Plan | None = None
@@ -104,19 +126,10 @@ class GEKOSampler(Sampler[int]):
         if self.plan is None or self._finished:
             self.set_epoch(self.epoch + self._finished)
         assert self.plan is not None
-        ids = self.plan.ids
-        while self.position < len(self):
-            chunk = ids[self.position : self.position + _CHUNK].tolist() or self._padding(self.position - len(ids))
-            for sample in chunk:
-                self.position += 1
-                yield sample
+        for sample in iterate_padded(self.plan.ids, len(self), self.position):
+            self.position += 1
+            yield sample
         self.position, self._finished = 0, True
-
-    def _padding(self, done: int) -> list[int]:
-        assert self.plan is not None
-        ids = self.plan.ids
-        missing = torch.arange(done, len(self) - len(ids)) % max(len(ids), 1)
-        return [~int(sample) for sample in ids[missing]]
 
     def set_epoch(self, epoch: int, start: float | None = None) -> None:
         """Draw the plan of `epoch`, unless that is the one at hand and not yet handed out.
@@ -242,13 +255,13 @@ class GEKOSampler(Sampler[int]):
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back."""
         self.probes.probed_(ids.to(self.state.device, torch.int64), epoch)
 
-    def note_forgotten_(self) -> Tensor:
-        """Count samples that were right when last looked at and are wrong now; returns how many, () int64."""
+    def note_forgotten_(self) -> None:
+        """Count samples that were right when last looked at and are wrong now, in `forgotten` and `lost`."""
         correct = (self.state.bucket <= Bucket.LIGHT) & (self.state.times_seen > 0)
         lost = self.was_correct & ~correct
         self.forgotten += (lost & (self.forgotten < 255)).to(self.forgotten.dtype)
         self.was_correct.copy_(correct)
-        return lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
+        self.lost += lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """What resuming in the middle of an epoch needs, beside the SampleState.
@@ -260,6 +273,7 @@ class GEKOSampler(Sampler[int]):
             **{name: getattr(self._owner(name), name) for name in _COLUMNS},
             "plan": None if plan is None else plan.ids,
             "spans": None if plan is None else list(plan[1:]),
+            "lost": int(self.lost),
             "epoch": self.epoch,
             "position": self.position if consumed is None else consumed,
             "finished": self._finished,
@@ -272,6 +286,7 @@ class GEKOSampler(Sampler[int]):
             raise ValueError(f"state_dict is of a sampler over {rows} samples, this one has {len(self.state)}")
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
+        self.lost.fill_(values["lost"])
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
         self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
         self._row = None

@@ -1,0 +1,147 @@
+"""Sample ids through dataset and collator, without touching the user's items."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Collator = Callable[[list[Any]], Any]
+IGNORED = -100
+
+
+class Identified(NamedTuple):
+    """One item as the user's dataset gave it, and its sample id; -1 for a repeat that only fills a batch."""
+
+    sample_id: int
+    item: Any
+
+
+class IdDataset(Dataset[Identified]):
+    """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. Any dataset with `[]` and `len()`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Identified:
+        return Identified(max(index, -1), self.dataset[index if index >= 0 else ~index])
+
+    def __getitems__(self, indices: list[int]) -> list[Identified]:
+        rows = [index if index >= 0 else ~index for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(rows) if fetch is not None else [self.dataset[row] for row in rows]
+        return [Identified(max(index, -1), item) for index, item in zip(indices, items, strict=True)]
+
+
+class IdCollator:
+    """`collator(items)` with `batch["sample_ids"]` added: (B,) int64, or one id a token where rows were merged.
+
+    Rows that the collator merged into one (padding-free collators) get the id of each item for each of its tokens,
+    by the length of the items' `input_ids`. A collator that packs in another way takes a keyword `sample_ids`
+    (list of int, one an item) and returns `batch["sample_ids"]` itself: (B, S), -1 for padding.
+    Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it.
+
+    Raises:
+        ValueError: no labels in the batch, or no telling which token belongs to which item.
+    """
+
+    def __init__(self, collator: Collator, prepare: Callable[[Any], Any] | None = None) -> None:
+        self.collator, self.prepare = collator, prepare
+        self.passes_ids = "sample_ids" in _parameters(collator)
+
+    def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
+        ids = [feature.sample_id for feature in features]
+        items = [feature.item if self.prepare is None else self.prepare(feature.item) for feature in features]
+        batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
+        if batch.get("labels") is None:
+            raise ValueError(
+                f"GEKOTrainer needs labels: the data collator returned only {sorted(batch)}. For a causal LM they "
+                "may be a copy of input_ids"
+            )
+        labels = torch.as_tensor(batch["labels"])
+        if not self.passes_ids:
+            if "sample_ids" in batch:
+                raise ValueError(
+                    "the batch already has 'sample_ids', which GEKOTrainer adds itself; rename that column"
+                )
+            batch["sample_ids"] = _ids_of(ids, items, labels)
+        if -1 in ids:
+            batch["labels"] = _without_repeats(labels, batch["sample_ids"])
+            if batch.get("shift_labels") is not None:
+                batch["shift_labels"] = _without_repeats(torch.as_tensor(batch["shift_labels"]), batch["sample_ids"])
+        return batch
+
+
+def _parameters(collator: Collator) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(collator).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _ids_of(ids: list[int], items: list[Any], labels: Tensor) -> Tensor:
+    """(B,) one id a row, or (1, S) one a token where the items were joined end to end (-1 behind them)."""
+    if labels.dim() and labels.shape[0] == len(items):
+        return torch.tensor(ids)
+    lengths = [len(item["input_ids"]) for item in items if isinstance(item, Mapping) and "input_ids" in item]
+    total = sum(lengths)
+    joined = len(lengths) == len(items) and labels.dim() == 2 and labels.shape[0] == 1 and labels.shape[1] >= total
+    if joined and bool((labels[0, total:] == IGNORED).all()):
+        token_ids = torch.full_like(labels, -1)
+        token_ids[0, :total] = torch.repeat_interleave(torch.tensor(ids), torch.tensor(lengths))
+        return token_ids
+    raise ValueError(
+        f"the data collator made labels of shape {tuple(labels.shape)} out of {len(items)} items (input_ids of lengths "
+        f"{lengths}), so it is unknown which token belongs to which sample. Let the collator take a keyword "
+        "`sample_ids` (one id an item) and return batch['sample_ids'] in the shape of the labels, -1 for padding"
+    )
+
+
+def _without_repeats(labels: Tensor, sample_ids: Tensor) -> Tensor:
+    repeat = sample_ids == -1
+    return labels.masked_fill(repeat.view(repeat.shape + (1,) * (labels.dim() - repeat.dim())), IGNORED)
+
+
+class CausalCollator:
+    """Pads items of a causal LM on the right: the default where no collator is given.
+
+    `input_ids` with `pad_token_id`, `labels` (a copy of `input_ids` where an item has none) with -100, and, where
+    there is padding or the items bring it, `attention_mask`. Other keys must be of one shape and are stacked.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = []
+        for item in items:
+            tokens = torch.as_tensor(item["input_ids"])
+            labels, mask = item.get("labels"), item.get("attention_mask")
+            mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+            labels = tokens.masked_fill(mask == 0, IGNORED) if labels is None else torch.as_tensor(labels)
+            rows.append({**item, "input_ids": tokens, "labels": labels, "attention_mask": mask})
+        longest = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+        batch: dict[str, Tensor] = {}
+        masked = "attention_mask" in items[0] or any(len(row["input_ids"]) < longest for row in rows)
+        for name in rows[0]:
+            if name == "attention_mask" and not masked:
+                continue
+            values = [torch.as_tensor(row[name]) for row in rows]
+            if name in fill:
+                values = [_padded(value, longest, fill[name]) for value in values]
+            batch[name] = torch.stack(values)
+        return batch
+
+
+def _padded(values: Tensor, length: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, length - len(values)), value=fill)
