@@ -12,7 +12,7 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,13 +58,16 @@ def backward(loss: Tensor, logits: Tensor) -> Tensor:
 
 def check(loss_of: LossOf, inputs: Inputs, case: Case) -> Row:
     """Raise ValueError unless the loss and its gradient are right; also warms up and compiles."""
-    logits = inputs.logits[0]
+    logits, start = inputs.logits[0], time.perf_counter()
     loss = loss_of(logits)
-    loss_error, grad_error = errors(case, loss, backward(loss, logits))
+    grad = backward(loss, logits)
+    grad.flatten()[0].item()  # waits for the device
+    first_call_s = time.perf_counter() - start
+    loss_error, grad_error = errors(case, loss, grad)
     loss_limit, grad_limit = TOLERANCE[case.logits.dtype]
     if not (loss_error <= loss_limit and grad_error <= grad_limit):
         raise ValueError(f"wrong result: relative error of the loss {loss_error:.2e}, of its gradient {grad_error:.2e}")
-    return {"loss_error": loss_error, "grad_error": grad_error}
+    return {"loss_error": loss_error, "grad_error": grad_error, "first_call_s": first_call_s}
 
 
 def bench(contender: Contender, case: Case) -> Iterator[Row]:
@@ -85,14 +88,23 @@ def bench(contender: Contender, case: Case) -> Iterator[Row]:
     yield {**found, "mode": "forward", **rates(measure(forward, case.device, inputs.reset, inner), 1, case)}
     passes = 3 - (case.zero_rows if contender.ours else 0)
     row = {**found, "mode": "full", **rates(measure(full, case.device, inputs.reset, inner), passes, case)}
-    if case.device.type == "cuda":
-        row["peak_mib"] = peak_mib(full)
-        row["launches"] = launches(full)
-        logits = inputs.logits[0]
-        row["host_forward_us"], row["host_backward_us"] = host_us(
-            lambda: loss_of(logits), lambda loss: backward(loss, logits)
-        )
+    if case.device.type == "cuda" and not case.zero_share:
+        try:
+            row |= costs(loss_of, full, inputs.logits[0])
+        except Exception as error:  # the times stand without it
+            row["reason"] = describe_error(error)
     yield row
+
+
+def costs(loss_of: LossOf, full: Callable[[], Tensor], logits: Tensor) -> Row:
+    """What a full step takes on the GPU beside time."""
+    forward_us, backward_us = host_us(lambda: loss_of(logits), lambda loss: backward(loss, logits))
+    row = {"peak_mib": peak_mib(full), "host_forward_us": forward_us, "host_backward_us": backward_us}
+    return row | {"launches": launches(full)}
+
+
+def describe_error(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def bench_copy(case: Case) -> Row:
@@ -115,7 +127,8 @@ def describe(name: str, case: Case) -> Row:
         **{"zero_share": round(case.zero_share, 4), "zero_rows": round(case.zero_rows, 4)},
         **{"packed": case.shape.packed, "size": "large" if case.shape.large else "small", "mode": None},
         **{"ms": None, "ms_p20": None, "ms_p80": None, "tbps": None, "peak_mib": None, "launches": None},
-        **{"host_forward_us": None, "host_backward_us": None, "loss_error": None, "grad_error": None},
+        **{"host_forward_us": None, "host_backward_us": None, "first_call_s": None},
+        **{"loss_error": None, "grad_error": None},
         **{"backend": None, "version": None, "reason": None},
     }
 
@@ -134,8 +147,7 @@ def attempt(contender: Contender, case: Case, spent: dict[str, float]) -> Iterat
             missing.remove(row["mode"])
             yield base | row
     except Exception as error:  # a peer may fail in any way; the run goes on
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        yield from (base | {"mode": mode, "reason": reason} for mode in missing)
+        yield from (base | {"mode": mode, "reason": describe_error(error)} for mode in missing)
     spent[contender.name] = spent.get(contender.name, 0.0) + time.perf_counter() - start
     torch.compiler.reset()
     if case.device.type == "cuda":
