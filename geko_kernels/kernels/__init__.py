@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from geko_kernels.kernels import forward as _forward
+from geko_kernels.kernels import gradient_rows as _gradient_rows
+from geko_kernels.kernels import linear_rows as _linear_rows
 from geko_kernels.kernels import logits_grad as _logits_grad
+from geko_kernels.kernels import rescale as _rescale
 from geko_kernels.kernels import sample_update as _sample_update
 from geko_kernels.kernels import token_stats as _token_stats
 
@@ -33,5 +36,19 @@ sample_update_ = _on_own_device(_sample_update.sample_update_)
 loss_forward_ = _on_own_device(_forward.loss_forward_)
 logits_grad = _on_own_device(_logits_grad.logits_grad)
 logits_grad_ = _on_own_device(_logits_grad.logits_grad_)
+scored_rows = _on_own_device(_linear_rows.scored_rows)
+kept_rows_ = _on_own_device(_linear_rows.kept_rows_)
+gradient_rows_ = _on_own_device(_gradient_rows.gradient_rows_)
+rescale_ = _on_own_device(_rescale.rescale_)
 
-__all__ = ["logits_grad", "logits_grad_", "loss_forward_", "sample_update_", "token_stats"]
+__all__ = [
+    "gradient_rows_",
+    "kept_rows_",
+    "logits_grad",
+    "logits_grad_",
+    "loss_forward_",
+    "rescale_",
+    "sample_update_",
+    "scored_rows",
+    "token_stats",
+]

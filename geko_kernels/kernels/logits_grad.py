@@ -38,7 +38,7 @@ def _factor(
 
 
 @triton.jit
-def _gradient(x, column, target, top, log_sum, factor, cap, SOFTCAP: tl.constexpr):
+def gradient_of(x, column, target, top, log_sum, factor, cap, SOFTCAP: tl.constexpr):
     """fp32 until the last product: rounding the softmax first loses a confident target (p = .999) whole."""
     z = x.to(tl.float32)
     if SOFTCAP:
@@ -54,7 +54,7 @@ def _gradient(x, column, target, top, log_sum, factor, cap, SOFTCAP: tl.constexp
 @triton.jit
 def _write_part(out, x, position, inside, lead, target, top, log_sum, factor, cap, SOFTCAP: tl.constexpr):
     logits = tl.load(x + position, mask=inside, other=0.0)
-    grad = _gradient(logits, position - lead, target, top, log_sum, factor, cap, SOFTCAP)
+    grad = gradient_of(logits, position - lead, target, top, log_sum, factor, cap, SOFTCAP)
     tl.store(out + position, grad.to(out.dtype.element_ty), mask=inside)
 
 
@@ -116,7 +116,7 @@ def _strided_tile(
     kept = inside & (factor != 0)[:, None]
     at = column.to(tl.int64)[None, :]
     logits = tl.load(x_ptr[:, None] + at * stride_v, mask=kept, other=0.0)
-    grad = _gradient(
+    grad = gradient_of(
         logits, column[None, :], target[:, None], top[:, None], log_sum[:, None], factor[:, None], cap, SOFTCAP
     )
     tl.store(out_ptr[:, None] + at * out_v, tl.where(kept, grad, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
