@@ -15,15 +15,17 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from geko_kernels.cli.data import Records, encode, label_names, read_records
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
 from geko_kernels.config import GEKOConfig
-from geko_kernels.training import GEKOTrainer, GEKOTrainingArguments
+from geko_kernels.training.arguments import GEKOTrainingArguments
+from geko_kernels.training.checkpoint import last_complete
 from geko_kernels.training.efficiency import REPORT_NAME
 from geko_kernels.training.report import write_report
+from geko_kernels.training.trainer import GEKOTrainer
 
 
 class _Data(NamedTuple):
@@ -64,7 +66,7 @@ def train(options: TrainOptions) -> None:
 def _checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to go on from; refuses to write over a run that is there."""
     folder = Path(options.output_dir)
-    last = get_last_checkpoint(options.output_dir) if folder.is_dir() else None
+    last = last_complete(options.output_dir, TRAINER_STATE_NAME) if folder.is_dir() else None
     if not options.resume:
         if last or (folder / REPORT_NAME).exists():
             raise UsageError(f"{folder} already holds a run: go on with --resume, or give another --output-dir")
