@@ -7,16 +7,19 @@ import math
 import os
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference import quality_of
 from geko_kernels.sync import sync_rows_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # torch may come without
 
 HISTORY = 5  # losses kept per sample
 NO_ERROR = torch.iinfo(torch.int64).max
@@ -181,7 +184,10 @@ class SampleState:
         metadata = {"format": _FORMAT, "config": json.dumps(self.config.to_dict())}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask allows; save_file gives its file to the owner alone
             save_file(columns, temporary, metadata)
+            temporary.chmod(mode)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
