@@ -1,0 +1,313 @@
+"""GEKOSampler: plans, probes, noise guard, uniform finish, resume, cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import geko_kernels as gk
+from geko_kernels.training.guard import update_quarantine_
+
+FREEZE, LIGHT, FOCUS, HARD = range(4)
+PLAIN = {"use_curriculum": False, "uniform_finish": 0.0, "noise_guard": False}
+
+
+def state_of(buckets: list[int], **fields) -> gk.SampleState:
+    """A state whose samples have been seen once and are in `buckets`."""
+    state = gk.SampleState(len(buckets), gk.GEKOConfig(**{**PLAIN, **fields}))
+    state.bucket.copy_(torch.tensor(buckets))
+    state.times_seen.fill_(1)
+    return state
+
+
+def plan_of(sampler: gk.GEKOSampler, epoch: int, **kwargs) -> list[int]:
+    sampler.set_epoch(epoch, **kwargs)
+    return list(sampler)
+
+
+def test_a_fresh_epoch_is_what_the_standard_sampler_draws():
+    sampler = gk.GEKOSampler(gk.SampleState(50, gk.GEKOConfig(uniform_finish=0.0)), num_epochs=3, seed=7)
+    expected = torch.randperm(50, generator=torch.Generator().manual_seed(7)).tolist()
+    assert list(sampler) == expected
+    assert sorted(plan_of(sampler, 1)) == list(range(50))
+    assert plan_of(sampler, 1) != expected
+
+
+def test_freeze_is_left_out_without_replacement_and_the_epoch_shrinks():
+    """gekolib draws N samples, with replacement, however many are frozen."""
+    state = state_of([FREEZE] * 90 + [FOCUS] * 10)
+    sampler = gk.GEKOSampler(state, num_epochs=2)
+    plan = plan_of(sampler, 1)
+    assert sorted(plan) == list(range(90, 100))
+    assert len(sampler) == 10 and len(DataLoader(range(100), batch_size=4, sampler=sampler)) == 3
+
+
+def test_light_follows_its_weight_in_the_phase():
+    buckets = [LIGHT] * 5 + [HARD] * 5
+    assert len(plan_of(gk.GEKOSampler(state_of(buckets), 2), 0)) == 5  # default weights (3, 1, 0)
+    assert len(plan_of(gk.GEKOSampler(state_of(buckets, bucket_weights=(3, 2, 1)), 2), 0)) == 10
+    sampler = gk.GEKOSampler(state_of(buckets, use_curriculum=True), num_epochs=20)
+    sizes = [len(plan_of(sampler, epoch)) for epoch in range(20)]
+    assert sizes == [10] * 7 + [5] * 6 + [10] * 7  # PEAK is [.35, .65): the middles of epochs 7 to 12
+
+
+def test_a_three_epoch_run_reaches_every_phase():
+    """gekolib reads the phase once an epoch, so three epochs never see PEAK or CONSOLIDATE."""
+    state = state_of([HARD] * 100, use_curriculum=True)
+    sampler, seen = gk.GEKOSampler(state, num_epochs=3), set()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for consumed in range(100):
+            sampler.advance(consumed)
+            seen.add(tuple(state.bucket_weights.tolist()))
+    assert seen == {(1, 2, 3), (2, 3, 1), (5, 2, 0)}
+    assert sampler.progress(100) == 1.0
+
+
+def test_samples_never_seen_take_part_whatever_their_weight():
+    state = gk.SampleState(10, gk.GEKOConfig(**PLAIN, bucket_weights=(1, 0, 0)))
+    assert len(plan_of(gk.GEKOSampler(state), 0)) == 10
+
+
+def test_selection_can_be_switched_off():
+    assert len(plan_of(gk.GEKOSampler(state_of([FREEZE] * 10, selection=False)), 0)) == 10
+
+
+def test_uniform_finish_takes_everyone_with_weight_one():
+    state = state_of([FREEZE] * 800 + [HARD] * 200, uniform_finish=0.125)
+    sampler = gk.GEKOSampler(state, num_epochs=2)
+    head = plan_of(sampler, 0)
+    assert sorted(head) == list(range(800, 1000))
+    plan = plan_of(sampler, 1)
+    assert len(plan) == len(set(plan))  # at most once an epoch
+    cut = sampler.plan.head
+    assert min(plan[:cut]) >= 800
+    assert len(plan) - cut == 250  # a quarter of this epoch's 1000 slots
+    assert sum(sample < 800 for sample in plan[cut:]) > 150
+    assert sampler.progress(cut) == pytest.approx(0.875)
+    sampler.advance(cut - 1)
+    assert state.weights.tolist() == [3, 1, 0, 0]
+    sampler.advance(cut)
+    assert state.weights.tolist() == [1, 1, 1, 1]
+
+
+def test_a_one_epoch_run_sees_each_sample_once():
+    sampler = gk.GEKOSampler(gk.SampleState(100, gk.GEKOConfig()), num_epochs=1)
+    assert sorted(sampler) == list(range(100))
+
+
+def test_the_last_epoch_may_be_partial():
+    sampler = gk.GEKOSampler(gk.SampleState(100, gk.GEKOConfig(**PLAIN)), num_epochs=1.5)
+    assert [len(plan_of(sampler, epoch)) for epoch in (0, 1)] == [100, 50]
+    assert sampler.progress(50) == 1.0
+
+
+def test_a_budget_of_samples_makes_more_and_shorter_epochs():
+    state = state_of([FREEZE] * 60 + [HARD] * 40, uniform_finish=0.2)
+    sampler, drawn, epoch = gk.GEKOSampler(state, num_epochs=2), 0, 0
+    sizes = []
+    while drawn < 200:
+        sampler.set_epoch(epoch, start=drawn / 200)
+        sizes.append((sampler.plan.head, len(sampler.plan.ids)))
+        drawn, epoch = drawn + len(sampler.plan.ids), epoch + 1
+    assert [head for head, _ in sizes] == [40, 40, 40, 40, 0]  # 160 samples, then the finish
+    assert sizes[-1] == (0, 100)
+
+
+def test_every_sample_outside_freeze_keeps_receiving_weight():
+    """The GEKO document's convergence condition: the summed weight of a sample that is not FREEZE grows without end."""
+    state = state_of([LIGHT, FOCUS, HARD] * 20, use_curriculum=True)
+    sampler, total = gk.GEKOSampler(state, num_epochs=40), torch.zeros(60)
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        for consumed, sample in enumerate(sampler):
+            sampler.advance(consumed)
+            total[sample] += state.weights[3 - int(state.bucket[sample])]
+    assert total.min() >= 28  # LIGHT: every epoch but PEAK's twelve
+
+
+def visit(state: gk.SampleState, ids: torch.Tensor, margin: float) -> None:
+    """One forward in which the samples have this margin between the right class and each of nine others."""
+    logits = torch.zeros(len(ids), 10)
+    logits[:, 0] = margin
+    gk.weighted_loss(logits, torch.zeros(len(ids), dtype=torch.long), ids.long(), state)
+
+
+def test_probes_double_their_interval_and_a_forgotten_sample_thaws():
+    """In gekolib FREEZE is absorbing: a sample that is not drawn is never looked at again."""
+    state = gk.SampleState(8, gk.GEKOConfig(**PLAIN))
+    sampler, probed = gk.GEKOSampler(state, num_epochs=40), {}
+    visit(state, torch.arange(8), margin=9.0)
+    assert (state.bucket == FREEZE).all()
+    for epoch in range(16):
+        ids = sampler.due_probes(epoch)
+        visit(state, ids, margin=9.0)
+        sampler.probed(ids, epoch)
+        probed[epoch] = ids.tolist()
+        assert plan_of(sampler, epoch) == []
+    assert [epoch for epoch, ids in probed.items() if 0 in ids] == [1, 3, 7, 15]
+    assert [epoch for epoch, ids in probed.items() if 1 in ids] == [2, 4, 8]
+    forgotten = torch.tensor([1])
+    due = next(epoch for epoch in range(16, 40) if 1 in sampler.due_probes(epoch).tolist() or plan_of(sampler, epoch))
+    assert due == 16
+    visit(state, forgotten, margin=-5.0)
+    sampler.probed(forgotten, due)
+    assert plan_of(sampler, due) == [1]
+    assert sampler.forgotten.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert int(sampler.lost) == 1
+
+
+def test_probes_can_be_switched_off():
+    sampler = gk.GEKOSampler(state_of([FREEZE] * 8, probes=False), num_epochs=20)
+    for epoch in range(10):
+        assert len(sampler.due_probes(epoch)) == 0
+        sampler.set_epoch(epoch)
+
+
+def noisy(num_wrong: int, total: int = 100, **fields) -> gk.SampleState:
+    """A state with `num_wrong` samples that were sure and wrong three times, at a loss that rises."""
+    state = gk.SampleState(total, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, **fields}))
+    for margin in (-3.0, -4.0, -5.0):
+        visit(state, torch.arange(num_wrong), margin)
+        visit(state, torch.arange(num_wrong, total), 9.0)
+    return state
+
+
+def test_a_mislabelled_sample_is_quarantined_and_weighs_nothing():
+    state = noisy(10)
+    sampler = gk.GEKOSampler(state, num_epochs=20)
+    assert plan_of(sampler, 3) == []
+    assert state.quarantined.nonzero()[:, 0].tolist() == list(range(10))
+    logits = torch.zeros(1, 10, requires_grad=True)
+    _, stats = gk.weighted_loss(logits, torch.tensor([3]), torch.tensor([0]), state, return_stats=True)
+    assert stats.weight.item() == 0
+    assert 0 in sampler.due_probes(4).tolist()  # probed as a frozen sample is
+    visit(state, torch.tensor([0]), 9.0)
+    sampler.set_epoch(4)
+    assert not state.quarantined[0] and state.quarantined[1:10].all()  # and released once it is right
+
+
+def test_quarantine_lasts_through_the_uniform_finish():
+    state = noisy(10, uniform_finish=0.5)
+    plan = plan_of(gk.GEKOSampler(state, num_epochs=4), 3)
+    assert sorted(plan) == list(range(10, 100))
+
+
+def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
+    """Where nothing has been learnt every sample is wrong: quarantine would stop learning for good."""
+    state = noisy(100)
+    assert len(plan_of(gk.GEKOSampler(state, num_epochs=20), 3)) == 100
+    state = noisy(10)
+    update_quarantine_(state)
+    assert state.quarantined.sum() == 10
+    visit(state, torch.arange(10, 100), -5.0)
+    update_quarantine_(state)
+    assert not state.quarantined.any()
+
+
+def test_quarantine_is_bounded_and_spares_what_improves():
+    state = noisy(40, noise_guard_share=0.1)
+    update_quarantine_(state)
+    assert state.quarantined.sum() == 10
+    improving = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    for margin in (-5.0, -3.0, -1.0):
+        visit(improving, torch.arange(10), margin)
+        visit(improving, torch.arange(10, 100), 9.0)
+    update_quarantine_(improving)
+    assert not improving.quarantined.any()
+    off = noisy(10, noise_guard=False)
+    update_quarantine_(off)
+    assert not off.quarantined.any()
+
+
+def test_resume_in_the_middle_of_an_epoch():
+    def sampler_of(state):
+        return gk.GEKOSampler(state, num_epochs=4, seed=3)
+
+    state = state_of([FREEZE, LIGHT, FOCUS, HARD] * 25, uniform_finish=0.3)
+    first = sampler_of(state)
+    first.set_epoch(0)
+    iterator = iter(first)
+    head = [next(iterator) for _ in range(7)]
+    saved = {name: value.clone() if torch.is_tensor(value) else value for name, value in first.state_dict().items()}
+    rest_of_epoch = list(iterator)
+    assert not set(head) & set(rest_of_epoch)
+    rest = rest_of_epoch + plan_of(first, 1) + plan_of(first, 2)
+    other = gk.SampleState(100, state.config)
+    other.load_state_dict(state.state_dict())
+    second = sampler_of(other)
+    second.load_state_dict(saved)
+    assert list(second) + plan_of(second, 1) + plan_of(second, 2) == rest
+    with pytest.raises(ValueError, match="100 samples, this one has 10"):
+        gk.GEKOSampler(gk.SampleState(10)).load_state_dict(saved)
+
+
+def test_padding_marks_repeats():
+    sampler = gk.GEKOSampler(state_of([FOCUS] * 5), pad_to=4, shuffle=False)
+    assert list(sampler) == [0, 1, 2, 3, 4, ~0, ~1, ~2]
+    assert len(sampler) == 8
+
+
+def test_windows_are_sorted_by_length():
+    lengths = torch.randint(1, 100, (64,))
+    sampler = gk.GEKOSampler(gk.SampleState(64, gk.GEKOConfig(**PLAIN)), lengths=lengths, window=16)
+    plan = torch.tensor(list(sampler))
+    assert sorted(plan.tolist()) == list(range(64))
+    for window in lengths[plan].split(16):
+        assert (window.diff() <= 0).all()
+
+
+def test_every_rank_draws_the_same_plan():
+    plans = []
+    for _rank in range(3):
+        state = state_of([FREEZE, LIGHT, FOCUS, HARD] * 30)
+        plans.append(plan_of(gk.GEKOSampler(state, num_epochs=5, seed=11), 2))
+    assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_epochs": 0}, "num_epochs must be above 0"),
+        ({"lengths": torch.ones(3)}, "lengths must have one entry for each of the 10 samples"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gk.GEKOSampler(gk.SampleState(10), **arguments)
+
+
+def test_importing_the_package_leaves_transformers_alone():
+    code = "import sys, geko_kernels as gk; gk.GEKOSampler; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_planning_costs_little_time_and_memory():
+    """Two million samples: under 20 bytes of new memory a sample; 10 million have to take under 2 s on two cores."""
+    code = """
+    import time, torch, geko_kernels as gk
+    N = 2_000_000
+    state = gk.SampleState(N)
+    state.load_state_dict(state.state_dict())  # touches every page
+    state.times_seen.fill_(1), state.bucket[::2].fill_(0), torch.randperm(10)
+    status = lambda name: int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024
+    gk.GEKOSampler(gk.SampleState(100), 10).set_epoch(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before, start = status("VmRSS:"), time.process_time()
+    sampler = gk.GEKOSampler(state, num_epochs=10)
+    for epoch in range(3):
+        sampler.probed(sampler.due_probes(epoch), epoch)
+        sampler.set_epoch(epoch)
+    print((status("VmHWM:") - before) / N, (time.process_time() - start) / 3)
+    """
+    environment = {"MALLOC_MMAP_THRESHOLD_": "100000", "OMP_NUM_THREADS": "2", "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    memory, seconds = map(float, out.split())
+    assert memory < 20
+    assert seconds < 2
