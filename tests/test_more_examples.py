@@ -28,6 +28,12 @@ def run(model, output, script, launcher=()):
     return done.stdout
 
 
+def test_trainer(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    output = run(model, tmp_path / "run", "trainer.py")
+    assert "a standard run 64" in output and (tmp_path / "run" / "report.html").exists()
+
+
 def test_accelerate_loop(model, tmp_path):
     pytest.importorskip("accelerate")
     output = run(model, tmp_path / "run", "accelerate_loop.py")
