@@ -20,6 +20,7 @@ from geko_kernels.linear_gradients import HeadGradients
 from geko_kernels.loss import Visits
 
 AHEAD = 1024  # rows scored while the host learns how many there are
+FUSED_SHARE = 0.75  # of rows kept: above, one pass for statistics and gradients moves less (4 bytes against 2 + 4 p)
 _HIDDEN_WORK = 16 * 2**20  # bytes `HeadGradients` takes besides
 
 
@@ -91,10 +92,14 @@ class Chunks:
     Args:
         rows: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
+        all_kept: expect that every row is kept.
     """
 
-    def __init__(self, head: Head, batch: Batch, rows: int, gradients: HeadGradients | None) -> None:
-        self.head, self.batch, self.gradients = head, batch, gradients
+    def __init__(
+        self, head: Head, batch: Batch, rows: int, gradients: HeadGradients | None, all_kept: bool = False
+    ) -> None:
+        self.head, self.batch, self.gradients, self.all_kept = head, batch, gradients, all_kept
+        self.may_fuse = gradients is not None and ops.backend_name(head.weight.device, head.weight.dtype) == "triton"
         device = head.hidden.device
         self.buffer = torch.empty(rows, head.weight.shape[0], dtype=head.weight.dtype, device=device)
         self.positions = torch.empty(rows, dtype=torch.int64, device=device)  # token of each slot of the buffer
@@ -117,11 +122,14 @@ class Chunks:
         self.tokens = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
         self.used = torch.zeros_like(self.tokens[0])  # coefficient of each token in what was flushed
         crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
-        done = held = 0
+        done = held = kept = 0
+        fused = self.may_fuse and self.all_kept
         while done < count:
             fills = -(-(count - done) // (room - held))
             stop = done + -(-(count - done) // fills)
-            self._score(slice(done, stop), held, ahead, gather=count < len(self.rows))
+            if not done and self.may_fuse and not self.all_kept:
+                stop = min(ahead, count)  # a sample of the rows, from which it is seen how many are kept
+            self._score(slice(done, stop), held, ahead, fused, gather=count < len(self.rows))
             ahead, part, done = 0, slice(done, stop), stop
             if self.gradients is None or done == count:
                 continue
@@ -131,25 +139,33 @@ class Chunks:
                 crossing[start] = self.rows[start:end]
                 self._foresee(self.rows[start:stop], self.rows[stop:end])
             visits = update(self.tokens, False)
-            held = self._keep(visits, part, held)
+            before, held = held, self._keep(visits, part, held, fused)
+            kept += held - before
+            fused = self.may_fuse and kept > FUSED_SHARE * done
             if 2 * held > room:
                 self._flush(visits.coeff * factor(visits), held, last=False)
                 held = 0
         visits = update(self.tokens, True)
         if self.gradients is not None:
-            held = self._keep(visits, part, held) if count else 0
+            held = self._keep(visits, part, held, fused) if count else 0
             self._finish(visits.coeff * factor(visits), held, list(crossing.values()))
         return visits
 
-    def _score(self, part: slice, held: int, ahead: int, gather: bool) -> None:
-        """Statistics of the scored rows `part`, whose logits go to slots from `held` on, the first `ahead` before."""
+    def _score(self, part: slice, held: int, ahead: int, fused: bool, gather: bool) -> None:
+        """Statistics of the scored rows `part`, whose logits go to slots from `held` on; the first `ahead` are there.
+
+        fused: the gradients too, over the logits.
+        """
         count = part.stop - part.start
         slots, ahead = self.buffer[held : held + count], min(ahead, count)
         if ahead < count:
             rows = slice(part.start + ahead, part.stop)
             self.head.logits(self.rows[rows] if gather else rows, slots[ahead:])
-        logits, targets = slots[:, None, : self.head.vocab], self.targets[part, None]
-        statistics = ops.token_stats(logits, targets, None, -1, False, self.batch.softcap)
+        vocab, targets, softcap = self.head.vocab, self.targets[part], self.batch.softcap
+        if fused:
+            statistics = ops.score_rows_(slots, targets, vocab, softcap)
+        else:
+            statistics = ops.token_stats(slots[:, None, :vocab], targets[:, None], None, -1, False, softcap)
         self.tokens.index_copy_(1, self.rows[part], statistics)
 
     def _foresee(self, scored: Tensor, to_come: Tensor) -> None:
@@ -157,20 +173,14 @@ class Chunks:
         expected = self.tokens.index_select(1, scored).mean(1, keepdim=True)
         self.tokens.index_copy_(1, to_come, expected.expand(-1, len(to_come)))
 
-    def _keep(self, visits: Visits, part: slice, held: int) -> int:
+    def _keep(self, visits: Visits, part: slice, held: int, fused: bool) -> int:
         """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
         end = ops.kept_rows_(visits.coeff, self.rows[part], self.positions, self.sources, held)
         kept = HostCopy(end)
         last = held + part.stop - part.start
-        self._gradient(self.tokens, self.positions, self.sources, end, held, last)
+        where = (self.positions, self.sources, end, self.batch.labels, self.tokens, held, last)
+        ops.gradient_rows_(self.buffer, *where, self.head.vocab, self.batch.shift, self.batch.softcap, fused)
         return kept.wait()[0]
-
-    def _gradient(
-        self, tokens: Tensor, positions: Tensor, sources: Tensor | None, end: Tensor | None, first: int, last: int
-    ) -> None:
-        batch, vocab = self.batch, self.head.vocab
-        where = (positions, sources, end, batch.labels, tokens, first, last)
-        ops.gradient_rows_(self.buffer, *where, vocab, batch.shift, batch.softcap)
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
         """Run the gradient GEMMs on the rows in slots [0, held)."""
@@ -200,9 +210,11 @@ class Chunks:
         Args: missing (T,) what is to be added of each token's coefficient, coeff (T,) what that makes in all.
         """
         assert self.gradients is not None
-        for start in range(0, len(positions), len(self.buffer)):
-            rows = positions[start : start + len(self.buffer)]
+        step = max(1, len(self.buffer))
+        for start in range(0, len(positions), step):
+            rows = positions[start : start + step]
             slots = self.buffer[: len(rows)]
             self.head.logits(rows, slots)
-            self._gradient(tokens, rows, None, None, 0, len(rows))
+            where = (rows, None, None, self.batch.labels, tokens, 0, len(rows))
+            ops.gradient_rows_(self.buffer, *where, self.head.vocab, self.batch.shift, self.batch.softcap, False)
             self.gradients.add(slots, rows, missing[rows], coeff[rows], last=start + len(rows) == len(positions))

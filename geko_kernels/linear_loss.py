@@ -45,7 +45,8 @@ class _Call:
     def score(self, head: Head, gradients: HeadGradients | None) -> tuple[Visits, Tensor | None]:
         """The visits, and what `gradients` still have to be multiplied by (None: 1)."""
         rows = buffer_rows(head, self.budget, gradients is not None and gradients.narrow)
-        chunks = Chunks(head, self.batch, rows if gradients is not None else min(rows, _SCORE_ROWS), gradients)
+        rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
+        chunks = Chunks(head, self.batch, rows, gradients, all_kept=self.state is None)
         rules, weights, columns = table_of(self.state, head.hidden.device, eager=True)
         batch = self.batch
 

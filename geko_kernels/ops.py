@@ -36,7 +36,8 @@ _SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held) -> Tensor",
     "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, Tensor labels, "
-    "Tensor tokens, int first, int last, int vocab, bool shift, float softcap) -> ()",
+    "Tensor tokens, int first, int last, int vocab, bool shift, float softcap, bool ready) -> ()",
+    "score_rows_": "(Tensor(a!) logits, Tensor targets, int vocab, float softcap) -> Tensor",
     "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
 }
 _PROBES = ("logits", "tokens", "coeff", "labels", "values")  # the argument that says which backend runs
@@ -146,6 +147,10 @@ def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
     return coeff.new_empty((), dtype=torch.int32)
 
 
+def _fake_score_rows(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((5, logits.shape[0]), dtype=_real(logits))
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -159,6 +164,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scored_rows": _fake_scored_rows,
     "kept_rows_": _fake_kept_rows,
     "gradient_rows_": _fake_nothing,
+    "score_rows_": _fake_score_rows,
     "rescale_": _fake_nothing,
 }
 
@@ -176,4 +182,5 @@ logits_grad_ = torch.ops.geko.logits_grad_.default
 scored_rows = torch.ops.geko.scored_rows.default
 kept_rows_ = torch.ops.geko.kept_rows_.default
 gradient_rows_ = torch.ops.geko.gradient_rows_.default
+score_rows_ = torch.ops.geko.score_rows_.default
 rescale_ = torch.ops.geko.rescale_.default

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geko_kernels.reference import _cap, layout
+from geko_kernels.reference import _cap, layout, token_stats
 
 
 def scored_rows(
@@ -67,24 +67,45 @@ def gradient_rows_(
     vocab: int,
     shift: bool,
     softcap: float,
+    ready: bool,
 ) -> None:
     """`logits[slot, :vocab] = softmax(z) - onehot(target)` for each slot of [first, min(last, end)), 0 beyond vocab.
 
-    Args: logits (R, ld); positions (R,) and sources (R,) from `kept_rows_`: z is `logits[sources[slot]]`, without
-        sources that of the slot itself; end () int32, without it `last`; labels (B, S); tokens (5, T) statistics.
+    Args:
+        logits (R, ld); positions (R,) and sources (R,) from `kept_rows_`: z is `logits[sources[slot]]`, without
+            sources that of the slot itself; end () int32, without it `last`; labels (B, S); tokens (5, T) statistics;
+        ready: the rows are gradients already, by `score_rows_`, and only move.
     """
     last = last if end is None else min(last, int(end))
     slots = slice(first, last)
+    rows = logits[slots] if sources is None else logits[sources[slots]]
+    if ready:
+        logits[slots] = rows
+        return
     at = positions[slots]
     target = (labels.roll(-1, 1) if shift else labels).flatten()[at]
-    rows = logits[slots] if sources is None else logits[sources[slots]]
-    z = _cap(rows[:, :vocab].to(tokens.dtype), softcap)
-    grad = (z - tokens[1, at, None] - tokens[2, at, None]).exp()
-    grad.scatter_add_(1, target[:, None], -torch.ones_like(grad[:, :1]))
-    if softcap:
-        grad *= 1 - (z / softcap).square()
-    logits[slots, :vocab] = grad.to(logits.dtype)
+    top, log_sum = tokens[1:3, at, None]
+    logits[slots, :vocab] = _gradient(rows[:, :vocab].to(tokens.dtype), target, top, log_sum, softcap).to(logits.dtype)
     logits[slots, vocab:] = 0
+
+
+def _gradient(x: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, softcap: float) -> Tensor:
+    z = _cap(x, softcap)
+    grad = (z - top - log_sum).exp()
+    grad.scatter_add_(1, target[:, None], -torch.ones_like(grad[:, :1]))
+    return grad * (1 - (z / softcap).square()) if softcap else grad
+
+
+def score_rows_(logits: Tensor, targets: Tensor, vocab: int, softcap: float) -> Tensor:
+    """`token_stats` of logits (m, ld) with one target a row, and `softmax - onehot` over the logits, 0 beyond vocab.
+
+    Returns: statistics (5, m).
+    """
+    tokens = token_stats(logits[:, None, :vocab], targets[:, None], None, -1, False, softcap)
+    x = logits[:, :vocab].to(tokens.dtype)
+    logits[:, :vocab] = _gradient(x, targets, tokens[1, :, None], tokens[2, :, None], softcap).to(logits.dtype)
+    logits[:, vocab:] = 0
+    return tokens
 
 
 def rescale_(values: Tensor, factor: Tensor) -> None:

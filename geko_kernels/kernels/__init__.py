@@ -17,6 +17,7 @@ from geko_kernels.kernels import linear_rows as _linear_rows
 from geko_kernels.kernels import logits_grad as _logits_grad
 from geko_kernels.kernels import rescale as _rescale
 from geko_kernels.kernels import sample_update as _sample_update
+from geko_kernels.kernels import score_rows as _score_rows
 from geko_kernels.kernels import token_stats as _token_stats
 
 
@@ -39,6 +40,7 @@ logits_grad_ = _on_own_device(_logits_grad.logits_grad_)
 scored_rows = _on_own_device(_linear_rows.scored_rows)
 kept_rows_ = _on_own_device(_linear_rows.kept_rows_)
 gradient_rows_ = _on_own_device(_gradient_rows.gradient_rows_)
+score_rows_ = _on_own_device(_score_rows.score_rows_)
 rescale_ = _on_own_device(_rescale.rescale_)
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "loss_forward_",
     "rescale_",
     "sample_update_",
+    "score_rows_",
     "scored_rows",
     "token_stats",
 ]
