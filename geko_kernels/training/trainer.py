@@ -91,6 +91,8 @@ class GEKOTrainer(Trainer):
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
         self._shifts_by_class = causal if isinstance(_base_model(self.model), PreTrainedModel) else None
         self._computes_loss = _computes_loss(self.model)
+        if not self.label_names and args.label_names is None:  # the model's forward takes none: they are ours
+            self.label_names = ["labels"]
         self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # our loss is divided by num_items_in_batch, whatever the model takes
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
