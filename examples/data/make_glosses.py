@@ -21,7 +21,7 @@ here = Path(__file__).parent
 lines = Path(sys.argv[1]).read_text(encoding="utf8").splitlines()
 notice = [line[4:].rstrip() for line in lines if line.startswith("  ")]  # after the line number
 
-rows = {}
+rows: dict[str, tuple[str, str]] = {}
 for line in lines[len(notice) :]:
     fields, _, text = line.partition("|")
     gloss = text.split(';  "')[0].split('; "')[0].strip(" ;")
