@@ -39,7 +39,7 @@ def times(rows: list[Row]) -> Figure:
         full, forward = _by_contender(group, "full"), _by_contender(group, "forward")
         shown = [row for row in full if row["contender"] != "copy"]
         ahead = {row["contender"]: row["ms"] for row in forward}
-        _bars(axes, shown, [row["ms"] for row in shown], "ms")
+        _bars(axes, shown, [row["ms"] for row in shown], "ms", [row["ms_p80"] for row in shown])
         for position, row in enumerate(shown):
             axes.barh(position, ahead[row["contender"]], height=0.7, color="black", alpha=0.25)
         for position, row in enumerate(shown):
@@ -115,9 +115,12 @@ def _panels(rows: list[Row], title: str, width: float, height: float) -> tuple[F
     return figure, list(zip(flat, groups.values(), strict=False))
 
 
-def _bars(axes: Axes, shown: list[Row], values: list[float], unit: str) -> None:
-    bars = axes.barh([row["contender"] for row in shown], values, height=0.7, color=[_color(row) for row in shown])
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=12, fontsize=8)
+def _bars(axes: Axes, shown: list[Row], values: list[float], unit: str, ends: list[float] | None = None) -> None:
+    """A bar a row, its value written beyond the bar, or beyond `ends` where a whisker reaches further."""
+    axes.barh([row["contender"] for row in shown], values, height=0.7, color=[_color(row) for row in shown])
+    for position, (value, end) in enumerate(zip(values, ends or values, strict=True)):
+        text = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+        axes.annotate(text, (end, position), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.14)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
