@@ -102,7 +102,7 @@ class GEKOTrainer(Trainer):
         self.sampler: GEKOSampler | None = None
         self.efficiency = self._new_efficiency()
         self._resume: dict[str, Any] | None = None
-        self._reset_position()
+        self._place(0, 1)
 
     def _check_arguments(self) -> None:
         if self.compute_loss_func is not None:
@@ -176,21 +176,25 @@ class GEKOTrainer(Trainer):
             return epochs, batches
         sampler = self._planned()
         sampler.load_state_dict(self._resume)
-        batches, sampler.position = sampler.position // self._micro_batch, 0
-        if sampler.plan is None:
-            return 0, 0
-        if batches * self._micro_batch >= len(sampler.plan.ids):
+        assert sampler.plan is not None
+        consumed, sampler.position = sampler.position, 0
+        finished = consumed >= len(sampler.plan.ids)
+        batches = math.ceil(consumed / self._micro_batch)
+        self._place(batches, batches if finished else math.ceil(len(sampler) / self._micro_batch))
+        if finished:
             return sampler.epoch + 1, 0
         return sampler.epoch, 0 if self.args.ignore_data_skip else batches
 
-    def _reset_position(self) -> None:
-        self._batches = 0  # of this epoch fetched so far
-        self._epoch_batches = self._epoch_steps = 1
-        self._first_step = 0  # global step at which this epoch began
+    def _place(self, batches: int, epoch_batches: int) -> None:
+        """The run stands behind so many of the epoch's batches."""
+        accumulate = self.args.gradient_accumulation_steps
+        self._batches, self._epoch_batches = batches, epoch_batches
+        self._epoch_steps = math.ceil(epoch_batches / accumulate)
+        self._first_step = self.state.global_step - math.ceil(batches / accumulate)  # at which the epoch began
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         values = super().set_initial_training_values(args, dataloader)
-        self._reset_position()
+        self._place(0, 1)
         self._full_epoch_steps, self._full_run_steps = values[1], values[-1]
         # a run counted in steps goes on for as many planned epochs as they take
         return (sys.maxsize, *values[1:]) if args.max_steps > 0 else values
@@ -216,10 +220,7 @@ class GEKOTrainer(Trainer):
             resume_from_checkpoint = None
         if done == 0:
             self._begin_epoch(model, epoch)
-        accumulate = self.args.gradient_accumulation_steps
-        self._batches, self._epoch_batches = done, len(train_dataloader)
-        self._epoch_steps = math.ceil(self._epoch_batches / accumulate)
-        self._first_step = self.state.global_step - done // accumulate
+        self._place(done, len(train_dataloader))
         if self.args.max_steps <= 0:
             later = max(self._full_run_steps - (epoch + 1) * self._full_epoch_steps, 0)
             self.state.max_steps = self._first_step + self._epoch_steps + later
