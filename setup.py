@@ -19,10 +19,7 @@ def cpu_extension(cpp_extension, torch_version):
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
         include_dirs=[str(ROOT)],
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-        define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020b000000000000"),
-            ("GEKO_BUILD_TORCH", f'"{torch_version}"'),
-        ],
+        define_macros=[("GEKO_BUILD_TORCH", f'"{torch_version}"')],
         extra_compile_args=[
             *("-O3", "-fvisibility=hidden"),
             "-ffp-contract=off",  # visit.h has to round as the reference does; the row kernels ask for fma by name

@@ -1,9 +1,10 @@
-// Which row kernels this CPU runs.
+// Which row kernels this CPU runs, and on how many threads.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "csrc/cpu/row_kernels.h"
+#include "csrc/stable_abi.h"
 
 namespace geko {
 namespace {
@@ -37,5 +38,7 @@ const RowKernels& row_kernels() {
   static const RowKernels& chosen = choose();
   return chosen;
 }
+
+int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 }  // namespace geko

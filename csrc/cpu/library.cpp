@@ -1,6 +1,4 @@
-// Registers the ops of the namespace geko_cpu. The stable ABI of LibTorch: one binary for torch 2.11 and later.
-#include <torch/csrc/stable/library.h>
-
+// Registers the ops of the namespace geko_cpu.
 #include "csrc/cpu/ops.h"
 
 #define GEKO_COLUMNS                                                                                              \

@@ -7,7 +7,6 @@
 #endif
 
 #include "csrc/cpu/ops.h"
-#include "csrc/cpu/row_kernels.h"
 
 namespace geko {
 namespace {

@@ -1,6 +1,5 @@
 // geko_kernels._C: what is no tensor op. Importing it also registers the ops of library.cpp.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <string>
 
@@ -14,5 +13,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def(
       "cpu_capability", [] { return std::string(geko::row_kernels().capability); },
       "The instruction set in use: 'avx512', 'avx2' or 'portable'; the widest, or what GEKO_CPU_CAPABILITY names.");
-  module.def("num_threads", &torch::stable::get_num_threads, "Threads that the ops use: `torch.get_num_threads()`.");
+  module.def("num_threads", &geko::num_threads, "Threads that the ops use: `torch.get_num_threads()`.");
 }

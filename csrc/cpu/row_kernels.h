@@ -44,4 +44,7 @@ extern const RowKernels kAvx2Kernels, kAvx512Kernels;
 // Throws std::runtime_error where that one is unknown or this CPU can't run it.
 const RowKernels& row_kernels();
 
+// Threads that the ops use.
+int64_t num_threads();
+
 }  // namespace geko

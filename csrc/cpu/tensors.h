@@ -1,12 +1,12 @@
 // Views of tensors as checked pointers, and work spread over rows.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
+
+#include "csrc/cpu/row_kernels.h"
+#include "csrc/stable_abi.h"
 
 namespace geko {
 
@@ -37,7 +37,7 @@ template <class Work>
 void for_each_parallel(int64_t count, int64_t step, const Work& work) {
   std::atomic<int64_t> next{0};
   const int64_t steps = (count + step - 1) / step;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), steps);
+  const int64_t threads = std::min(num_threads(), steps);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t start; (start = next.fetch_add(step)) < count;)
       for (int64_t i = start; i < std::min(start + step, count); ++i) work(i);

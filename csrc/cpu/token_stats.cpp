@@ -1,6 +1,5 @@
 // Forward over the logits: reads each scored row once, writes five floats a token.
 #include "csrc/cpu/ops.h"
-#include "csrc/cpu/row_kernels.h"
 
 namespace geko {
 
