@@ -23,6 +23,12 @@ settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_configure(config):
+    # the interpreter computes with numpy, which warns of the NaN and inf that some tests are about
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """New memory holds NaN (or the largest integer), also where C++ asks for it: an unwritten output is seen."""

@@ -69,7 +69,7 @@ def test_a_call_equals_the_reference(backend, device, case):
     if backend == "reference":
         pytest.skip("is the reference")
     loss, stats, grad, state = run(case, backend, device)
-    want_loss, want_stats, want_grad, want_state = run(case, "reference", "cpu")
+    want_loss, want_stats, _, want_state = run(case, "reference", "cpu")
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=TINY)
     assert_close_stats(stats, want_stats)
     assert_same_state(state, want_state)
@@ -78,7 +78,6 @@ def test_a_call_equals_the_reference(backend, device, case):
     allowed = torch.maximum(2 * own_error(case.logits, exact), rounding) + TINY * abs(case.upstream)
     assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape
     assert ((grad.double() - exact).abs() <= allowed).all()
-    assert (grad[want_grad == 0] == 0).all() or ((grad - want_grad)[want_grad == 0].abs() <= TINY).all()
 
 
 @given(case=cases(dtypes=(torch.float16, torch.bfloat16)))
@@ -112,7 +111,7 @@ def test_many_calls_in_a_row_keep_the_state_equal(backend, device):
         pytest.skip("is the reference")
     config = gk.GEKOConfig(correct_loss=1.0, freeze_confidence=0.7)
     ours, reference = gk.SampleState(12, config, device=device), gk.SampleState(12, config)
-    for _ in range(10):
+    for _ in range(6):
         labels, ids = torch.randint(9, (4, 3)), torch.randint(-1, 12, (4, 3)).sort(1).values
         logits = torch.randn(4, 3, 9)
         logits.scatter_add_(2, labels[..., None], 7 * torch.rand(4, 1, 1).expand(4, 3, 1))
@@ -142,3 +141,16 @@ def test_every_entry_is_written(backend, device, reduction):
     assert all(x.isfinite().all() for x in stats if x.is_floating_point())
     assert stats.sample_ids.tolist() == [1, 0, 2] + [-1] * 7
     assert stats.num_tokens.tolist() == [1] + [0] * 9
+
+
+@given(case=cases())
+def test_tokens_of_weight_zero_get_exact_zeros(backend, device, case):
+    _, stats, grad, _ = run(case, backend, device)
+    labels, ids = case.labels, case.sample_ids
+    if ids is None or ids.dim() == 1:
+        skipped = (stats.weight == 0)[:, None].expand_as(labels)
+    else:
+        skipped = ids == -1
+    if not case.options["shift"]:
+        skipped = skipped | (labels == case.options["ignore_index"])
+    assert not grad[skipped].any()

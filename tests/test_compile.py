@@ -110,8 +110,9 @@ def test_inductor(backend, device):
         assert compiled.dtype == loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("reference")
-def test_compiled_code_that_checkpoints_counts_once():
+def test_compiled_code_that_checkpoints_counts_once(compiler):
     hidden, weight, labels, ids = setup()
 
     def step(x, state):
@@ -120,7 +121,7 @@ def test_compiled_code_that_checkpoints_counts_once():
 
         return checkpoint(head, x, use_reentrant=False)
 
-    assert_equal(both(step, hidden, backend="aot_eager"))
+    assert_equal(both(step, hidden, backend=compiler))
 
 
 @pytest.mark.usefixtures("reference")
