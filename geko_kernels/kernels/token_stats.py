@@ -146,27 +146,29 @@ def _statistics_kernel(
     """The first `prep_programs` programs prepare the sample update; then one program a row (UNIT) or tile of rows."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     program = tl.program_id(0)
-    if program < prep_programs:
-        table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
-        prepare_visits(program, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
-    elif UNIT:
-        t = program - prep_programs
-        target, asked = token_target(batch, t, t < token_count, SHIFT, PACKED)
-        scored = asked & (target >= 0) & (target < vocab)
-        row = logits_ptr + (t // length).to(tl.int64) * stride_b + (t % length).to(tl.int64) * stride_s
-        if scored:
-            top, total, z_target = _contiguous_row(row, target, vocab, softcap, SOFTCAP, BLOCK)
-            _store_statistics(tokens_ptr, t, True, True, top, total, z_target, token_count)
+    if scratch_ptr is not None:  # noqa: SIM102 (known when compiled; the next one is not)
+        if program < prep_programs:
+            table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+            prepare_visits(
+                program, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE
+            )
+    if program >= prep_programs:
+        if UNIT:
+            t = program - prep_programs
         else:
-            _store_statistics(tokens_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
-    else:
-        t = (program - prep_programs) * ROWS + tl.arange(0, ROWS)
+            t = (program - prep_programs) * ROWS + tl.arange(0, ROWS)
         live = t < token_count
         target, asked = token_target(batch, t, live, SHIFT, PACKED)
         scored = asked & (target >= 0) & (target < vocab)
-        rows = logits_ptr + (t // length).to(tl.int64) * stride_b + (t % length).to(tl.int64) * stride_s
-        top, total, z_target = _strided_rows(rows, stride_v, target, scored, vocab, softcap, SOFTCAP, BLOCK)
-        _store_statistics(tokens_ptr, t, live, scored, top, total, z_target, token_count)
+        x = logits_ptr + (t // length).to(tl.int64) * stride_b + (t % length).to(tl.int64) * stride_s
+        if not UNIT:
+            top, total, z_target = _strided_rows(x, stride_v, target, scored, vocab, softcap, SOFTCAP, BLOCK)
+            _store_statistics(tokens_ptr, t, live, scored, top, total, z_target, token_count)
+        elif scored:
+            top, total, z_target = _contiguous_row(x, target, vocab, softcap, SOFTCAP, BLOCK)
+            _store_statistics(tokens_ptr, t, True, True, top, total, z_target, token_count)
+        else:
+            _store_statistics(tokens_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
 
 
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
