@@ -1,0 +1,123 @@
+"""What test_distributed.py runs on each process: `torchrun distributed_run.py OUT`, or `python` for one process.
+
+Writes OUT/<scenario>-<rank>.json; each scenario trains the same global batch on any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from resume_run import learnable
+from training import arguments, curve, sentences, standard, tiny_llama, weights
+
+import geko_kernels as gk
+from geko_kernels import ops
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+ADAM_OFF = {"optim": "sgd", "learning_rate": 0.3}  # Adam would blow up the rounding of gradients near 0
+
+
+def options(**fields: Any) -> dict[str, Any]:
+    several = {"ddp_backend": "gloo"} if WORLD > 1 else {}
+    return {"per_device_train_batch_size": 4 // WORLD, **ADAM_OFF, **several, **fields}
+
+
+def result(trainer: Any) -> dict[str, Any]:
+    return {
+        "loss": curve(trainer),
+        "rate": curve(trainer, "learning_rate"),
+        "weights": weights(trainer.model).tolist(),
+        "steps": trainer.state.global_step,
+    }
+
+
+def geko_result(trainer: gk.GEKOTrainer) -> dict[str, Any]:
+    report, state = trainer.get_efficiency_report(), trainer.sample_state
+    shares = [
+        [e[f"geko_{b}"] for b in ("freeze", "light", "focus", "hard")] for e in trainer.state.log_history if "loss" in e
+    ]
+    return {
+        **result(trainer),
+        "plan": trainer.sampler.plan.ids.tolist(),
+        "state": {name: column.double().tolist() for name, column in state.state_dict().items()},
+        "epochs": [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in report["epochs"]],
+        "counts": {name: report[name] for name in report if name not in ("seconds", "epochs")},
+        "shares": shares,
+        "log": [[step["geko_loss"], step["geko_accuracy"]] for step in steps],
+        "changed": int(state.changed.sum()),
+    }
+
+
+def selection(out: Path) -> dict[str, Any]:
+    """29 ragged samples in global batches of 4: the last one is short, so repeats fill it on several processes."""
+    args = arguments(out / "selection", **options(num_train_epochs=8))
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(29, ragged=True), config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
+def accumulation(out: Path) -> dict[str, Any]:
+    """Each process has half of each of two micro-batches."""
+    fields = options(num_train_epochs=3, gradient_accumulation_steps=2, per_device_train_batch_size=2 // WORLD)
+    args = arguments(out / "accumulation", **fields)
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(27, ragged=True), config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
+def resumed(out: Path) -> dict[str, Any]:
+    """`selection`, saved in the middle of an epoch and gone on with from there."""
+    fields = options(num_train_epochs=8, save_strategy="steps", save_steps=11)
+    data = sentences(29, ragged=True)
+    for checkpoint in (None, str(out / "resumed" / "checkpoint-11")):
+        args = arguments(out / "resumed", **fields)
+        trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=learnable())
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return geko_result(trainer)
+
+
+def uniform(out: Path) -> dict[str, Any]:
+    args = arguments(out / "uniform", **options(gradient_accumulation_steps=2))
+    trainer = gk.GEKOTrainer(
+        tiny_llama(), args, train_dataset=sentences(32, ragged=True), config=gk.GEKOConfig.uniform()
+    )
+    trainer.train()
+    reference = standard(tiny_llama(), args, sentences(32, ragged=True), data_collator=trainer.data_collator)
+    reference.train()
+    return {"ours": result(trainer), "theirs": result(reference)}
+
+
+def sync(out: Path) -> dict[str, Any]:
+    """Sample 1 is visited by rank 0 alone, 2 by the last rank, 3 by all, 4 twice by rank 0 and once by the others."""
+    state = gk.SampleState(6)
+    visits = {0: [[1], [3], [4], [4]], WORLD - 1: [[2], [3], [4]]}.get(RANK, [[3], [4]])
+    for ids in visits:
+        logits = torch.zeros(1, 5)
+        logits[0, 0] = 1.0 + RANK
+        gk.weighted_loss(logits, torch.tensor([0]), torch.tensor(ids), state)
+    state.sync()
+    state.sync()
+    columns = {name: column.double().tolist() for name, column in state.state_dict().items()}
+    return {"state": columns, "changed": int(state.changed.sum()), "claim": int(state.claim.abs().sum())}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ops._override = "reference"
+    out = Path(sys.argv[1])
+    for scenario in (selection, accumulation, resumed, uniform, sync):
+        values = scenario(out)
+        (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

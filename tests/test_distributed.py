@@ -1,0 +1,99 @@
+"""Two processes (gloo) end where one ends with the same global batch; every rank knows the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+SCENARIOS = ("selection", "accumulation", "resumed", "uniform", "sync")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{scenario: [one process, rank 0 of two, rank 1 of two]}"""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        "PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for folder, launch in zip(folders, ([], torchrun), strict=True):
+        command = [sys.executable, *launch, str(SCRIPT), str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+    places = [(folders[0], 0), (folders[1], 0), (folders[1], 1)]
+    return {
+        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for folder, rank in places]
+        for name in SCENARIOS
+    }
+
+
+@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed"])
+def test_every_rank_knows_the_same(runs, scenario):
+    _, first, second = runs[scenario]
+    for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares", "log"):
+        assert first[key] == second[key], key
+    assert first["changed"] == second["changed"] == 0
+
+
+@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed"])
+def test_two_processes_equal_one(runs, scenario):
+    """29 samples in batches of 4: accelerate's repeats count for nothing, in state, loss and report."""
+    one, two, _ = runs[scenario]
+    assert two["steps"] == one["steps"]
+    assert two["plan"] == one["plan"]
+    assert two["state"]["times_seen"] == one["state"]["times_seen"]
+    assert two["state"]["bucket"] == one["state"]["bucket"]
+    assert {name: two["counts"][name] for name in two["counts"]} == one["counts"]
+    for key, tolerance in (("loss", 1e-4), ("weights", 1e-4), ("rate", 1e-9), ("shares", 1e-9), ("log", 1e-4)):
+        torch.testing.assert_close(torch.tensor(two[key]), torch.tensor(one[key]), rtol=tolerance, atol=tolerance)
+    history = [torch.tensor(run["state"]["loss_history"]) for run in (two, one)]
+    torch.testing.assert_close(*history, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(two["epochs"], one["epochs"], strict=True):
+        for key in ("samples", "probes", "steps", "buckets", "quarantined", "forgotten"):
+            assert ours[key] == theirs[key], key
+
+
+def test_selection_had_work_to_do(runs):
+    one = runs["selection"][0]
+    assert min(epoch["samples"] for epoch in one["epochs"]) < 29
+    assert one["counts"]["samples_forward"] > one["counts"]["samples_backward"]
+
+
+def test_resuming_changes_nothing(runs):
+    for resumed, whole in zip(runs["resumed"], runs["selection"], strict=True):
+        for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares"):
+            assert resumed[key] == whole[key], key
+
+
+def test_uniform_weights_give_the_standard_curve(runs):
+    for run in runs["uniform"]:
+        ours, theirs = run["ours"], run["theirs"]
+        assert ours["steps"] == theirs["steps"] == 12
+        for key in ("loss", "rate", "weights"):
+            torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=1e-5, atol=1e-6)
+
+
+def test_sync_resolves_conflicts_alike(runs):
+    alone, first, second = runs["sync"]
+    assert first == second
+    assert first["changed"] == first["claim"] == alone["changed"] == 0
+    state = first["state"]
+    assert state["times_seen"] == [0, 1, 1, 1, 2, 0]
+    losses = [row[-1] for row in state["loss_history"]]
+    by_rank = [
+        torch.nn.functional.cross_entropy(torch.tensor([1.0 + r, 0, 0, 0, 0]), torch.tensor(0)).item() for r in (0, 1)
+    ]
+    assert losses[1] == pytest.approx(by_rank[0])  # rank 0 alone
+    assert losses[2] == pytest.approx(by_rank[1])  # rank 1 alone
+    assert losses[3] == pytest.approx(by_rank[1])  # as many visits: the highest rank
+    assert losses[4] == pytest.approx(by_rank[0])  # most visits
+    assert losses[0] == losses[5] == 0.0
