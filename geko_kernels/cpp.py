@@ -6,6 +6,7 @@ Importing it raises `ImportError` where the extension `geko_kernels._C` was not 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 try:
     import geko_kernels._C as _C  # registers torch.ops.geko_cpu
@@ -19,3 +20,32 @@ sample_update_ = torch.ops.geko_cpu.sample_update_.default
 loss_forward_ = torch.ops.geko_cpu.loss_forward_.default
 logits_grad = torch.ops.geko_cpu.logits_grad.default
 logits_grad_ = torch.ops.geko_cpu.logits_grad_.default
+
+
+def gradient_rows_(
+    logits: Tensor,
+    positions: Tensor,
+    sources: Tensor | None,
+    end: Tensor | None,
+    labels: Tensor,
+    tokens: Tensor,
+    first: int,
+    last: int,
+    vocab: int,
+    shift: bool,
+    softcap: float,
+    ready: bool,
+) -> None:
+    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all."""
+    last = last if end is None else min(last, int(end))
+    rows = logits[first:last]
+    if sources is not None:
+        moved = (sources[first:last] != torch.arange(first, last)).nonzero()[:, 0]
+        rows[moved] = logits[sources[first:last][moved]]
+    if ready or not len(rows):
+        return
+    at = positions[first:last]
+    target = (labels.roll(-1, 1) if shift else labels).flatten()[at, None]
+    one, by_row = torch.ones(()), torch.empty(0, dtype=torch.int32)
+    logits_grad_(one, rows[:, None, :vocab], target, tokens[:, at], torch.ones(len(at)), one, by_row, False, softcap)
+    rows[:, vocab:] = 0
