@@ -23,6 +23,8 @@ class GEKOSFTTrainer(SFTTrainer):
     It asks for `SFTConfig(remove_unused_columns=False)`, which keeps that column, and for no packing.
     """
 
+    data_collator: Any
+
     def __init__(self, *args: Any, num_samples: int, geko_config: gk.GEKOConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sample_state = gk.SampleState(num_samples, geko_config, device=self.args.device)

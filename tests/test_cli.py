@@ -1,6 +1,7 @@
 """`python -m geko_kernels`: env, train and report, and what they say to wrong input."""
 
 import json
+import shutil
 
 import pytest
 
@@ -27,6 +28,10 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_jsonl(path, rows):
@@ -34,13 +39,13 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-@pytest.fixture
-def prompts(tmp_path):
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
     rows = [
         {"prompt": f"{word} is a", "completion": " colour" if i % 8 < 3 else " thing"}
         for i, word in enumerate(WORDS * 3)
     ]
-    return write_jsonl(tmp_path / "prompts.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
 
 
 @pytest.fixture
@@ -52,6 +57,14 @@ def classes(tmp_path):
 def train(model, data, output, *flags):
     small = ("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3")
     return main(["train", "--model", str(model), "--data", data, "--output-dir", str(output), *small, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished_run(model, prompts, tmp_path_factory):
+    """Two epochs of three steps, evaluated and saved after each."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    assert train(model, prompts, output, "--eval-data", prompts) == 0
+    return output
 
 
 def figures(output):
@@ -98,15 +111,12 @@ class TestEnv:
 
 
 class TestTrain:
-    def test_prompts_leave_model_and_report(self, model, prompts, tmp_path, capsys):
-        output = tmp_path / "run"
-        assert train(model, prompts, output, "--eval-data", prompts) == 0
+    def test_prompts_leave_model_and_report(self, finished_run):
         assert {"report.html", "geko_report.json", "model.safetensors", "tokenizer.json", "report_loss.png"} <= {
-            path.name for path in output.iterdir()
+            path.name for path in finished_run.iterdir()
         }
-        assert figures(output)["num_samples"] == 24
-        assert any("eval_loss" in row for row in figures(output)["log_history"])
-        assert "trained" in capsys.readouterr().out
+        assert figures(finished_run)["num_samples"] == 24
+        assert any("eval_loss" in row for row in figures(finished_run)["log_history"])
 
     def test_classifier_learns_named_labels(self, model, classes, tmp_path):
         output = tmp_path / "run"
@@ -140,29 +150,24 @@ class TestTrain:
         assert len(run["efficiency"]["epochs"]) == 1
         assert [row["step"] for row in run["log_history"] if "geko_loss" in row] == [1, 2, 3]
 
-    def test_resume_goes_on_where_the_run_stopped(self, model, prompts, tmp_path, capsys):
-        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-        assert train(model, prompts, whole) == 0
-        assert train(model, prompts, stopped) == 0
+    def test_resume_goes_on_where_the_run_stopped(self, model, prompts, finished_run, tmp_path, capsys):
+        killed = tmp_path / "killed"
+        shutil.copytree(finished_run, killed)
         for name in ("geko_report.json", "model.safetensors"):
-            (stopped / name).unlink()
-        for name in (path for path in (stopped / "checkpoint-6").iterdir()):
-            name.unlink()
-        (stopped / "checkpoint-6").rmdir()  # as if it had been killed after the first epoch
-        assert "already holds a run" in refused(
-            capsys, "train", "--model", str(model), "--data", prompts, "--output-dir", str(stopped)
-        )
-        assert train(model, prompts, stopped, "--resume") == 0
-        assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+            (killed / name).unlink()
+        shutil.rmtree(killed / "checkpoint-6")
+        command = ("train", "--model", str(model), "--data", prompts, "--output-dir", str(killed))
+        assert "already holds a run" in refused(capsys, *command)
+        assert train(model, prompts, killed, "--eval-data", prompts, "--resume") == 0
+        assert (killed / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
+        assert "trained 48 samples of the standard run's 48" in capsys.readouterr().out
 
 
 class TestReport:
-    def test_report_of_a_run(self, model, prompts, tmp_path, capsys):
-        train(model, prompts, tmp_path / "run")
-        (tmp_path / "run" / "report.html").unlink()
-        capsys.readouterr()
-        assert main(["report", str(tmp_path / "run")]) == 0
-        assert "report_buckets.png" in capsys.readouterr().out and (tmp_path / "run" / "report.html").exists()
+    def test_report_of_a_run(self, finished_run, tmp_path, capsys):
+        shutil.copy(finished_run / "geko_report.json", tmp_path)
+        assert main(["report", str(tmp_path)]) == 0
+        assert "report_buckets.png" in capsys.readouterr().out and (tmp_path / "report.html").exists()
 
     def test_no_run_there(self, tmp_path, capsys):
         assert "no geko_report.json" in refused(capsys, "report", str(tmp_path))

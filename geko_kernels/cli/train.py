@@ -113,6 +113,7 @@ def _arguments(options: TrainOptions) -> GEKOTrainingArguments:
         "save_strategy": "epoch",
         "logging_steps": 10,
         "report_to": "none",
+        "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     known = {field.name for field in dataclasses.fields(GEKOTrainingArguments) if field.init}
     for name in options.training_arguments:

@@ -22,7 +22,9 @@ def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
     shares = [[counts[name] / n for counts, n in zip(buckets, totals, strict=True)] for name in BUCKET_COLOURS]
     epochs = list(range(1, len(buckets) + 1))
     if len(epochs) > 1:
-        areas = axes.stackplot(epochs, shares, colors=BUCKET_COLOURS.values(), edgecolor="white", linewidth=0.8)
+        areas: Sequence[Any] = axes.stackplot(
+            epochs, shares, colors=BUCKET_COLOURS.values(), edgecolor="white", linewidth=0.8
+        )
         axes.set_xlim(1, len(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:  # one point spans no area
