@@ -56,7 +56,8 @@ def train(options: TrainOptions) -> None:
         data_collator=DataCollatorWithPadding(tokenizer) if data.names else None,
         compute_metrics=_accuracy if data.names else None,
     )
-    print(f"{options.data}: {len(data.train)} samples with {', '.join(records.fields)}")
+    if trainer.is_world_process_zero():
+        print(f"{options.data}: {len(data.train)} samples with {', '.join(records.fields)}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
