@@ -39,9 +39,8 @@ def result(trainer: Any) -> dict[str, Any]:
 
 def geko_result(trainer: gk.GEKOTrainer) -> dict[str, Any]:
     report, state = trainer.get_efficiency_report(), trainer.sample_state
-    shares = [
-        [e[f"geko_{b}"] for b in ("freeze", "light", "focus", "hard")] for e in trainer.state.log_history if "loss" in e
-    ]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    shares = [[step[f"geko_{bucket}"] for bucket in ("freeze", "light", "focus", "hard")] for step in steps]
     return {
         **result(trainer),
         "plan": trainer.sampler.plan.ids.tolist(),
@@ -83,12 +82,10 @@ def resumed(out: Path) -> dict[str, Any]:
 
 
 def uniform(out: Path) -> dict[str, Any]:
-    args = arguments(out / "uniform", **options(gradient_accumulation_steps=2))
-    trainer = gk.GEKOTrainer(
-        tiny_llama(), args, train_dataset=sentences(32, ragged=True), config=gk.GEKOConfig.uniform()
-    )
+    args, data = arguments(out / "uniform", **options(gradient_accumulation_steps=2)), sentences(32, ragged=True)
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=gk.GEKOConfig.uniform())
     trainer.train()
-    reference = standard(tiny_llama(), args, sentences(32, ragged=True), data_collator=trainer.data_collator)
+    reference = standard(tiny_llama(), args, data, data_collator=trainer.data_collator)
     reference.train()
     return {"ours": result(trainer), "theirs": result(reference)}
 
