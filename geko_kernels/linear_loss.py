@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
+from geko_kernels.checks import REDUCTIONS, check_batch, check_flag, check_values, num_items_tensor
 from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, buffer_rows
 from geko_kernels.linear_gradients import HeadGradients
-from geko_kernels.loss import (
-    REDUCTIONS,
-    SampleStats,
-    Visits,
-    check_batch,
-    check_flag,
-    check_values,
-    num_items_tensor,
-    table_of,
-)
+from geko_kernels.loss import SampleStats, Visits, table_of
 from geko_kernels.reference import Reduction
 from geko_kernels.state import SampleState
 
