@@ -51,15 +51,18 @@ def main() -> None:
         f"at loss < {CONFIG.correct_loss}, confidence > {CONFIG.freeze_confidence}, quality > {CONFIG.freeze_quality}\n"
     )
 
+    tail = Tail(model, frozen_layers)
+    tail.layers.requires_grad_(True)
     arms = [
-        Arm(name, copy.deepcopy(Tail(model, frozen_layers)), state)
-        for name, state in (("standard", None), ("GEKO", gk.SampleState(len(train), CONFIG, device)))
+        Arm("standard", copy.deepcopy(tail), None),
+        Arm("GEKO", copy.deepcopy(tail), gk.SampleState(len(train), CONFIG, device)),
     ]
     columns = (TextColumn("{task.description:>8}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[buckets]}"), console=console) as progress:
-        for arm in arms:
-            arm.tail.layers.requires_grad_(True)
-            arm.train(train_data, test_data, progress)
+        bars = [progress.add_task(arm.name, total=EPOCHS * len(train), buckets="") for arm in arms]
+        for _ in range(EPOCHS):  # in turns, so that whatever else the machine does slows both alike
+            for arm, bar in zip(arms, bars, strict=True):
+                arm.train_epoch(train_data, test_data, progress, bar)
     print_report(console, *arms)
     draw(options.plot, *arms)
     console.print(f"Picture: {options.plot}")

@@ -64,22 +64,13 @@ def draw(path: str, standard: Arm, geko: Arm) -> None:
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, frameon=False)
 
     for arm, color in ((standard, "#636363"), (geko, "#d94801")):
-        seconds = [epoch.seconds for epoch in arm.epochs]
-        right.plot(seconds, [epoch.loss for epoch in arm.epochs], "o-", color=color, label=arm.name)
         last = arm.epochs[-1]
-        right.annotate(
-            f"{last.accuracy:.1%} right\n{last.backpropagated} samples",
-            (last.seconds, last.loss),
-            textcoords="offset points",
-            xytext=(0, 10),
-            ha="center",
-            color=color,
-            fontsize=9,
-        )
+        label = f"{arm.name}: {last.accuracy:.1%} right after {last.backpropagated} samples trained on"
+        seconds = [epoch.seconds for epoch in arm.epochs]
+        right.plot(seconds, [epoch.loss for epoch in arm.epochs], "o-", color=color, label=label)
     right.set(title="Held-out loss, one dot an epoch", xlabel="seconds of training", ylabel="nats per class name")
     right.set_xlim(left=0)
-    right.margins(y=0.25)
-    right.legend(frameon=False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

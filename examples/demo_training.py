@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from glosses import Glosses, batch, evaluate, standard_losses
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from smollm2 import Tail, autocast
 from torch import Tensor
 
@@ -44,35 +44,35 @@ class Arm:
     state: gk.SampleState | None
     forwarded: int = 0
     backpropagated: int = 0
+    seconds: float = 0.0
     epochs: list[Epoch] = field(default_factory=list)
 
-    def train(self, train: Data, test: Data, progress: Progress) -> None:
-        """All epochs; each draws from the samples that are not frozen, every second one re-checks the frozen ones."""
-        optimizer = torch.optim.AdamW([p for p in self.tail.parameters() if p.requires_grad], fused=True)
-        bar = progress.add_task(self.name, buckets="")
-        seconds = 0.0
-        for epoch in range(EPOCHS):
-            start = time.perf_counter()
-            order = torch.randperm(len(train.glosses), generator=torch.Generator().manual_seed(epoch))
-            frozen = self.frozen(order)
-            steps = chunks(order[~frozen], BATCH)
-            progress.update(bar, total=self.backpropagated + (EPOCHS - epoch) * int((~frozen).sum()))
-            for step, ids in enumerate(steps):
-                set_learning_rate(optimizer, (epoch + step / len(steps)) / EPOCHS)
-                self.step(train, ids, optimizer)
-                progress.update(bar, completed=self.backpropagated)
-                if step % 8 == 0:
-                    progress.update(bar, buckets=self.shares())
-            if epoch % 2 == 1:
-                self.recheck(train, order[frozen])
-            if train.hidden.is_cuda:
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - start
-            loss, accuracy = evaluate(self.tail, test.glosses, test.hidden)
-            buckets = self.state.bucket_counts().tolist() if self.state else []
-            self.epochs.append(Epoch(seconds, self.forwarded, self.backpropagated, loss, accuracy, buckets))
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW([p for p in self.tail.parameters() if p.requires_grad], fused=True)
 
-    def step(self, train: Data, ids: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def train_epoch(self, train: Data, test: Data, progress: Progress, bar: TaskID) -> None:
+        """Draw from the samples that are not frozen; every second epoch, re-check the frozen ones."""
+        start, epoch = time.perf_counter(), len(self.epochs)
+        order = torch.randperm(len(train.glosses), generator=torch.Generator().manual_seed(epoch))
+        frozen = self.frozen(order)
+        steps = chunks(order[~frozen], BATCH)
+        progress.update(bar, total=self.backpropagated + (EPOCHS - epoch) * int((~frozen).sum()))
+        for step, ids in enumerate(steps):
+            self.step(train, ids, done=(epoch + step / len(steps)) / EPOCHS)
+            progress.update(bar, completed=self.backpropagated)
+            if step % 8 == 0:
+                progress.update(bar, buckets=self.shares())
+        if epoch % 2 == 1 and epoch + 1 < EPOCHS:
+            self.recheck(train, order[frozen])
+        if train.hidden.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        loss, accuracy = evaluate(self.tail, test.glosses, test.hidden)
+        buckets = self.state.bucket_counts().tolist() if self.state else []
+        self.epochs.append(Epoch(self.seconds, self.forwarded, self.backpropagated, loss, accuracy, buckets))
+
+    def step(self, train: Data, ids: Tensor, done: float) -> None:
+        set_learning_rate(self.optimizer, done)
         samples = batch(train.glosses, train.hidden, ids)
         with autocast(train.hidden.device):
             logits = self.tail(samples.hidden, samples.positions)  # (B, C, V)
@@ -81,8 +81,8 @@ class Arm:
         else:
             loss = gk.weighted_loss(logits, samples.labels, samples.ids, self.state)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.forwarded += len(ids)
         self.backpropagated += len(ids)
 
