@@ -35,6 +35,7 @@ def main() -> None:
             eval_strategy="epoch",
             report_to="none",
             bf16=torch.cuda.is_available(),
+            use_cpu=not torch.accelerator.is_available(),
         ),
         train_dataset=gloss_items(tokenizer, "train", args.samples),
         eval_dataset=gloss_items(tokenizer, "test", args.samples // 4),

@@ -10,6 +10,7 @@ from tiny_model import save_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS = ("--samples", "32", "--epochs", "2")
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,10 @@ def run(model, output, script, launcher=()):
     return done.stdout
 
 
-def test_trainer(model, tmp_path):
+def test_trainer_on_two_processes(model, tmp_path):
     pytest.importorskip("matplotlib")
-    output = run(model, tmp_path / "run", "trainer.py")
-    assert "a standard run 64" in output and (tmp_path / "run" / "report.html").exists()
+    output = run(model, tmp_path / "run", "trainer.py", TWO_PROCESSES)
+    assert output.count("a standard run 64") == 1 and (tmp_path / "run" / "report.html").exists()
 
 
 def test_accelerate_loop(model, tmp_path):
@@ -42,8 +43,7 @@ def test_accelerate_loop(model, tmp_path):
 
 def test_accelerate_loop_on_two_processes(model, tmp_path):
     pytest.importorskip("accelerate")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    output = run(model, tmp_path / "run", "accelerate_loop.py", launcher)
+    output = run(model, tmp_path / "run", "accelerate_loop.py", TWO_PROCESSES)
     assert output.count("epoch 2: plan of 32 rows") == 1
 
 

@@ -114,6 +114,7 @@ def _arguments(options: TrainOptions) -> GEKOTrainingArguments:
         "save_strategy": "epoch",
         "logging_steps": 10,
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs know nothing of each other
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     known = {field.name for field in dataclasses.fields(GEKOTrainingArguments) if field.init}
