@@ -45,10 +45,9 @@ def compile_only() -> None:
     driver.set_active(_NoDevice())
     launch = JITFunction.run
 
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         compiled[id(kernel)] = (self.fn.__name__, kernel)
-        return kernel
 
     JITFunction.run = run
 

@@ -45,6 +45,18 @@ def loss_forward_(
     tokens = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
     scratch = empty_scratch(labels, packed)
     prepared = (q_value, loss_history, times_seen, bucket, claim, error)
-    launch_statistics(logits, labels, sample_ids, tokens, prepared, scratch, ignore_index, shift, softcap, update)
-    rest = (scratch, logits.shape[-1], reduction, ignore_index, shift, update)
+    ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
+    # all that the two binaries and grids depend on; what is allocated here or in SampleState is aligned
+    key = (
+        *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
+        *(
+            labels.stride(),
+            labels.data_ptr() % 16,
+            sample_ids is None or (sample_ids.stride(), sample_ids.data_ptr() % 16),
+        ),
+        *(-1 if q_value is None else q_value.shape[0], error is None, num_items is None or num_items.data_ptr() % 16),
+        *(reduction, ignore_index, shift, softcap != 0, update),
+    )
+    launch_statistics(logits, labels, sample_ids, tokens, prepared, scratch, ignore_index, shift, softcap, update, key)
+    rest = (scratch, logits.shape[-1], reduction, ignore_index, shift, update, key)
     return *launch_sample_update(tokens, labels, sample_ids, rules, weights, num_items, columns, *rest), tokens

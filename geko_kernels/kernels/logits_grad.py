@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.addressing import LOG2E, VECTOR_BITS, edge_span, row_span, soft_cap
+from geko_kernels.kernels.launch import Launcher
 from geko_kernels.kernels.token_stats import SMALL_VOCAB
 
 BLOCK = 4096
@@ -169,12 +170,14 @@ def _logits_grad_kernel(
     live = t < token_count
     b, s = (t // length).to(tl.int64), (t % length).to(tl.int64)
     factor = _factor(coeff_ptr, scale_ptr, grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, UPSTREAM)
-    kept = factor != 0
-    label_at = labels_ptr + b * label_b + (s + 1 if SHIFT else s) * label_s
-    target = tl.load(label_at, mask=kept, other=0)
+    if SHIFT:
+        s_label = tl.minimum(s + 1, length - 1)  # the last position predicts nothing, so its factor is 0
+    else:
+        s_label = s
+    target = tl.load(labels_ptr + b * label_b + s_label * label_s, mask=live, other=0)
     step = token_count.to(tl.int64)
-    top = tl.load(tokens_ptr + step + t, mask=kept, other=0.0)
-    log_sum = tl.load(tokens_ptr + 2 * step + t, mask=kept, other=0.0)
+    top = tl.load(tokens_ptr + step + t, mask=live, other=0.0)
+    log_sum = tl.load(tokens_ptr + 2 * step + t, mask=live, other=0.0)
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     if UNIT:
@@ -190,6 +193,9 @@ def gradient_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
         return 1, block, max(block * WARPS // BLOCK, 1)
     block = min(triton.next_power_of_2(vocab), SMALL_VOCAB)
     return min(4096 // block, 64), block, 4
+
+
+_launcher = Launcher(_logits_grad_kernel)
 
 
 def _launch(
@@ -217,19 +223,20 @@ def _launch(
     # a contiguous row that starts off a vector's boundary spans up to per - 1 elements more
     tiles = triton.cdiv(vocab + (per - 1 if unit else 0), block)
     upstream = ONE if not grad_output.dim() else BY_VISIT if token_visit.numel() else BY_ROW
-    _logits_grad_kernel[(triton.cdiv(count, rows) * tiles,)](
+    args = (
         *(out, out_b, out_s, out_v, grad_output, grad_output.stride(0) if grad_output.dim() else 0),
         *(logits, stride_b, stride_s, stride_v, labels, *labels.stride(), tokens, coeff, scale, token_visit),
         *(length, count, vocab, softcap, tiles),
-        UPSTREAM=upstream,
-        SHIFT=shift,
-        SOFTCAP=softcap != 0,
-        UNIT=unit,
-        SAME=not apart,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=warps,
     )
+    constants = {"UPSTREAM": upstream, "SHIFT": shift, "SOFTCAP": softcap != 0}
+    tiling = {"UNIT": unit, "SAME": not apart, "ROWS": rows, "BLOCK": block}
+    # all that the binary and the grid depend on; the forward's outputs are aligned
+    key = (
+        *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
+        *(out.stride(), out.data_ptr() % 16, labels.stride(), labels.data_ptr() % 16),
+        *(grad_output.dtype, grad_output.stride(), grad_output.data_ptr() % 16, upstream, shift, softcap != 0),
+    )
+    _launcher(key, triton.cdiv(count, rows) * tiles, args, {**constants, **tiling}, warps)
 
 
 def logits_grad(

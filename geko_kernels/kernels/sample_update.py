@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from geko_kernels import reference
 from geko_kernels.kernels.addressing import BATCH_INTS, token_sample, visit_starts
 from geko_kernels.kernels.claims import writers
+from geko_kernels.kernels.launch import Launcher
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
 from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
@@ -174,6 +177,9 @@ def _sample_update_kernel(
     finish(scratch_ptr, entries, tl.sum(loss, 0), tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
 
 
+_launch = Launcher(_sample_update_kernel)
+
+
 def launch_sample_update(
     tokens: Tensor,
     labels: Tensor,
@@ -188,10 +194,12 @@ def launch_sample_update(
     ignore_index: int,
     shift: bool,
     update: bool,
+    key: Hashable = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The update proper, after `prepare_visits` has filled `scratch`. Args and returns: `reference.sample_update_`.
 
-    Args: columns (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined).
+    Args: columns (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined);
+        key as `Launcher` has it.
     """
     rows, length = labels.shape
     count = labels.numel()
@@ -209,20 +217,15 @@ def launch_sample_update(
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    _sample_update_kernel[(triton.cdiv(count, PACKED_GROUP) if packed else triton.cdiv(rows, tile),)](
+    args = (
         *(tokens, labels, *labels.stride(), sample_ids, id_b, id_s, length, ignore_index, count, vocab),
         *(rules, weights, num_items, *columns, scratch, value, scale, coeff, token_visit, floats, ints, flags),
         table_rows,
-        REDUCTION=reduction,
-        SHIFT=shift,
-        PACKED=packed,
-        UPDATE=update,
-        ROWS=tile,
-        BLOCK=block,
-        TILE=PREP_TILE,
-        GROUP=PACKED_GROUP,
-        num_warps=warps,
     )
+    constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
+    shape = {"ROWS": tile, "BLOCK": block, "TILE": PREP_TILE, "GROUP": PACKED_GROUP}
+    programs = triton.cdiv(count, PACKED_GROUP) if packed else triton.cdiv(rows, tile)
+    _launch(key, programs, args, {**constants, **shape}, warps)
     return value, scale, coeff, token_visit, floats, ints, flags
 
 

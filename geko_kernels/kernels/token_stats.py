@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from geko_kernels.kernels.addressing import (
     soft_cap,
     token_target,
 )
+from geko_kernels.kernels.launch import Launcher
 from geko_kernels.kernels.visit_prep import PREP_TILE, prepare_visits
 
 SMALL_VOCAB = 1024  # up to here a program takes several rows
@@ -171,6 +174,9 @@ def _statistics_kernel(
             _store_statistics(tokens_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
 
 
+_launch = Launcher(_statistics_kernel)
+
+
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     """(rows, block, warps) of a program; 4096 x 8 was the fastest of the sketches on an H200."""
     block = min(triton.next_power_of_2(vocab), 4096)
@@ -192,10 +198,11 @@ def launch_statistics(
     shift: bool,
     softcap: float,
     update: bool,
+    key: Hashable = None,
 ) -> None:
     """Fill `tokens` (5, T) and, with `scratch`, prepare `sample_update_` in the same launch.
 
-    Args: columns (q_value, loss_history, times_seen, bucket, claim, error), or None for each.
+    Args: columns (q_value, loss_history, times_seen, bucket, claim, error), or None for each; key as `Launcher` has it.
     """
     _, length, vocab = logits.shape
     count = labels.numel()
@@ -207,19 +214,13 @@ def launch_statistics(
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    _statistics_kernel[(prep_programs + triton.cdiv(count, rows),)](
+    args = (
         *(logits, stride_b, stride_s, stride_v, labels, *labels.stride(), sample_ids, id_b, id_s, length, ignore_index),
         *(tokens, count, vocab, softcap, *columns, scratch, table_rows, prep_programs),
-        SHIFT=shift,
-        PACKED=packed,
-        UPDATE=update,
-        SOFTCAP=softcap != 0,
-        UNIT=unit,
-        ROWS=rows,
-        BLOCK=block,
-        TILE=PREP_TILE,
-        num_warps=warps,
     )
+    constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "SOFTCAP": softcap != 0}
+    shape = {"UNIT": unit, "ROWS": rows, "BLOCK": block, "TILE": PREP_TILE}
+    _launch(key, prep_programs + triton.cdiv(count, rows), args, {**constants, **shape}, warps)
 
 
 def token_stats(
