@@ -49,11 +49,7 @@ def loss_forward_(
     # all that the two binaries and grids depend on; what is allocated here or in SampleState is aligned
     key = (
         *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
-        *(
-            labels.stride(),
-            labels.data_ptr() % 16,
-            sample_ids is None or (sample_ids.stride(), sample_ids.data_ptr() % 16),
-        ),
+        *(labels.stride(), labels.data_ptr() % 16, ids),
         *(-1 if q_value is None else q_value.shape[0], error is None, num_items is None or num_items.data_ptr() % 16),
         *(reduction, ignore_index, shift, softcap != 0, update),
     )
