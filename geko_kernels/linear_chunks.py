@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
-from geko_kernels.linear_gradients import HeadGradients
+from geko_kernels.linear_gradients import HIDDEN_BYTES, HeadGradients
 from geko_kernels.loss import Visits
 
 AHEAD = 1024  # rows scored while the host learns how many there are
 FUSED_SHARE = 0.75  # of rows kept: above, one pass for statistics and gradients moves less (4 bytes against 2 + 4 p)
-_HIDDEN_WORK = 16 * 2**20  # bytes `HeadGradients` takes besides
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def buffer_rows(head: Head, budget: int, narrow: bool) -> int:
     """
     tokens, columns = head.hidden.shape
     row = head.weight.shape[0] * head.weight.element_size()
-    budget -= _HIDDEN_WORK
+    budget -= HIDDEN_BYTES + HIDDEN_BYTES // 4  # for the making of dX
     spared = head.weight.numel() * 2 if narrow else 0
     if tokens * row <= budget + spared:
         return tokens

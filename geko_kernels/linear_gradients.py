@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HIDDEN_BYTES = 16 * 2**20  # dX is made in pieces of this size before they go to their rows
+HIDDEN_BYTES = 16 * 2**20  # dX is made in pieces of this size: 128 tiles of a GEMM, about one a multiprocessor
+_SCATTER_ROWS = 256  # of a piece go to their rows at a time
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -132,12 +133,14 @@ class HeadGradients:
     def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
         wide = tile.dtype if tile.dtype == torch.float64 or not tile.is_cuda else torch.float32
         columns = self.weight.shape[1]
-        step = max(1, _HIDDEN_BYTES // (columns * wide.itemsize))
+        step = max(1, HIDDEN_BYTES // (columns * wide.itemsize))
         for start in range(0, len(tile), step):
             piece = slice(start, start + step)
             product = torch.empty(len(tile[piece]), columns, dtype=wide, device=tile.device)
             multiply_(product, tile[piece], self.weight)
-            out.index_copy_(0, positions[piece], product.mul_(coeff[piece, None]).to(out.dtype))
+            product.mul_(coeff[piece, None])
+            for at, rows in zip(positions[piece].split(_SCATTER_ROWS), product.split(_SCATTER_ROWS), strict=True):
+                out.index_copy_(0, at, rows.to(out.dtype))
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""
