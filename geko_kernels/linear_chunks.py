@@ -8,7 +8,6 @@ rows that are scored; where it turns out otherwise, the rows of that visit are d
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,12 +61,12 @@ class HostCopy:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(values.device))
 
-    def wait(self) -> list[int]:
+    def wait(self) -> Tensor:
         if self.event is not None:
             self.event.synchronize()
-        return self.values.flatten().tolist()
+        return self.values
 
 
 def buffer_rows(head: Head, budget: int, narrow: bool) -> int:
@@ -116,7 +115,8 @@ class Chunks:
         wanted = HostCopy(visits)
         ahead = min(AHEAD, room)
         self.head.logits(self.rows[:ahead], self.buffer[:ahead])  # keeps the device busy meanwhile
-        count, *visit = wanted.wait()
+        found = wanted.wait().numpy()
+        count, visit = int(found[0]), found[1 : 1 + int(found[0])]
         real = torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
         self.tokens = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
         self.used = torch.zeros_like(self.tokens[0])  # coefficient of each token in what was flushed
@@ -133,8 +133,7 @@ class Chunks:
             if self.gradients is None or done == count:
                 continue
             if visit[stop] == visit[stop - 1]:
-                start = bisect_left(visit, visit[stop], 0, count)
-                end = bisect_right(visit, visit[stop], stop, count)
+                start, end = (int(visit.searchsorted(visit[stop], side)) for side in ("left", "right"))
                 crossing[start] = self.rows[start:end]
                 self._foresee(self.rows[start:stop], self.rows[stop:end])
             visits = update(self.tokens, False)
@@ -179,7 +178,7 @@ class Chunks:
         last = held + part.stop - part.start
         where = (self.positions, self.sources, end, self.batch.labels, self.tokens, held, last)
         ops.gradient_rows_(self.buffer, *where, self.head.vocab, self.batch.shift, self.batch.softcap, fused)
-        return kept.wait()[0]
+        return int(kept.wait())
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
         """Run the gradient GEMMs on the rows in slots [0, held)."""
@@ -197,7 +196,7 @@ class Chunks:
             self.used.index_copy_(0, positions, coeff.index_select(0, positions))
             missing, rows = coeff - self.used, torch.cat(crossing)
             again, sources = torch.empty_like(rows), torch.empty_like(rows)
-            wrong = HostCopy(ops.kept_rows_(missing, rows, again, sources, 0)).wait()[0]
+            wrong = int(HostCopy(ops.kept_rows_(missing, rows, again, sources, 0)).wait())
         if held:
             self._flush(coeff, held, last=not wrong)
         if wrong:

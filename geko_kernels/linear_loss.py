@@ -117,7 +117,7 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     chunks = Chunks(head, batch, buffer_rows(head, ctx.call.budget, gradients.narrow), gradients)
     rows = torch.arange(len(coeff), device=coeff.device)
     positions, sources = torch.empty_like(rows), torch.empty_like(rows)
-    kept = HostCopy(ops.kept_rows_(coeff, rows, positions, sources, 0)).wait()[0]
+    kept = int(HostCopy(ops.kept_rows_(coeff, rows, positions, sources, 0)).wait())
     chunks.add_rows(tokens, positions[:kept], coeff, coeff)
     return _unpadded(gradients, head)
 
