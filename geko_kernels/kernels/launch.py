@@ -32,3 +32,13 @@ class Launcher:
             if len(self.compiled) >= _MOST:
                 self.compiled.clear()
             self.compiled[key] = binary[(programs, 1, 1)]
+
+
+def cdiv(size: int, step: int) -> int:
+    """`triton.cdiv` for the host, without the 4 us that serve constexpr arguments."""
+    return -(-size // step)
+
+
+def next_power_of_2(size: int) -> int:
+    """`triton.next_power_of_2` for the host; see `cdiv`."""
+    return 1 << (size - 1).bit_length()

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.addressing import LOG2E, VECTOR_BITS, edge_span, row_span, soft_cap
-from geko_kernels.kernels.launch import Launcher
+from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
 from geko_kernels.kernels.token_stats import SMALL_VOCAB
 
 BLOCK = 4096
@@ -189,9 +189,9 @@ def _logits_grad_kernel(
 def gradient_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     """(rows, block, warps) of a program."""
     if unit:
-        block = min(triton.next_power_of_2(vocab), BLOCK)
+        block = min(next_power_of_2(vocab), BLOCK)
         return 1, block, max(block * WARPS // BLOCK, 1)
-    block = min(triton.next_power_of_2(vocab), SMALL_VOCAB)
+    block = min(next_power_of_2(vocab), SMALL_VOCAB)
     return min(4096 // block, 64), block, 4
 
 
@@ -221,7 +221,7 @@ def _launch(
     apart = (logits.data_ptr() - out.data_ptr()) % 16 or (stride_b - out_b) % per or (stride_s - out_s) % per
     rows, block, warps = gradient_shape(vocab, unit)
     # a contiguous row that starts off a vector's boundary spans up to per - 1 elements more
-    tiles = triton.cdiv(vocab + (per - 1 if unit else 0), block)
+    tiles = cdiv(vocab + (per - 1 if unit else 0), block)
     upstream = ONE if not grad_output.dim() else BY_VISIT if token_visit.numel() else BY_ROW
     args = (
         *(out, out_b, out_s, out_v, grad_output, grad_output.stride(0) if grad_output.dim() else 0),
@@ -236,7 +236,7 @@ def _launch(
         *(out.stride(), out.data_ptr() % 16, labels.stride(), labels.data_ptr() % 16),
         *(grad_output.dtype, grad_output.stride(), grad_output.data_ptr() % 16, upstream, shift, softcap != 0),
     )
-    _launcher(key, triton.cdiv(count, rows) * tiles, args, {**constants, **tiling}, warps)
+    _launcher(key, cdiv(count, rows) * tiles, args, {**constants, **tiling}, warps)
 
 
 def logits_grad(

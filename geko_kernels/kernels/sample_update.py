@@ -12,7 +12,7 @@ from torch import Tensor
 from geko_kernels import reference
 from geko_kernels.kernels.addressing import BATCH_INTS, token_sample, visit_starts
 from geko_kernels.kernels.claims import writers
-from geko_kernels.kernels.launch import Launcher
+from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
 from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
@@ -224,7 +224,7 @@ def launch_sample_update(
     )
     constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
     shape = {"ROWS": tile, "BLOCK": block, "TILE": PREP_TILE, "GROUP": PACKED_GROUP}
-    programs = triton.cdiv(count, PACKED_GROUP) if packed else triton.cdiv(rows, tile)
+    programs = cdiv(count, PACKED_GROUP) if packed else cdiv(rows, tile)
     _launch(key, programs, args, {**constants, **shape}, warps)
     return value, scale, coeff, token_visit, floats, ints, flags
 
@@ -233,7 +233,7 @@ def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
     """(tokens a step, visits at a time, warps): four tokens a thread at most."""
     if packed:
         return 512, 1, 4
-    block = min(triton.next_power_of_2(length), 2048)
+    block = min(next_power_of_2(length), 2048)
     return block, max(min(512 // block, 128), 1), max(block // 128, 4)
 
 

@@ -18,7 +18,7 @@ from geko_kernels.kernels.addressing import (
     soft_cap,
     token_target,
 )
-from geko_kernels.kernels.launch import Launcher
+from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_prep import PREP_TILE, prepare_visits
 
 SMALL_VOCAB = 1024  # up to here a program takes several rows
@@ -179,7 +179,7 @@ _launch = Launcher(_statistics_kernel)
 
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     """(rows, block, warps) of a program; 4096 x 8 was the fastest of the sketches on an H200."""
-    block = min(triton.next_power_of_2(vocab), 4096)
+    block = min(next_power_of_2(vocab), 4096)
     if vocab <= SMALL_VOCAB or not unit:
         block = min(block, SMALL_VOCAB)
         rows = min(4096 // block, 64)
@@ -210,7 +210,7 @@ def launch_statistics(
     stride_b, stride_s, stride_v = logits.stride()
     unit = stride_v == 1 and vocab > SMALL_VOCAB
     rows, block, warps = statistics_shape(vocab, unit)
-    prep_programs = 0 if scratch is None else triton.cdiv(count, PREP_TILE)
+    prep_programs = 0 if scratch is None else cdiv(count, PREP_TILE)
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
@@ -220,7 +220,7 @@ def launch_statistics(
     )
     constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "SOFTCAP": softcap != 0}
     shape = {"UNIT": unit, "ROWS": rows, "BLOCK": block, "TILE": PREP_TILE}
-    _launch(key, prep_programs + triton.cdiv(count, rows), args, {**constants, **shape}, warps)
+    _launch(key, prep_programs + cdiv(count, rows), args, {**constants, **shape}, warps)
 
 
 def token_stats(

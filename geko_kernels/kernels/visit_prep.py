@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.addressing import BATCH_INTS, token_target, visit_starts
+from geko_kernels.kernels.launch import cdiv
 
 PREP_TILE = 256  # tokens a program
 HISTORY = tl.constexpr(5)
@@ -150,7 +151,7 @@ def _visit_prep_kernel(
 def empty_scratch(labels: Tensor, packed: bool) -> Tensor:
     """Room for what the preparation hands to the sample update; nothing in it needs a start value."""
     count = labels.numel()
-    entries, tiles = (count, triton.cdiv(count, PREP_TILE)) if packed else (labels.shape[0], 0)
+    entries, tiles = (count, cdiv(count, PREP_TILE)) if packed else (labels.shape[0], 0)
     return torch.empty(1 + 10 * entries + tiles, dtype=torch.int32, device=labels.device)
 
 
@@ -170,7 +171,7 @@ def launch_visit_prep(
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    _visit_prep_kernel[(triton.cdiv(count, PREP_TILE),)](
+    _visit_prep_kernel[(cdiv(count, PREP_TILE),)](
         *(labels, *labels.stride(), sample_ids, id_b, id_s, labels.shape[1], ignore_index, count, vocab),
         *(*columns, scratch, table_rows),
         SHIFT=shift,
