@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from resume_run import learnable
 from training import arguments, curve, sentences, standard, tiny_llama, weights
 
@@ -81,6 +82,17 @@ def resumed(out: Path) -> dict[str, Any]:
     return geko_result(trainer)
 
 
+def fsdp2(out: Path) -> dict[str, Any]:
+    """`selection` with the parameters sharded over the processes."""
+    wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    shard = {"fsdp": True, "fsdp_config": {**wrap, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    AcceleratorState._reset_state(True)  # accelerate takes a process to be of one kind
+    args = arguments(out / "fsdp2", **options(num_train_epochs=8, **(shard if WORLD > 1 else {})))
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(29, ragged=True), config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
 def uniform(out: Path) -> dict[str, Any]:
     args, data = arguments(out / "uniform", **options(gradient_accumulation_steps=2)), sentences(32, ragged=True)
     trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=gk.GEKOConfig.uniform())
@@ -108,12 +120,12 @@ def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, resumed, uniform, sync):
+    for scenario in (selection, accumulation, resumed, uniform, sync, fsdp2):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down, after all is done
 
 
 if __name__ == "__main__":

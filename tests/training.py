@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 import geko_kernels as gk
@@ -65,4 +66,6 @@ def curve(trainer: Trainer, key: str = "loss") -> list[float]:
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    """All parameters in one vector, those that FSDP shards included."""
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.Tensor.detach, model.parameters()))
+    return torch.cat([parameter.flatten() for parameter in whole])
