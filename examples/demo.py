@@ -32,7 +32,7 @@ def main() -> None:
 
     with console.status("Loading the model (the first time it is unpacked, which takes half a minute) ..."):
         model, encode = tiny_llama() if options.smoke else load_smollm2()
-    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (1024, 512)
+    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (768, 512)
     train, test = (
         load_glosses(split, encode, device, size) for split, size in zip(("train", "test"), sizes, strict=True)
     )
