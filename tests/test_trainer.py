@@ -49,7 +49,7 @@ def test_uniform_weights_give_the_standard_curve(tmp_path, accumulation, bf16):
     close = {"rtol": 2e-2, "atol": 2e-3} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(curve(trainer), curve(reference), **close)
     torch.testing.assert_close(curve(trainer, "learning_rate"), curve(reference, "learning_rate"), rtol=1e-9, atol=0)
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=2e-2 if bf16 else ADAM)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=5e-2 if bf16 else ADAM)
 
 
 def test_uniform_weights_give_the_standard_curve_for_classification(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geko_kernels.loss import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
+from geko_kernels.training.head import head_loss
 
 
 def forward_loss(
@@ -22,22 +23,26 @@ def forward_loss(
     shift: bool,
     num_items: Tensor | int | None = None,
     forward_only: bool = False,
+    head: nn.Linear | None = None,
 ) -> tuple[Tensor, Any, SampleStats]:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
 
     `inputs` hold neither labels nor sample_ids. With every weight 1 the loss is that of Transformers' models.
 
     forward_only: no graph; the state is updated all the same.
+    head: the model's output embeddings, to compute them with the loss; the outputs then hold no logits.
 
     Returns: loss (), the model's outputs, and the statistics of the visits.
     """
+    options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
+    if head is not None:
+        return head_loss(model, head, inputs, labels, sample_ids, state, forward_only, options)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
         outputs = model(**inputs)
     if labels.is_floating_point():
         raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
     logits = find_logits(outputs, labels)
     labels = labels.long() if labels.dim() < logits.dim() else labels.long().squeeze(-1)
-    options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
     loss, stats = weighted_loss(logits, labels, sample_ids, state, reduction="token_mean", **options)
     return loss, outputs, stats
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
+from transformers.utils import logging
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
@@ -20,11 +21,13 @@ from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import CausalCollator, IdCollator, IdDataset
 from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_json
+from geko_kernels.training.head import check_head, find_head
 from geko_kernels.training.loss_call import auxiliary_loss, forward_loss
 from geko_kernels.training.planned import PlannedTrainer
 from geko_kernels.training.sampler import GEKOSampler, PaddedIds
 from geko_kernels.training.summary import run_summary
 
+logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
@@ -95,6 +98,8 @@ class GEKOTrainer(PlannedTrainer):
         self.sampler: GEKOSampler | None = None
         self.efficiency = self._new_efficiency()
         self._resume: dict[str, Any] | None = None
+        self._head: nn.Linear | None = None
+        self._head_sought = False
         self._place(0, 1)
 
     def _check_arguments(self) -> None:
@@ -206,11 +211,26 @@ class GEKOTrainer(PlannedTrainer):
             shift=shifted is None and self._shifts(labels),
             num_items=num_items,
             forward_only=probe,
+            head=self._find_head(model, inputs) if sample_ids is not None else None,
         )
         if sample_ids is not None:
             self.efficiency.count(stats, count_tokens(inputs, sample_ids), probe)
         balance = auxiliary_loss(outputs, self.model)
         return loss if balance is None else loss + balance.to(loss.device), outputs
+
+    def _find_head(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Linear | None:
+        """The head to compute together with the loss, sought at the first batch; None where the model has none."""
+        if not self._head_sought:
+            self._head_sought = True
+            try:
+                if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(model, "_orig_mod"):
+                    raise ValueError("its parameters are sharded or it is compiled")
+                head = find_head(self.model)
+                check_head(model, head, inputs)
+                self._head = head
+            except ValueError as reason:
+                logger.info(f"GEKOTrainer computes the loss from all logits of the model: {reason}")
+        return self._head
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
