@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 from resume_run import learnable
 from training import arguments, curve, sentences, standard, tiny_llama, weights
 
@@ -90,7 +91,8 @@ def fsdp2(out: Path) -> dict[str, Any]:
     args = arguments(out / "fsdp2", **options(num_train_epochs=8, **(shard if WORLD > 1 else {})))
     trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(29, ragged=True), config=learnable())
     trainer.train()
-    return geko_result(trainer)
+    sharded = all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    return {**geko_result(trainer), "sharded": sharded}
 
 
 def uniform(out: Path) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def test_resuming_changes_nothing(runs):
             assert resumed[key] == whole[key], key
 
 
+def test_fsdp2_shards(runs):
+    assert [run["sharded"] for run in runs["fsdp2"]] == [False, True, True]
+
+
 def test_uniform_weights_give_the_standard_curve(runs):
     for run in runs["uniform"]:
         ours, theirs = run["ours"], run["theirs"]
