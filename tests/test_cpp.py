@@ -179,6 +179,31 @@ def test_no_rows_at_all():
         assert loss == 0 and logits.grad.shape == logits.shape
 
 
+def test_large_gradients_share_no_memory_while_they_live():
+    """From 4 MiB on, the memory of a gradient that was freed serves the next one."""
+    logits, labels = torch.randn(1, 60, 20011), torch.randint(20011, (1, 60))
+    tokens = cpp.token_stats(logits, labels, None, -100, False, 0.0)
+    coeff = torch.ones(60)
+    coeff[7] = 0
+
+    def grad(scale: float) -> torch.Tensor:
+        rest = labels, tokens, coeff, torch.tensor(scale), NO_VISITS, False, 0.0
+        return cpp.logits_grad(torch.tensor(1.0), logits, *rest)
+
+    want = reference.logits_grad(
+        torch.tensor(1.0), logits, labels, tokens, coeff, torch.tensor(2.0), NO_VISITS, False, 0.0
+    )
+    first, second = grad(2.0), grad(-3.0)
+    torch.testing.assert_close(first, want)
+    torch.testing.assert_close(second, -1.5 * want)
+    for _ in range(3):
+        at = second.data_ptr()
+        del second
+        second = grad(2.0)
+        assert second.data_ptr() == at or sys.platform != "linux"
+        assert second.equal(first) and not second[0, 7].any()
+
+
 def test_tensors_that_do_not_fit_are_refused_before_any_access():
     logits, labels = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="labels must have the logits' shape"):

@@ -171,8 +171,10 @@ void grad(const Row& row, const RowGrad& to) {
   p = lane0(exp(Floats(p - to.top))) * to.confidence;
   const float product = to.scale * to.confidence;
   const Floats top(to.top), factor(std::isnan(product) ? NAN : product), softcap(row.softcap);  // see store(BFloat16*)
-  for (int64_t start = 0; start < row.vocab; start += kBlock) {
-    const int64_t count = std::min(kBlock, row.vocab - start);
+  // the first block ends with a cache line of `out`, so that no store after it crosses one
+  const int64_t head = (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(T);
+  for (int64_t start = 0, count; start < row.vocab; start += count) {
+    count = std::min(start == 0 && head > 0 ? head : kBlock, row.vocab - start);
     const T* block = block_of(logits, row.stride, start, count, room);
     T* block_out = to.stride == 1 ? out + start : room;
     block_grad<T, kCap>(block, block_out, count, top, factor, softcap);

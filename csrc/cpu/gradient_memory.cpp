@@ -1,0 +1,75 @@
+#include "csrc/cpu/gradient_memory.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+
+#include <mutex>
+#include <utility>
+#endif
+
+namespace geko {
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+
+struct Block {
+  void* start = nullptr;
+  size_t bytes = 0;
+};
+
+class KeptBlock {
+ public:
+  // The kept block if it has just this size, else a new one; a null one where the system has none left.
+  Block take(size_t bytes) {
+    const Block kept = exchange({});
+    if (kept.bytes == bytes) return kept;
+    unmap(kept);
+    void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) return {};
+    madvise(start, bytes, MADV_HUGEPAGE);
+    return {start, bytes};
+  }
+
+  void give_back(Block block) {
+    madvise(block.start, block.bytes, MADV_FREE);
+    unmap(exchange(block));
+  }
+
+ private:
+  Block exchange(Block block) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return std::exchange(kept_, block);
+  }
+
+  static void unmap(Block block) {
+    if (block.start) munmap(block.start, block.bytes);
+  }
+
+  std::mutex mutex_;
+  Block kept_;
+};
+
+KeptBlock& kept_block() {
+  static KeptBlock& block = *new KeptBlock;  // never destroyed: tensors may outlive every static
+  return block;
+}
+
+}  // namespace
+
+Tensor empty_gradient(const Tensor& logits) {
+  const size_t bytes = static_cast<size_t>(logits.numel()) * logits.element_size();
+  if (bytes < 2 * kHugePage) return torch::stable::new_empty(logits, logits.sizes());
+  const Block block = kept_block().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
+  if (!block.start) return torch::stable::new_empty(logits, logits.sizes());
+  const int64_t strides[3] = {logits.size(1) * logits.size(2), logits.size(2), 1};
+  return torch::stable::from_blob(
+      block.start, logits.sizes(), {strides, 3}, logits.device(), logits.scalar_type(),
+      [block](void*) { kept_block().give_back(block); });
+}
+#else
+Tensor empty_gradient(const Tensor& logits) { return torch::stable::new_empty(logits, logits.sizes()); }
+#endif
+
+}  // namespace geko
