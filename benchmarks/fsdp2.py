@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import DistributedType, PartialState
 from results import RESULTS, append, environment
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import geko_kernels as gk
@@ -70,6 +72,9 @@ def trainer_of(arm: str, folder: str, cpu: bool) -> gk.GEKOTrainer:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64))
     args = gk.GEKOTrainingArguments(folder, **fields)
+    if cpu and arm.startswith("fsdp2"):
+        _ = args.device  # sets the process up
+        PartialState().distributed_type = DistributedType.MULTI_GPU  # accelerate takes CPUs for DDP only
     return gk.GEKOTrainer(model, args, train_dataset=sentences(), config=CONFIG)
 
 
@@ -83,6 +88,7 @@ def train(arm: str, out: Path, cpu: bool) -> None:
     values = {
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "steps": trainer.state.global_step,
+        "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         "plan": trainer.sampler.plan.ids.tolist(),
         "bucket": state.bucket.tolist(),
         "times_seen": state.times_seen.tolist(),
@@ -111,6 +117,7 @@ def compare(ranks: list[dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
     losses = [abs(a - b) for a, b in zip(first["loss"][:together], one["loss"][:together], strict=True)]
     visited = [abs(a - b) for a, b in zip(first["last_loss"], one["last_loss"], strict=True)]
     row = {
+        "sharded": first["sharded"],
         "ranks_agree": all(rank[key] == first[key] for rank in ranks for key in exact),
         "steps": first["steps"],
         "steps_one": one["steps"],
@@ -159,6 +166,7 @@ def main() -> None:
                 one = ranks[0]
                 continue
             row = {"arm": arm, **compare(ranks, one)}
+            row["ok"] = row["ok"] and row["sharded"] == arm.startswith("fsdp2")
             failed |= not row["ok"]
             print(row, flush=True)
             if not given.cpu:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from torch.distributed.tensor import DTensor
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from resume_run import learnable
+from torch.distributed.tensor import DTensor
 from training import arguments, curve, sentences, standard, tiny_llama, weights
 
 import geko_kernels as gk
@@ -87,8 +87,11 @@ def fsdp2(out: Path) -> dict[str, Any]:
     """`selection` with the parameters sharded over the processes."""
     wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     shard = {"fsdp": True, "fsdp_config": {**wrap, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    AcceleratorState._reset_state(True)  # accelerate takes a process to be of one kind
+    AcceleratorState._reset_state(True)  # accelerate takes a process to be of one kind,
     args = arguments(out / "fsdp2", **options(num_train_epochs=8, **(shard if WORLD > 1 else {})))
+    if WORLD > 1:
+        _ = args.device
+        PartialState().distributed_type = DistributedType.MULTI_GPU  # and CPUs to be for DDP only
     trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(29, ragged=True), config=learnable())
     trainer.train()
     sharded = all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
