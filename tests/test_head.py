@@ -86,7 +86,7 @@ class Capped(type(tiny_llama())):
 Capped.__name__ = "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("why", ["classifier", "capped", "hooked"])
+@pytest.mark.parametrize("why", ["classifier", "capped", "hooked", "patched"])
 def test_other_models_fall_back_with_one_line(tmp_path, monkeypatch, calls, why):
     data = None
     if why == "classifier":
@@ -95,7 +95,10 @@ def test_other_models_fall_back_with_one_line(tmp_path, monkeypatch, calls, why)
         model = Capped(tiny_llama().config)
     else:
         model = tiny_llama()
-        model.lm_head.register_forward_hook(lambda module, args, output: output)
+        if why == "hooked":
+            model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            model.lm_head.forward = model.lm_head.forward
     lines = []
     monkeypatch.setattr(trainer_module.logger, "info", lines.append)
     train(tmp_path, model, data)

@@ -1,14 +1,17 @@
-"""The head of a causal language model, computed together with the loss: no logits are held in training."""
+"""The head of a causal language model, computed together with the loss: no logits are held in training.
+
+The loss takes the place of the head's forward, so that it runs inside the model's: in its autocast, with its sharded
+parameters gathered, and where DDP sees which parameters took part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import unwrap_peft_model
@@ -31,36 +34,28 @@ def find_head(model: nn.Module) -> nn.Linear:
     if not causal:
         raise ValueError(f"{type(base).__name__} is not a causal language model of Transformers")
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise ValueError(f"its output embeddings are a {type(head).__name__}, not a plain nn.Linear")
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks or hasattr(head.weight, "full_tensor"):
-        raise ValueError("its output embeddings are hooked or sharded")
+    if "forward" in vars(head):
+        raise ValueError("the forward of its output embeddings is patched")
     return head
 
 
 @contextmanager
-def hidden_states_only(head: nn.Linear) -> Iterator[list[torch.dtype | None]]:
-    """Inside, `head` returns its input. Yields a list to which each call adds its autocast dtype, None without."""
-    calls: list[torch.dtype | None] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        kind = hidden.device.type
-        calls.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-        return hidden
-
+def _forward_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     head.forward = forward  # type: ignore[method-assign, assignment]
     try:
-        yield calls
+        yield
     finally:
         del head.forward
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> None:
-    """Try on the first tokens of `inputs` that the model's logits are those of its head, neither scaled nor capped.
+    """Try on the first tokens of `inputs` that the model returns what its head does, neither scaled nor capped.
 
     Raises:
-        ValueError: they are not, or nobody can say.
+        ValueError: it does not, or nobody can say.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -69,22 +64,27 @@ def check_head(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> 
         name: value[:1, :_CHECKED] if isinstance(value, Tensor) and value.shape == ids.shape else value
         for name, value in inputs.items()
     }
+    returned: list[Tensor] = []
+
+    def observe(hidden: Tensor) -> Tensor:
+        returned.append(nn.Linear.forward(head, hidden))
+        return returned[-1]
+
     trains = model.training
     model.eval()
     try:
-        logits = getattr(model(**few), "logits", None)
-        with hidden_states_only(head):
-            hidden = getattr(model(**few), "logits", None)
+        with _forward_of(head, observe):
+            logits = getattr(model(**few), "logits", None)
+        same = isinstance(logits, Tensor) and len(returned) == 1 and logits.float().equal(returned[0].float())
+        if same:
+            with _forward_of(head, lambda hidden: hidden.sum()):
+                model(**few)  # what looks at the logits' shape fails here and not in training
+    except Exception as error:
+        raise ValueError(f"it does not run without logits ({type(error).__name__}: {error})") from error
     finally:
         model.train(trains)
-    if logits is None or hidden is None:
-        raise ValueError("its outputs have no attribute logits")
-    if hidden.shape[-1] != head.in_features:
-        raise ValueError("it changes what its output embeddings return")
-    bias = None if head.bias is None else head.bias.float()
-    again = F.linear(hidden.float(), head.weight.float(), bias)
-    if again.shape != logits.shape or (again - logits.float()).norm() > 0.02 * again.norm():
-        raise ValueError("its logits are not those of its output embeddings alone")
+    if not same:
+        raise ValueError("its logits are not what its output embeddings return")
 
 
 def head_loss(
@@ -97,13 +97,19 @@ def head_loss(
     forward_only: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Any, SampleStats]:
-    """`forward_loss` with `head` computed by `weighted_linear_loss`, in the precision that the model gives it."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only), hidden_states_only(head) as calls:
+    """`forward_loss` with `head` computed by `weighted_linear_loss`; the outputs' logits are None."""
+    grad = torch.is_grad_enabled()
+    found: list[SampleStats] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        weight, bias = (p.detach() if forward_only and p is not None else p for p in (head.weight, head.bias))
+        with torch.set_grad_enabled(grad):  # also forward-only: it is what makes the state count the visit
+            arguments = (hidden, weight, labels.long(), sample_ids, state)
+            loss, stats = weighted_linear_loss(*arguments, bias=bias, reduction="token_mean", **options)
+        found.append(stats)
+        return loss
+
+    with torch.set_grad_enabled(grad and not forward_only), _forward_of(head, forward):
         outputs = model(**inputs)
-    hidden, outputs.logits = outputs.logits, None
-    weight, bias = (p.detach() if forward_only and p is not None else p for p in (head.weight, head.bias))
-    with torch.autocast(hidden.device.type, calls[0], enabled=calls[0] is not None):
-        hidden = hidden if calls[0] is not None else hidden.to(weight.dtype)
-        arguments = (hidden, weight, labels.long(), sample_ids, state)
-        loss, stats = weighted_linear_loss(*arguments, bias=bias, reduction="token_mean", **options)
-    return loss, outputs, stats
+    loss, outputs.logits = outputs.logits, None
+    return loss, outputs, found[0]

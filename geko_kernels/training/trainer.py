@@ -223,8 +223,8 @@ class GEKOTrainer(PlannedTrainer):
         if not self._head_sought:
             self._head_sought = True
             try:
-                if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(model, "_orig_mod"):
-                    raise ValueError("its parameters are sharded or it is compiled")
+                if self.is_deepspeed_enabled or hasattr(model, "_orig_mod"):
+                    raise ValueError("it is compiled or run by DeepSpeed")
                 head = find_head(self.model)
                 check_head(model, head, inputs)
                 self._head = head
