@@ -1,7 +1,7 @@
 """Two GPUs under NCCL, DDP and FSDP2 (through accelerate): do plans, buckets and losses agree with one process?
 
 `python benchmarks/fsdp2.py` on a host with two GPUs (about 3 minutes): trains the same small Llama on the same global
-batches with one process, with DDP and with FSDP2, fp32, SGD, selection, probes, curriculum and noise guard on, a
+batches with one process, with DDP and with FSDP2, fp32, selection, probes, curriculum and noise guard on, a
 dataset that does not divide by the batch, and for FSDP2 a resume from its own checkpoint. Prints one row per arm and
 adds it to results/fsdp2.jsonl; exits with 1 if something disagrees. `--cpu` tries it out with gloo.
 """
@@ -55,8 +55,8 @@ def trainer_of(arm: str, folder: str, cpu: bool) -> gk.GEKOTrainer:
     fields: dict[str, Any] = {
         "per_device_train_batch_size": BATCH // world,
         "num_train_epochs": EPOCHS,
-        "learning_rate": 0.3,
-        "optim": "sgd",
+        "learning_rate": 0.03,
+        "adam_epsilon": 1e-3,  # the usual 1e-8 turns the rounding of a gradient near 0 into a full step
         "logging_steps": 1,
         "save_strategy": "steps" if arm.startswith("fsdp2") else "no",
         "save_steps": SAVE_AT,
