@@ -21,7 +21,7 @@ def cpu_extension(cpp_extension, torch_version):
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
         define_macros=[("GEKO_BUILD_TORCH", f'"{torch_version}"')],
         extra_compile_args=[
-            *("-O3", "-fvisibility=hidden"),
+            *("-O3", "-g0", "-fvisibility=hidden"),
             "-ffp-contract=off",  # visit.h has to round as the reference does; the row kernels ask for fma by name
             *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own AVX-512 header
         ],
