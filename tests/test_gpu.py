@@ -41,7 +41,7 @@ def packed_ids(rows, length, num_samples):
 def step(logits, labels, ids, state, **options):
     logits = logits.detach().requires_grad_()
     loss, stats = gk.weighted_loss(logits, labels, ids, state, return_stats=True, **options)
-    (loss * torch.linspace(0.5, 2, loss.numel(), device="cuda").view(loss.shape)).sum().backward()
+    (loss * torch.linspace(0.5, 2, loss.numel(), device=loss.device).view(loss.shape)).sum().backward()
     return loss.detach(), stats, logits.grad
 
 
