@@ -119,7 +119,7 @@ def weighted_loss(
     update: bool = True,
     return_stats: bool = False,
     inplace: bool = False,
-) -> Tensor | tuple[Tensor, SampleStats]:
+) -> Any:  # a union would make every typed caller narrow it before backward()
     """Cross-entropy of each sample times the weight of its bucket; updates `state` by the way.
 
     With `l = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(B, S)`, `l_i` the
