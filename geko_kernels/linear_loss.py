@@ -12,7 +12,7 @@ from geko_kernels import ops
 from geko_kernels.checks import REDUCTIONS, check_batch, check_flag, check_values, num_items_tensor
 from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, buffer_rows
 from geko_kernels.linear_gradients import HeadGradients
-from geko_kernels.loss import SampleStats, Visits, table_of
+from geko_kernels.loss import SampleStats, Visits, table_of, weighted_loss
 from geko_kernels.reference import Reduction
 from geko_kernels.state import SampleState
 
@@ -196,6 +196,18 @@ def weighted_linear_loss(
     """
     check_batch("hidden", hidden, labels, sample_ids, state, reduction, shift, ignore_index, softcap)
     _check_head(hidden, weight, bias, chunk_mib)
+    if len(weight) == 1:  # one column of logits: nothing to chunk, and the row kernels read two or more
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return weighted_loss(
+            *(logits, labels, sample_ids, state),
+            reduction=reduction,
+            shift=shift,
+            ignore_index=ignore_index,
+            num_items=num_items,
+            softcap=softcap,
+            update=update,
+            return_stats=return_stats,
+        )
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
