@@ -1,48 +1,51 @@
 """SmolLM2-135M learns to name the class of a WordNet gloss: once with the standard loss, once with GEKO.
 
 Both arms train the last 6 layers from the same weights, on the same samples in the same order, for the same number of
-epochs, with the same learning rate by progress. The hidden states of the frozen layers never change, so they are
-computed once, for both. GEKO leaves out of an epoch what is frozen, and re-checks that every second epoch.
+epochs, with the same learning rate by progress: `transformers.Trainer` and `GEKOTrainer`. The hidden states of the
+frozen layers never change, so they are computed once, for both. GEKO leaves out of an epoch what is frozen, re-checks
+some of that before each epoch, and ends with a stretch on everything.
 """
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from demo_report import draw, print_report
-from demo_training import BATCH, EPOCHS, LEARNING_RATE, Arm, Data
-from glosses import frozen_states, load_glosses
+from demo_training import BATCH, EPOCHS, LEARNING_RATE, train
+from glosses import class_tokens, frozen_states, load_glosses
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from smollm2 import Prefix, Tail, load_smollm2, tiny_llama
+from transformers.utils import logging
 
 import geko_kernels as gk
+from geko_kernels.training.report import write_report
 
 TRAINED_LAYERS = 6
-CONFIG = gk.GEKOConfig(bucket_weights=(1, 1, 1))  # nothing but leaving out what is learnt
+CONFIG = gk.GEKOConfig(bucket_weights=(1, 1, 1), use_curriculum=False)  # nothing but leaving out what is learnt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model on few samples, in seconds")
-    parser.add_argument("--plot", default="demo.png", help="where the picture goes (default: %(default)s)")
+    parser.add_argument("--out", default="demo_run", type=Path, help="folder for the report (default: %(default)s)")
     options = parser.parse_args()
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logging.disable_progress_bar()
 
     with console.status("Loading the model (the first time it is unpacked, which takes half a minute) ..."):
         model, encode = tiny_llama() if options.smoke else load_smollm2()
-    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (768, 512)
-    train, test = (
-        load_glosses(split, encode, device, size) for split, size in zip(("train", "test"), sizes, strict=True)
-    )
-    frozen_layers = model.config.num_hidden_layers - TRAINED_LAYERS
+    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (640, 384)
     model.to(device).requires_grad_(False)
+    frozen_layers = model.config.num_hidden_layers - TRAINED_LAYERS
+    prefix, tail = Prefix(model, frozen_layers), Tail(model, frozen_layers)
     with console.status("Computing what the frozen layers make of each gloss ..."):
-        prefix = Prefix(model, frozen_layers)
-        train_data, test_data = (Data(split, frozen_states(prefix, split)) for split in (train, test))
+        splits = (load_glosses(split, encode, size) for split, size in zip(("train", "test"), sizes, strict=True))
+        train_data, test_data = (frozen_states(prefix, split, device) for split in splits)
     console.print(
-        f"{len(train)} glosses to train on, {len(test)} held out, {EPOCHS} epochs in batches of {BATCH}, "
+        f"{len(train_data)} glosses to train on, {len(test_data)} held out, {EPOCHS} epochs in batches of {BATCH}, "
         f"learning rate {LEARNING_RATE}, last {TRAINED_LAYERS} of {model.config.num_hidden_layers} layers, {device}"
     )
     hard, focus, light = CONFIG.bucket_weights
@@ -51,21 +54,17 @@ def main() -> None:
         f"at loss < {CONFIG.correct_loss}, confidence > {CONFIG.freeze_confidence}, quality > {CONFIG.freeze_quality}\n"
     )
 
-    tail = Tail(model, frozen_layers)
     tail.layers.requires_grad_(True)
-    arms = [
-        Arm("standard", copy.deepcopy(tail), None),
-        Arm("GEKO", copy.deepcopy(tail), gk.SampleState(len(train), CONFIG, device)),
-    ]
+    data, classes = (train_data, test_data), class_tokens(encode)
     columns = (TextColumn("{task.description:>8}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[buckets]}"), console=console) as progress:
-        bars = [progress.add_task(arm.name, total=EPOCHS * len(train), buckets="") for arm in arms]
-        for _ in range(EPOCHS):  # in turns, so that whatever else the machine does slows both alike
-            for arm, bar in zip(arms, bars, strict=True):
-                arm.train_epoch(train_data, test_data, progress, bar)
-    print_report(console, *arms)
-    draw(options.plot, *arms)
-    console.print(f"Picture: {options.plot}")
+        standard, geko = (
+            train(name, copy.deepcopy(tail), data, classes, config, options.out, progress)
+            for name, config in (("standard", None), ("GEKO", CONFIG))
+        )
+    print_report(console, standard, geko)
+    draw(options.out / "demo.png", standard, geko)
+    console.print(f"Picture: {options.out / 'demo.png'}   Report: {write_report(options.out)}")
 
 
 if __name__ == "__main__":

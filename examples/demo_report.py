@@ -1,5 +1,7 @@
 """What demo.py prints and draws at its end."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 from demo_training import Arm
 from rich.console import Console
@@ -31,7 +33,7 @@ def print_report(console: Console, standard: Arm, geko: Arm) -> None:
     work = [0, *(compute(epoch.forwarded, epoch.backpropagated) for epoch in geko.epochs)]
     full = compute(standard.epochs[0].forwarded, standard.epochs[0].backpropagated)
     for i, epoch in enumerate(geko.epochs):
-        shares = (f"{count / sum(epoch.buckets):.0%}" for count in epoch.buckets)
+        shares = (f"{count / sum(epoch.buckets.values()):.0%}" for count in epoch.buckets.values())
         saved = 1 - (work[i + 1] - work[i]) / full
         table.add_row(str(i + 1), *shares, f"{saved:.0%}", f"{epoch.accuracy:.3f}")
     table.add_section()
@@ -48,13 +50,13 @@ def compute(forwarded: int, backpropagated: int) -> int:
     return forwarded + 2 * backpropagated
 
 
-def draw(path: str, standard: Arm, geko: Arm) -> None:
+def draw(path: Path, standard: Arm, geko: Arm) -> None:
     """Buckets per epoch on the left, held-out loss over training time on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     epochs = range(1, len(geko.epochs) + 1)
     base = [0.0] * len(geko.epochs)
     for bucket in gk.Bucket:
-        shares = [100 * epoch.buckets[bucket] / sum(epoch.buckets) for epoch in geko.epochs]
+        shares = [100 * epoch.buckets[bucket.name] / sum(epoch.buckets.values()) for epoch in geko.epochs]
         left.bar(epochs, shares, bottom=base, width=0.8, color=COLORS[bucket.name], label=bucket.name)
         for x, low, share in zip(epochs, base, shares, strict=True):
             if share >= 5:

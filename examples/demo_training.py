@@ -1,14 +1,15 @@
-"""The two arms of demo.py: one plain PyTorch loop, with the standard loss or with GEKO."""
+"""The two arms of demo.py: `transformers.Trainer` with the standard loss, and `GEKOTrainer`, all else equal."""
 
 import time
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from glosses import Glosses, batch, evaluate, standard_losses
-from rich.progress import Progress, TaskID
+from glosses import Item, collate
+from rich.progress import Progress
 from smollm2 import Tail, autocast
 from torch import Tensor
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import geko_kernels as gk
 
@@ -25,97 +26,104 @@ class Epoch(NamedTuple):
     backpropagated: int  # samples
     loss: float  # held-out
     accuracy: float  # held-out
-    buckets: list[int]  # samples in FREEZE, LIGHT, FOCUS, HARD; empty for the standard loss
+    buckets: dict[str, int]  # samples by bucket; empty for the standard loss
 
 
-class Data(NamedTuple):
-    """A split and what the frozen layers make of it."""
-
-    glosses: Glosses
-    hidden: Tensor  # (N, S, H)
-
-
-@dataclass
-class Arm:
-    """The standard loss if there is no state, else GEKO: both from the same weights, in the same order of samples."""
-
+class Arm(NamedTuple):
     name: str
-    tail: Tail
-    state: gk.SampleState | None
-    forwarded: int = 0
-    backpropagated: int = 0
-    seconds: float = 0.0
-    epochs: list[Epoch] = field(default_factory=list)
+    epochs: list[Epoch]
 
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW([p for p in self.tail.parameters() if p.requires_grad], fused=True)
 
-    def train_epoch(self, train: Data, test: Data, progress: Progress, bar: TaskID) -> None:
-        """Draw from the samples that are not frozen; every second epoch, re-check the frozen ones."""
-        start, epoch = time.perf_counter(), len(self.epochs)
-        order = torch.randperm(len(train.glosses), generator=torch.Generator().manual_seed(epoch))
-        frozen = self.frozen(order)
-        steps = chunks(order[~frozen], BATCH)
-        progress.update(bar, total=self.backpropagated + (EPOCHS - epoch) * int((~frozen).sum()))
-        for step, ids in enumerate(steps):
-            self.step(train, ids, done=(epoch + step / len(steps)) / EPOCHS)
-            progress.update(bar, completed=self.backpropagated)
-            if step % 8 == 0:
-                progress.update(bar, buckets=self.shares())
-        if epoch % 2 == 1 and epoch + 1 < EPOCHS:
-            self.recheck(train, order[frozen])
-        if train.hidden.is_cuda:
+class Watch(TrainerCallback):
+    """The arm's progress bar, with bucket shares, and its clock: seconds of the epochs, probes and plans included."""
+
+    def __init__(self, progress: Progress, name: str, state: gk.SampleState | None) -> None:
+        self.progress, self.state = progress, state
+        self.bar = progress.add_task(name, total=None, buckets="")
+        self.seconds: list[float] = []
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - start
-        loss, accuracy = evaluate(self.tail, test.glosses, test.hidden)
-        buckets = self.state.bucket_counts().tolist() if self.state else []
-        self.epochs.append(Epoch(self.seconds, self.forwarded, self.backpropagated, loss, accuracy, buckets))
+        return time.perf_counter()
 
-    def step(self, train: Data, ids: Tensor, done: float) -> None:
-        set_learning_rate(self.optimizer, done)
-        samples = batch(train.glosses, train.hidden, ids)
-        with autocast(train.hidden.device):
-            logits = self.tail(samples.hidden, samples.positions)  # (B, C, V)
-        if self.state is None:
-            loss = standard_losses(logits, samples.labels).mean()
-        else:
-            loss = gk.weighted_loss(logits, samples.labels, samples.ids, self.state)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.forwarded += len(ids)
-        self.backpropagated += len(ids)
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.begin = self._now()
 
-    def frozen(self, ids: Tensor) -> Tensor:
-        """Which of `ids` are frozen, (B,) bool on the CPU."""
-        if self.state is None:
-            return torch.zeros(len(ids), dtype=torch.bool)
-        return self.state.bucket.cpu()[ids] == gk.Bucket.FREEZE
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self.begin)
 
-    def recheck(self, train: Data, ids: Tensor) -> None:
-        """Update the state of frozen samples without a backward: one that has been forgotten thaws."""
-        for some in chunks(ids, 4 * BATCH):
-            samples = batch(train.glosses, train.hidden, some)
-            with torch.no_grad(), autocast(train.hidden.device):
-                logits = self.tail(samples.hidden, samples.positions)
-            gk.weighted_loss(logits, samples.labels, samples.ids, self.state)  # not under no_grad, so it counts
-            self.forwarded += len(some)
-
-    def shares(self) -> str:
-        """Bucket shares for the progress bar."""
-        if self.state is None:
-            return ""
-        shares = (100 * self.state.bucket_counts() / len(self.state)).tolist()
-        return "  ".join(f"{bucket.name} {share:.0f}%" for bucket, share in zip(gk.Bucket, shares, strict=True))
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **__: Any) -> None:
+        self.progress.update(self.bar, completed=state.global_step, total=state.max_steps)
+        if self.state is not None and state.global_step % 8 == 0:
+            shares = (100 * self.state.bucket_counts() / len(self.state)).tolist()
+            names = (f"{bucket.name} {share:.0f}%" for bucket, share in zip(gk.Bucket, shares, strict=True))
+            self.progress.update(self.bar, buckets="  ".join(names))
 
 
-def chunks(ids: Tensor, size: int) -> tuple[Tensor, ...]:
-    """`ids.split(size)`, which makes one empty chunk of no ids."""
-    return ids.split(size) if len(ids) else ()
+def train(
+    name: str,
+    tail: Tail,
+    data: tuple[list[Item], list[Item]],
+    classes: Tensor,
+    config: gk.GEKOConfig | None,
+    out: Path,
+    progress: Progress,
+) -> Arm:
+    """Train `tail` on data[0], evaluated on data[1] after each epoch; without a config, by the standard loss."""
+    fields: dict[str, Any] = {
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": 4 * BATCH,
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": 10,
+        "bf16": autocast(torch.device("cuda" if torch.cuda.is_available() else "cpu"))._enabled,
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "logging_strategy": "epoch",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    common: dict[str, Any] = {
+        "train_dataset": data[0],
+        "eval_dataset": data[1],
+        "data_collator": collate,
+        "compute_metrics": accuracy,
+        "preprocess_logits_for_metrics": lambda logits, labels: guesses(logits, classes),
+    }
+    trainer: Trainer
+    if config is None:
+        trainer = Trainer(tail, TrainingArguments(str(out), **fields), **common)
+    else:
+        arguments = gk.GEKOTrainingArguments(str(out), **fields, shift_labels=False)
+        trainer = gk.GEKOTrainer(tail, arguments, config=config, **common)
+    trainer.remove_callback(PrinterCallback)
+    watch = Watch(progress, name, getattr(trainer, "sample_state", None))
+    trainer.add_callback(watch)
+    trainer.train()
+    return Arm(name, list(epochs_of(trainer, watch.seconds, len(data[0]))))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, done: float) -> None:
-    """By the finished share of the run, so that it decays to zero however short the epochs get."""
-    warm_up = min(1.0, 0.05 + 10 * done)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * warm_up * (1 - done)
+def guesses(logits: Tensor, classes: Tensor) -> Tensor:
+    """(B, C, V) -> (B,) int64: the class whose first token has the largest logit of the 26."""
+    classes = classes.to(logits.device)
+    return classes[logits[:, 0, classes].argmax(1)]
+
+
+def accuracy(outcome: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((outcome.predictions == outcome.label_ids[:, 0]).mean())}
+
+
+def epochs_of(trainer: Trainer, seconds: list[float], samples: int) -> Any:
+    """An `Epoch` each: what was evaluated, and what GEKO's efficiency report counted."""
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
+    counted: list[dict[str, Any]] = [{"samples": samples, "probes": 0, "buckets": {}}] * len(evaluated)
+    if isinstance(trainer, gk.GEKOTrainer):
+        counted = trainer.get_efficiency_report()["epochs"]
+    spent, forwarded, backpropagated = 0.0, 0, 0
+    for row, counts, part in zip(evaluated, counted, seconds, strict=True):
+        spent += part
+        backpropagated += counts["samples"]
+        forwarded += counts["samples"] + counts["probes"]
+        yield Epoch(spent, forwarded, backpropagated, row["eval_loss"], row["eval_accuracy"], counts["buckets"])

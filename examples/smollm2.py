@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -78,7 +79,10 @@ class Prefix(nn.Module):
 
 
 class Tail(nn.Module):
-    """The other layers, norm and head: hidden (B, S, H), positions (B, C) -> logits (B, C, V) at those positions."""
+    """The other layers, norm and head: hidden (B, S, H), positions (B, C) -> logits (B, C, V) at those positions.
+
+    With labels (B, C), -100 where there is none, also their mean cross-entropy, as Transformers' models do.
+    """
 
     def __init__(self, model: LlamaForCausalLM, num_layers: int) -> None:
         super().__init__()
@@ -87,10 +91,13 @@ class Tail(nn.Module):
         self.norm = model.model.norm
         self.lm_head = model.lm_head
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         hidden = _run(self.layers, self.rotary, hidden)
         rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)  # (B, 1)
-        return self.lm_head(self.norm(hidden[rows, positions]))
+        logits = self.lm_head(self.norm(hidden[rows, positions]))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
 
 
 def _run(layers: nn.ModuleList, rotary: nn.Module, hidden: Tensor) -> Tensor:
