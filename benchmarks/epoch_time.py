@@ -155,6 +155,8 @@ def planning(count: int) -> dict[str, Any]:
         sampler.probed(sampler.due_probes(epoch), epoch)
         sampler.set_epoch(epoch)
         seconds.append(time.perf_counter() - start)
+        next(iter(sampler))
+        time.sleep(1)  # the epoch's training, while which the next order is made
     row: dict[str, Any] = {
         "arm": "planning",
         "num_samples": count,

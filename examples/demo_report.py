@@ -70,7 +70,7 @@ def draw(path: Path, standard: Arm, geko: Arm) -> None:
         label = f"{arm.name}: {last.accuracy:.1%} right after {last.backpropagated} samples trained on"
         seconds = [epoch.seconds for epoch in arm.epochs]
         right.plot(seconds, [epoch.loss for epoch in arm.epochs], "o-", color=color, label=label)
-    right.set(title="Held-out loss, one dot an epoch", xlabel="seconds of training", ylabel="nats per class name")
+    right.set(title="Held-out loss, one dot an epoch", xlabel="seconds of training", ylabel="nats per token")
     right.set_xlim(left=0)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     for axes in (left, right):

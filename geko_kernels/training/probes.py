@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MAX_INTERVAL = 64  # epochs
+_PART = 1 << 20  # samples whose ids are held as int64 at a time
 
 
 class ProbeSchedule:
@@ -22,13 +23,24 @@ class ProbeSchedule:
         self.next_probe = torch.zeros(num_samples, dtype=torch.int32, device=device)
 
     def due(self, left_out: Tensor, epoch: int) -> Tensor:
-        """left_out (N,) bool -> ids (n,) int64 to probe before `epoch`, ascending."""
-        return (left_out & (self.interval > 0) & (self.next_probe <= epoch)).nonzero()[:, 0]
+        """left_out (N,) bool -> ids (n,) int32 to probe before `epoch`, ascending."""
+        due = self.next_probe <= epoch
+        due &= left_out
+        due &= self.interval > 0
+        ids = torch.empty(int(due.count_nonzero()), dtype=torch.int32, device=due.device)
+        filled = 0
+        for start, part in enumerate(due.split(_PART)):
+            found = part.nonzero()[:, 0]
+            ids[filled : filled + len(found)] = found + start * _PART
+            filled += len(found)
+        return ids
 
     def probed_(self, ids: Tensor, epoch: int) -> None:
         """Double the interval of `ids`, just probed; those that came back are reset by `follow_`."""
-        self.interval[ids] = (self.interval[ids] * 2).clamp(max=MAX_INTERVAL)
-        self.next_probe[ids] = epoch + self.interval[ids].int()
+        for part in ids.split(_PART):
+            at = part.long()
+            self.interval[at] = (self.interval[at] * 2).clamp(max=MAX_INTERVAL)
+            self.next_probe[at] = epoch + self.interval[at].int()
 
     def follow_(self, left_out: Tensor, epoch: int) -> None:
         """Start the clock of samples newly left out of `epoch`, stop it for those that take part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,36 @@ def iterate_padded(ids: Tensor, length: int, start: int = 0) -> Iterator[int]:
         yield from chunk.tolist()
     for place in range(max(start, len(ids)), length):
         yield ~int(ids[(place - len(ids)) % len(ids)])
+
+
+class Orders:
+    """`torch.randperm(total, generator=torch.Generator().manual_seed(seed + epoch))` of each epoch as int32."""
+
+    def __init__(self, total: int, seed: int) -> None:
+        self.total, self.seed = total, seed
+        self._ahead: tuple[int, Thread, Tensor] | None = None
+
+    def of(self, epoch: int) -> Tensor:
+        """(N,) int32, the caller's to change."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == epoch:
+            ahead[1].join()
+            return ahead[2]
+        order = torch.empty(self.total, dtype=torch.int32)
+        self._fill_(order, epoch)
+        return order
+
+    def prepare(self, epoch: int) -> None:
+        """Make that epoch's in a thread: of 10 million samples it takes most of a plan's time."""
+        if self._ahead is None:
+            order = torch.empty(self.total, dtype=torch.int32)
+            thread = Thread(target=self._fill_, args=(order, epoch))
+            self._ahead = epoch, thread, order
+            thread.start()
+
+    def _fill_(self, order: Tensor, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        torch.randperm(self.total, generator=generator, dtype=torch.int32, out=order)
 
 
 class GEKOSampler(Sampler[int]):
@@ -104,7 +135,8 @@ class GEKOSampler(Sampler[int]):
             raise ValueError(f"lengths must have one entry for each of the {len(state)} samples, got {len(lengths)}")
         self.state = state
         self.num_epochs = float(num_epochs)
-        self.seed, self.shuffle, self.pad_to = seed, shuffle, pad_to
+        self.shuffle, self.pad_to = shuffle, pad_to
+        self.orders = Orders(len(state), seed)
         self.lengths, self.window = lengths, window
         self.curriculum = MountainCurriculum()
         self.probes = ProbeSchedule(len(state), state.device)
@@ -126,6 +158,8 @@ class GEKOSampler(Sampler[int]):
         if self.plan is None or self._finished:
             self.set_epoch(self.epoch + self._finished)
         assert self.plan is not None
+        if self.shuffle:
+            self.orders.prepare(self.epoch + 1)
         for sample in iterate_padded(self.plan.ids, len(self), self.position):
             self.position += 1
             yield sample
@@ -171,10 +205,7 @@ class GEKOSampler(Sampler[int]):
         begin, longest = self._span(epoch, start)
         finish = 1 - state.config.uniform_finish
         keep = self._keep(epoch, start)
-        perm = torch.arange(total, dtype=torch.int32)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            torch.randperm(total, generator=generator, dtype=torch.int32, out=perm)
+        perm = self.orders.of(epoch) if self.shuffle else torch.arange(total, dtype=torch.int32)
         kept = keep.cpu().index_select(0, perm)
         if start is None:  # a slot passes whether its sample is trained or not
             slots = round((longest - begin) * self.num_epochs * total)
@@ -249,11 +280,11 @@ class GEKOSampler(Sampler[int]):
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
             return torch.empty(0, dtype=torch.int32)
         self.note_forgotten_()
-        return self.probes.due(~self._keep(epoch, start), epoch).int().cpu()
+        return self.probes.due(~self._keep(epoch, start), epoch).cpu()
 
     def probed(self, ids: Tensor, epoch: int) -> None:
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back."""
-        self.probes.probed_(ids.to(self.state.device, torch.int64), epoch)
+        self.probes.probed_(ids.to(self.state.device), epoch)
 
     def note_forgotten_(self) -> None:
         """Count samples that were right when last looked at and are wrong now, in `forgotten` and `lost`."""
