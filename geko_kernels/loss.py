@@ -45,19 +45,33 @@ class Visits(NamedTuple):
     tokens: Tensor
 
     def stats(self) -> SampleStats:
-        loss, confidence, accuracy, quality, q_value, weight = self.floats.unbind()
-        sample_ids, num_tokens = self.ints.unbind()
-        bucket, correct = self.flags.unbind()
-        return SampleStats(
-            sample_ids, num_tokens, loss, confidence, accuracy, correct.bool(), quality, q_value, bucket, weight
-        )
+        return _stats_of(self.floats, self.ints, self.flags)
+
+
+def _stats_of(floats: Tensor, ints: Tensor, flags: Tensor) -> SampleStats:
+    loss, confidence, accuracy, quality, q_value, weight = floats.unbind()
+    sample_ids, num_tokens = ints.unbind()
+    bucket, correct = flags.unbind()
+    return SampleStats(
+        sample_ids, num_tokens, loss, confidence, accuracy, correct.bool(), quality, q_value, bucket, weight
+    )
+
+
+class _Planned(NamedTuple):
+    """What `ops.planned_loss_forward` returned, as far as the backward needs it."""
+
+    loss: Tensor
+    plan: Any
+    kept: Tensor
 
 
 class _LogitsLoss(torch.autograd.Function):
     """Ties a loss that is already computed to the logits it came from."""
 
     @staticmethod
-    def forward(logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, inplace: bool) -> Tensor:
+    def forward(
+        logits: Tensor, labels: Tensor, visits: Visits | _Planned, shift: bool, softcap: float, inplace: bool
+    ) -> Tensor:
         return visits.loss
 
     @staticmethod
@@ -65,21 +79,41 @@ class _LogitsLoss(torch.autograd.Function):
         logits, labels, visits, ctx.shift, ctx.softcap, ctx.inplace = inputs
         ctx.save_for_backward(logits, labels)
         # not saved but kept: under activation checkpointing these stay those of the forward that was counted
-        ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
+        if isinstance(visits, _Planned):
+            ctx.planned, ctx.visits = (visits.plan, visits.kept), None
+        else:
+            ctx.planned, ctx.visits = None, (visits.tokens, visits.coeff, visits.scale, visits.token_visit)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
-        args = (grad_output, logits, labels, *ctx.visits, ctx.shift, ctx.softcap)
-        with torch.no_grad():
-            if ctx.inplace:
-                ops.logits_grad_(*args)
-                grad = logits
-            else:
-                grad = ops.logits_grad(*args)
+        grad = None
+        if ctx.planned is not None:
+            grad = ops.planned_logits_grad(logits, labels, *ctx.planned, grad_output, ctx.inplace)
+        if grad is None:
+            grad = _logits_grad(ctx, grad_output, logits, labels)
         if torch.is_grad_enabled():
             grad = _NoSecondDerivative.apply(grad, logits)
         return grad, None, None, None, None, None
+
+
+def _logits_grad(ctx: Any, grad_output: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient through the dispatcher."""
+    with torch.no_grad():
+        saved = ctx.visits
+        if ctx.planned is not None:
+            plan, kept = ctx.planned
+            saved = plan.saved(kept)
+        args = (grad_output, *_batch_of(logits, labels), *saved, ctx.shift, ctx.softcap)
+        if ctx.inplace:
+            ops.logits_grad_(*args)
+            return logits
+        return ops.logits_grad(*args).view(logits.shape)
+
+
+def _batch_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S, V) and (B, S), S = 1 where each row is one visit."""
+    return (logits, labels) if logits.dim() == 3 else (logits.unsqueeze(1), labels.unsqueeze(1))
 
 
 def _apply(*args: Any) -> Tensor:
@@ -162,43 +196,32 @@ def weighted_loss(
     code = REDUCTIONS[reduction]
     cap = float(softcap or 0.0)
     items = num_items_tensor(num_items, reduction, logits.device)
-    logits_3d = logits if logits.dim() == 3 else logits.unsqueeze(1)  # (B, S, V)
-    labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
-    visits = _visit(logits_3d.detach(), labels_2d, sample_ids, state, items, code, ignore_index, shift, cap, update)
-    loss = visits.loss
-    if logits.requires_grad and torch.is_grad_enabled():
-        overwrite = inplace and not torch.compiler.is_compiling()
-        loss = _apply(logits_3d, labels_2d, visits, shift, cap, overwrite)
-    return (loss, visits.stats()) if return_stats else loss
-
-
-def _visit(
-    logits: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor | None,
-    state: SampleState | None,
-    num_items: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    shift: bool,
-    softcap: float,
-    update: bool,
-) -> Visits:
-    """Run the forward op with the state's columns; on the CPU look at the values of labels and ids first."""
     eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
     if eager and logits.device.type == "cpu":
-        check_values(labels, sample_ids, state, logits.shape[-1], ignore_index, shift)
+        check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns = table_of(state, logits.device, eager)
     writes = state is not None and update and torch.is_grad_enabled()
-    visits = Visits(
-        *ops.loss_forward_(
-            *(logits, labels, sample_ids, rules, weights, num_items, *columns),
-            *(reduction, ignore_index, shift, softcap, writes),
-        )
-    )
+    options = (code, ignore_index, shift, cap, writes)
+    planned = ops.planned_loss_forward(logits, labels, sample_ids, rules, weights, items, columns, *options)
+    visits: Visits | _Planned
+    stats = None
+    if planned is not None:
+        loss, plan, kept, entries = planned
+        visits = _Planned(loss, plan, kept)
+        if return_stats:
+            stats = _stats_of(*plan.entries_of(entries))
+    else:
+        batch = _batch_of(logits.detach(), labels)
+        visits = Visits(*ops.loss_forward_(*batch, sample_ids, rules, weights, items, *columns, *options))
+        loss = visits.loss
+        if return_stats:
+            stats = visits.stats()
     if eager:
         check_flag(columns[-1], state, logits.shape[-1])
-    return visits
+    if logits.requires_grad and torch.is_grad_enabled():
+        overwrite = inplace and not torch.compiler.is_compiling()
+        loss = _apply(logits, labels, visits, shift, cap, overwrite)
+    return (loss, stats) if return_stats else loss
 
 
 def table_of(

@@ -184,3 +184,64 @@ kept_rows_ = torch.ops.geko.kept_rows_.default
 gradient_rows_ = torch.ops.geko.gradient_rows_.default
 score_rows_ = torch.ops.geko.score_rows_.default
 rescale_ = torch.ops.geko.rescale_.default
+
+
+def _planning(*tensors: Tensor | None) -> ModuleType | None:
+    """The backend, if it has plans and a call past the dispatcher (14 us in Python) cannot be told from one through it.
+
+    It can where somebody traces, transforms or records the call, and where a tensor is more than memory.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return None
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg() or tensor.is_meta):
+            return None
+    first = tensors[0]
+    assert first is not None
+    name = backend_name(first.device, first.dtype)
+    backend = _loaded.get(name) or _load(name)
+    return backend if hasattr(backend, "planned_loss_forward") else None
+
+
+def planned_loss_forward(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    columns: tuple[Tensor | None, ...],
+    *options: Any,
+) -> tuple[Tensor, Any, Tensor, Tensor] | None:
+    """`kernels.forward.planned_loss_forward` where it can stand in for `loss_forward_`, else None."""
+    backend = _planning(logits, labels, sample_ids, num_items)
+    if backend is None or not labels.numel():
+        return None
+    update = options[-1]
+    if update and recomputing():
+        update, options = False, (*options[:-1], False)
+    outcome = backend.planned_loss_forward(logits, labels, sample_ids, rules, weights, num_items, columns, *options)
+    if update:
+        *written, _quarantined, error = columns
+        torch.autograd.graph.increment_version([*written, error])
+    return outcome
+
+
+def planned_logits_grad(
+    logits: Tensor, labels: Tensor, plan: Any, kept: Tensor, grad_output: Tensor, inplace: bool
+) -> Tensor | None:
+    """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None."""
+    backend = _planning(logits, labels, grad_output)
+    if backend is None or not plan.fits(logits, labels):
+        return None
+    grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad

@@ -24,7 +24,7 @@ from geko_kernels.kernels import token_stats as _token_stats
 def _on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(op)
     def run(first: torch.Tensor, *rest: Any) -> Any:
-        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return op(first, *rest)
         with torch.cuda.device_of(first):
             return op(first, *rest)
@@ -35,6 +35,8 @@ def _on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
 token_stats = _on_own_device(_token_stats.token_stats)
 sample_update_ = _on_own_device(_sample_update.sample_update_)
 loss_forward_ = _on_own_device(_forward.loss_forward_)
+planned_loss_forward = _on_own_device(_forward.planned_loss_forward)
+planned_logits_grad = _on_own_device(_forward.planned_logits_grad)
 logits_grad = _on_own_device(_logits_grad.logits_grad)
 logits_grad_ = _on_own_device(_logits_grad.logits_grad_)
 scored_rows = _on_own_device(_linear_rows.scored_rows)
@@ -49,6 +51,8 @@ __all__ = [
     "logits_grad",
     "logits_grad_",
     "loss_forward_",
+    "planned_logits_grad",
+    "planned_loss_forward",
     "rescale_",
     "sample_update_",
     "score_rows_",

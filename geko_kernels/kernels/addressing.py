@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # integer arguments that get no kernel of their own when they are 1 or a multiple of 16
@@ -88,3 +89,10 @@ def edge_span(lead, end, vocab, PER: tl.constexpr):
     head = lane < PER
     position = tl.where(head, lane, end + lane - PER)
     return position, tl.where(head, (lead > 0) & (position >= lead), position < lead + vocab)
+
+
+def id_strides(sample_ids: Tensor | None) -> tuple[int, int]:
+    """(id_b, id_s) of `token_sample`."""
+    if sample_ids is None:
+        return 0, 0
+    return sample_ids.stride(0), sample_ids.stride(1) if sample_ids.dim() == 2 else 0

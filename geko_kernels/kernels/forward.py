@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from geko_kernels import reference
-from geko_kernels.kernels.sample_update import launch_sample_update
-from geko_kernels.kernels.token_stats import launch_statistics
-from geko_kernels.kernels.visit_prep import empty_scratch
+from geko_kernels.kernels.plan import Columns, Plan, plan_of
+from geko_kernels.kernels.sample_update import empty_outputs
+from geko_kernels.kernels.visit_prep import scratch_words
 
 
 def loss_forward_(
@@ -36,23 +38,45 @@ def loss_forward_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
     columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined)
+    table = (rules, weights, num_items)
+    options = (reduction, ignore_index, shift, softcap, update)
+    batch = (labels, sample_ids)
     if not labels.numel():
-        return reference.loss_forward_(
-            *(logits, labels, sample_ids, rules, weights, num_items, *columns, error),
-            *(reduction, ignore_index, shift, softcap, update),
-        )
-    packed = sample_ids is not None and sample_ids.dim() == 2
-    tokens = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
-    scratch = empty_scratch(labels, packed)
+        return reference.loss_forward_(logits, *batch, *table, *columns, error, *options)
+    plan = plan_of(logits, *batch, num_items, (*columns, error), *options)
+    tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
+    scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
+    outputs = empty_outputs(labels, plan.packed, reduction)
     prepared = (q_value, loss_history, times_seen, bucket, claim, error)
-    ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
-    # all that the two binaries and grids depend on; what is allocated here or in SampleState is aligned
-    key = (
-        *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
-        *(labels.stride(), labels.data_ptr() % 16, ids),
-        *(-1 if q_value is None else q_value.shape[0], error is None, num_items is None or num_items.data_ptr() % 16),
-        *(reduction, ignore_index, shift, softcap != 0, update),
-    )
-    launch_statistics(logits, labels, sample_ids, tokens, prepared, scratch, ignore_index, shift, softcap, update, key)
-    rest = (scratch, logits.shape[-1], reduction, ignore_index, shift, update, key)
-    return *launch_sample_update(tokens, labels, sample_ids, rules, weights, num_items, columns, *rest), tokens
+    plan.statistics(logits, *batch, tokens, *prepared, scratch)
+    plan.update(tokens, *batch, *table, *columns, scratch, *outputs)
+    return *outputs, tokens
+
+
+def planned_loss_forward(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    columns: Columns,
+    *options: Any,
+) -> tuple[Tensor, Plan, Tensor, Tensor]:
+    """`loss_forward_` with its outputs in three pieces of memory; logits also (B, V).
+
+    Args: columns (..., quarantined, error); options (reduction, ignore_index, shift, softcap, update).
+    Returns: the loss; the plan; kept and visits, the op's other outputs as `plan.saved` and `plan.entries_of` see them.
+    """
+    plan = plan_of(logits, labels, sample_ids, num_items, columns, *options)
+    loss, kept, visits = plan.forward(logits, labels, sample_ids, rules, weights, num_items, columns)
+    return loss, plan, kept, visits
+
+
+def planned_logits_grad(
+    logits: Tensor, labels: Tensor, plan: Plan, kept: Tensor, grad_output: Tensor, inplace: bool
+) -> Tensor:
+    """`logits_grad` or `logits_grad_` of a forward that left `kept`, in the shape of the logits."""
+    out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    plan.gradient(out, kept, grad_output, logits, labels, inplace)
+    return out

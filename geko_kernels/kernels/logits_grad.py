@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.addressing import LOG2E, VECTOR_BITS, edge_span, row_span, soft_cap
-from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
+from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.token_stats import SMALL_VOCAB
 
 BLOCK = 4096
@@ -131,22 +133,22 @@ def _strided_tile(
 )
 def _logits_grad_kernel(
     out_ptr,
-    out_b,
-    out_s,
-    out_v,
     grad_output_ptr,
-    grad_stride,
     logits_ptr,
-    stride_b,
-    stride_s,
-    stride_v,
     labels_ptr,
-    label_b,
-    label_s,
     tokens_ptr,
     coeff_ptr,
     scale_ptr,
     token_visit_ptr,
+    out_b,
+    out_s,
+    out_v,
+    grad_stride,
+    stride_b,
+    stride_s,
+    stride_v,
+    label_b,
+    label_s,
     length,
     token_count,
     vocab,
@@ -195,10 +197,34 @@ def gradient_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     return min(4096 // block, 64), block, 4
 
 
-_launcher = Launcher(_logits_grad_kernel)
+def gradient_launch(
+    out: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, packed: bool, shift: bool, softcap: float
+) -> Launch:
+    """Pointers: out, grad_output, logits, labels, tokens, coeff, scale, token_visit."""
+    _, length, vocab = logits.shape
+    count = labels.numel()
+    stride_b, stride_s, stride_v = logits.stride()
+    out_b, out_s, out_v = out.stride()
+    unit = stride_v == 1 and out_v == 1 and vocab > SMALL_VOCAB
+    per = 16 // logits.element_size()
+    apart = (logits.data_ptr() - out.data_ptr()) % 16 or (stride_b - out_b) % per or (stride_s - out_s) % per
+    rows, block, warps = gradient_shape(vocab, unit)
+    # a contiguous row that starts off a vector's boundary spans up to per - 1 elements more
+    tiles = cdiv(vocab + (per - 1 if unit else 0), block)
+    upstream = ONE if not grad_output.dim() else BY_VISIT if packed else BY_ROW
+    numbers = (
+        *(*out.stride(), grad_output.stride(0) if grad_output.dim() else 0, *logits.stride(), *labels.stride()),
+        *(length, count, vocab, softcap, tiles),
+    )
+    constants = {"UPSTREAM": upstream, "SHIFT": shift, "SOFTCAP": softcap != 0}
+    tiling = {"UNIT": unit, "SAME": not apart, "ROWS": rows, "BLOCK": block}
+    return Launch(_logits_grad_kernel, cdiv(count, rows) * tiles, numbers, {**constants, **tiling}, warps)
 
 
-def _launch(
+_launches: dict[Hashable, Launch] = {}
+
+
+def _run(
     out: Tensor,
     grad_output: Tensor,
     logits: Tensor,
@@ -210,33 +236,21 @@ def _launch(
     shift: bool,
     softcap: float,
 ) -> None:
-    _, length, vocab = logits.shape
-    count = labels.numel()
-    if not count:
+    if not labels.numel():
         return
-    stride_b, stride_s, stride_v = logits.stride()
-    out_b, out_s, out_v = out.stride()
-    unit = stride_v == 1 and out_v == 1 and vocab > SMALL_VOCAB
-    per = 16 // logits.element_size()
-    apart = (logits.data_ptr() - out.data_ptr()) % 16 or (stride_b - out_b) % per or (stride_s - out_s) % per
-    rows, block, warps = gradient_shape(vocab, unit)
-    # a contiguous row that starts off a vector's boundary spans up to per - 1 elements more
-    tiles = cdiv(vocab + (per - 1 if unit else 0), block)
-    upstream = ONE if not grad_output.dim() else BY_VISIT if token_visit.numel() else BY_ROW
-    args = (
-        *(out, out_b, out_s, out_v, grad_output, grad_output.stride(0) if grad_output.dim() else 0),
-        *(logits, stride_b, stride_s, stride_v, labels, *labels.stride(), tokens, coeff, scale, token_visit),
-        *(length, count, vocab, softcap, tiles),
-    )
-    constants = {"UPSTREAM": upstream, "SHIFT": shift, "SOFTCAP": softcap != 0}
-    tiling = {"UNIT": unit, "SAME": not apart, "ROWS": rows, "BLOCK": block}
-    # all that the binary and the grid depend on; the forward's outputs are aligned
+    packed = token_visit.numel() > 0
+    # all that the binary, the grid and the numbers depend on; the forward's outputs are aligned
     key = (
         *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
         *(out.stride(), out.data_ptr() % 16, labels.stride(), labels.data_ptr() % 16),
-        *(grad_output.dtype, grad_output.stride(), grad_output.data_ptr() % 16, upstream, shift, softcap != 0),
+        *(grad_output.dtype, grad_output.stride(), grad_output.data_ptr() % 16, packed, shift, softcap),
     )
-    _launcher(key, cdiv(count, rows) * tiles, args, {**constants, **tiling}, warps)
+    launch = _launches.get(key)
+    if launch is None:
+        if len(_launches) >= MOST:
+            _launches.clear()
+        launch = _launches[key] = gradient_launch(out, grad_output, logits, labels, packed, shift, softcap)
+    launch(out, grad_output, logits, labels, tokens, coeff, scale, token_visit)
 
 
 def logits_grad(
@@ -252,7 +266,7 @@ def logits_grad(
 ) -> Tensor:
     """See `reference.logits_grad`. One launch."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _launch(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
     return out
 
 
@@ -268,4 +282,4 @@ def logits_grad_(
     softcap: float,
 ) -> None:
     """`logits_grad`, written over the logits."""
-    _launch(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)

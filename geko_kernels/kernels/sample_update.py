@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from geko_kernels import reference
-from geko_kernels.kernels.addressing import BATCH_INTS, token_sample, visit_starts
+from geko_kernels.kernels.addressing import BATCH_INTS, id_strides, token_sample, visit_starts
 from geko_kernels.kernels.claims import writers
-from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
+from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
 from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
 from geko_kernels.kernels.visit_prep import (
     COUNT_PLANE,
     PREP_TILE,
-    empty_scratch,
-    launch_visit_prep,
     plane,
+    scratch_words,
+    visit_prep_launch,
 )
 from geko_kernels.reference import Reduction
 
@@ -99,15 +97,7 @@ def _update_visits(
 def _sample_update_kernel(
     tokens_ptr,
     labels_ptr,
-    label_b,
-    label_s,
     ids_ptr,
-    id_b,
-    id_s,
-    length,
-    ignore_index,
-    token_count,
-    vocab,
     rules_ptr,
     weights_ptr,
     num_items_ptr,
@@ -128,6 +118,14 @@ def _sample_update_kernel(
     floats_ptr,
     ints_ptr,
     flags_ptr,
+    label_b,
+    label_s,
+    id_b,
+    id_s,
+    length,
+    ignore_index,
+    token_count,
+    vocab,
     table_rows,
     REDUCTION: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -177,56 +175,48 @@ def _sample_update_kernel(
     finish(scratch_ptr, entries, tl.sum(loss, 0), tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
 
 
-_launch = Launcher(_sample_update_kernel)
-
-
-def launch_sample_update(
-    tokens: Tensor,
+def update_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    rules: Tensor,
-    weights: Tensor,
-    num_items: Tensor | None,
-    columns: tuple[Tensor | None, ...],
-    scratch: Tensor,
+    table_rows: int,
     vocab: int,
     reduction: int,
     ignore_index: int,
     shift: bool,
     update: bool,
-    key: Hashable = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The update proper, after `prepare_visits` has filled `scratch`. Args and returns: `reference.sample_update_`.
+) -> Launch:
+    """The update proper, after `prepare_visits` has filled scratch.
 
-    Args: columns (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined);
-        key as `Launcher` has it.
+    Pointers: tokens, labels, sample_ids, rules, weights, num_items, the columns (q_value, confidence, loss_history,
+    times_seen, bucket, wrong_streak, changed, claim, quarantined), scratch, and the returns of
+    `reference.sample_update_`.
     """
     rows, length = labels.shape
     count = labels.numel()
     packed = sample_ids is not None and sample_ids.dim() == 2
-    entries = count if packed else rows
-    device = labels.device
-    value = torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device)
-    scale = torch.empty((), dtype=torch.float32, device=device)
-    coeff = torch.empty(count, dtype=torch.float32, device=device)
-    token_visit = torch.empty(count if packed else 0, dtype=torch.int32, device=device)
-    floats = torch.empty((6, entries), dtype=torch.float32, device=device)
-    ints = torch.empty((2, entries), dtype=torch.int64, device=device)
-    flags = torch.empty((2, entries), dtype=torch.uint8, device=device)
     block, tile, warps = visit_shape(length, packed)
-    id_b = sample_ids.stride(0) if sample_ids is not None else 0
-    id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
-    table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    args = (
-        *(tokens, labels, *labels.stride(), sample_ids, id_b, id_s, length, ignore_index, count, vocab),
-        *(rules, weights, num_items, *columns, scratch, value, scale, coeff, token_visit, floats, ints, flags),
-        table_rows,
-    )
+    numbers = (*labels.stride(), *id_strides(sample_ids), length, ignore_index, count, vocab, table_rows)
     constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
     shape = {"ROWS": tile, "BLOCK": block, "TILE": PREP_TILE, "GROUP": PACKED_GROUP}
     programs = cdiv(count, PACKED_GROUP) if packed else cdiv(rows, tile)
-    _launch(key, programs, args, {**constants, **shape}, warps)
-    return value, scale, coeff, token_visit, floats, ints, flags
+    return Launch(_sample_update_kernel, programs, numbers, {**constants, **shape}, warps)
+
+
+def empty_outputs(
+    labels: Tensor, packed: bool, reduction: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the returns of `reference.sample_update_`."""
+    count, device = labels.numel(), labels.device
+    entries = count if packed else labels.shape[0]
+    return (
+        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
+        torch.empty(count if packed else 0, dtype=torch.int32, device=device),
+        torch.empty((6, entries), dtype=torch.float32, device=device),
+        torch.empty((2, entries), dtype=torch.int64, device=device),
+        torch.empty((2, entries), dtype=torch.uint8, device=device),
+    )
 
 
 def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
@@ -268,7 +258,12 @@ def sample_update_(
             tokens, labels, sample_ids, rules, weights, num_items, *columns, error, vocab, *rest
         )
     packed = sample_ids is not None and sample_ids.dim() == 2
-    scratch = empty_scratch(labels, packed)
-    prepared = (q_value, loss_history, times_seen, bucket, claim, error)
-    launch_visit_prep(labels, sample_ids, prepared, scratch, vocab, ignore_index, shift, update)
-    return launch_sample_update(tokens, labels, sample_ids, rules, weights, num_items, columns, scratch, vocab, *rest)
+    scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
+    outputs = empty_outputs(labels, packed, reduction)
+    table_rows = -1 if q_value is None else q_value.shape[0]
+    batch = (labels, sample_ids)
+    prepare = visit_prep_launch(*batch, table_rows, vocab, ignore_index, shift, update)
+    prepare(*batch, q_value, loss_history, times_seen, bucket, claim, error, scratch)
+    launch = update_launch(*batch, table_rows, vocab, *rest)
+    launch(tokens, *batch, rules, weights, num_items, *columns, scratch, *outputs)
+    return outputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +12,12 @@ from geko_kernels.kernels.addressing import (
     LOG2E,
     VECTOR_BITS,
     edge_span,
+    id_strides,
     row_span,
     soft_cap,
     token_target,
 )
-from geko_kernels.kernels.launch import Launcher, cdiv, next_power_of_2
+from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_prep import PREP_TILE, prepare_visits
 
 SMALL_VOCAB = 1024  # up to here a program takes several rows
@@ -113,21 +112,9 @@ def _store_statistics(tokens_ptr, t, live, scored, top, total, z_target, token_c
 @triton.jit(do_not_specialize=[*BATCH_INTS, "stride_b", "stride_s", "softcap", "prep_programs"])
 def _statistics_kernel(
     logits_ptr,
-    stride_b,
-    stride_s,
-    stride_v,
     labels_ptr,
-    label_b,
-    label_s,
     ids_ptr,
-    id_b,
-    id_s,
-    length,
-    ignore_index,
     tokens_ptr,
-    token_count,
-    vocab,
-    softcap,
     q_value_ptr,
     loss_history_ptr,
     times_seen_ptr,
@@ -135,6 +122,18 @@ def _statistics_kernel(
     claim_ptr,
     error_ptr,
     scratch_ptr,
+    stride_b,
+    stride_s,
+    stride_v,
+    label_b,
+    label_s,
+    id_b,
+    id_s,
+    length,
+    ignore_index,
+    token_count,
+    vocab,
+    softcap,
     table_rows,
     prep_programs,
     SHIFT: tl.constexpr,
@@ -174,9 +173,6 @@ def _statistics_kernel(
             _store_statistics(tokens_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
 
 
-_launch = Launcher(_statistics_kernel)
-
-
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     """(rows, block, warps) of a program; 4096 x 8 was the fastest of the sketches on an H200."""
     block = min(next_power_of_2(vocab), 4096)
@@ -187,40 +183,34 @@ def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
     return 1, block, block // 512
 
 
-def launch_statistics(
+def statistics_launch(
     logits: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
-    tokens: Tensor,
-    columns: tuple[Tensor | None, ...],
-    scratch: Tensor | None,
+    prepare: bool,
+    table_rows: int,
     ignore_index: int,
     shift: bool,
     softcap: float,
     update: bool,
-    key: Hashable = None,
-) -> None:
-    """Fill `tokens` (5, T) and, with `scratch`, prepare `sample_update_` in the same launch.
+) -> Launch:
+    """The launch that fills tokens (5, T) and, with `prepare`, prepares the sample update in its first programs.
 
-    Args: columns (q_value, loss_history, times_seen, bucket, claim, error), or None for each; key as `Launcher` has it.
+    Pointers: logits, labels, sample_ids, tokens, q_value, loss_history, times_seen, bucket, claim, error, scratch.
     """
     _, length, vocab = logits.shape
     count = labels.numel()
     packed = sample_ids is not None and sample_ids.dim() == 2
-    stride_b, stride_s, stride_v = logits.stride()
-    unit = stride_v == 1 and vocab > SMALL_VOCAB
+    unit = logits.stride(2) == 1 and vocab > SMALL_VOCAB
     rows, block, warps = statistics_shape(vocab, unit)
-    prep_programs = 0 if scratch is None else cdiv(count, PREP_TILE)
-    id_b = sample_ids.stride(0) if sample_ids is not None else 0
-    id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
-    table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    args = (
-        *(logits, stride_b, stride_s, stride_v, labels, *labels.stride(), sample_ids, id_b, id_s, length, ignore_index),
-        *(tokens, count, vocab, softcap, *columns, scratch, table_rows, prep_programs),
+    prep_programs = cdiv(count, PREP_TILE) if prepare else 0
+    numbers = (
+        *(*logits.stride(), *labels.stride(), *id_strides(sample_ids)),
+        *(length, ignore_index, count, vocab, softcap, table_rows, prep_programs),
     )
     constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "SOFTCAP": softcap != 0}
     shape = {"UNIT": unit, "ROWS": rows, "BLOCK": block, "TILE": PREP_TILE}
-    _launch(key, prep_programs + cdiv(count, rows), args, {**constants, **shape}, warps)
+    return Launch(_statistics_kernel, prep_programs + cdiv(count, rows), numbers, {**constants, **shape}, warps)
 
 
 def token_stats(
@@ -229,6 +219,6 @@ def token_stats(
     """See `reference.token_stats`. One launch; a token that predicts nothing costs no reading."""
     tokens = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
     if labels.numel():
-        none = (None,) * 6
-        launch_statistics(logits, labels, sample_ids, tokens, none, None, ignore_index, shift, softcap, False)
+        launch = statistics_launch(logits, labels, sample_ids, False, -1, ignore_index, shift, softcap, False)
+        launch(logits, labels, sample_ids, tokens, *[None] * 7)
     return tokens

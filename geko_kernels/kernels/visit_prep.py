@@ -12,13 +12,12 @@ Scratch, int32, for M entries (row form M = B, packed M = T; floats by their bit
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from geko_kernels.kernels.addressing import BATCH_INTS, token_target, visit_starts
-from geko_kernels.kernels.launch import cdiv
+from geko_kernels.kernels.addressing import BATCH_INTS, id_strides, token_target, visit_starts
+from geko_kernels.kernels.launch import Launch, cdiv
 
 PREP_TILE = 256  # tokens a program
 HISTORY = tl.constexpr(5)
@@ -120,15 +119,7 @@ def prepare_visits(
 @triton.jit(do_not_specialize=BATCH_INTS)
 def _visit_prep_kernel(
     labels_ptr,
-    label_b,
-    label_s,
     ids_ptr,
-    id_b,
-    id_s,
-    length,
-    ignore_index,
-    token_count,
-    vocab,
     q_value_ptr,
     loss_history_ptr,
     times_seen_ptr,
@@ -136,6 +127,14 @@ def _visit_prep_kernel(
     claim_ptr,
     error_ptr,
     scratch_ptr,
+    label_b,
+    label_s,
+    id_b,
+    id_s,
+    length,
+    ignore_index,
+    token_count,
+    vocab,
     table_rows,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -148,35 +147,30 @@ def _visit_prep_kernel(
     prepare_visits(tile, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
 
 
-def empty_scratch(labels: Tensor, packed: bool) -> Tensor:
-    """Room for what the preparation hands to the sample update; nothing in it needs a start value."""
+def scratch_words(labels: Tensor, packed: bool) -> int:
+    """int32 words of what the preparation hands to the sample update; nothing in them needs a start value."""
     count = labels.numel()
     entries, tiles = (count, cdiv(count, PREP_TILE)) if packed else (labels.shape[0], 0)
-    return torch.empty(1 + 10 * entries + tiles, dtype=torch.int32, device=labels.device)
+    return 1 + 10 * entries + tiles
 
 
-def launch_visit_prep(
+def visit_prep_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    columns: tuple[Tensor | None, ...],
-    scratch: Tensor,
+    table_rows: int,
     vocab: int,
     ignore_index: int,
     shift: bool,
     update: bool,
-) -> None:
-    """The preparation alone. Args: columns (q_value, loss_history, times_seen, bucket, claim, error)."""
+) -> Launch:
+    """The preparation alone. Pointers: labels, sample_ids, q_value, loss_history, times_seen, bucket, claim, error,
+    scratch.
+    """
     count = labels.numel()
     packed = sample_ids is not None and sample_ids.dim() == 2
-    id_b = sample_ids.stride(0) if sample_ids is not None else 0
-    id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
-    table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    _visit_prep_kernel[(cdiv(count, PREP_TILE),)](
-        *(labels, *labels.stride(), sample_ids, id_b, id_s, labels.shape[1], ignore_index, count, vocab),
-        *(*columns, scratch, table_rows),
-        SHIFT=shift,
-        PACKED=packed,
-        UPDATE=update,
-        TILE=PREP_TILE,
-        num_warps=4,
+    numbers = (
+        *(*labels.stride(), *id_strides(sample_ids), labels.shape[1], ignore_index),
+        *(count, vocab, table_rows),
     )
+    constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "TILE": PREP_TILE}
+    return Launch(_visit_prep_kernel, cdiv(count, PREP_TILE), numbers, constants, 4)

@@ -1,0 +1,192 @@
+"""One kind of call worked out once: launches, sizes, and what lies where in the memory of a step.
+
+The host's time rules at small shapes, and on a large one it is what a step costs before the GPU has work. So an eager
+call does what is left: look its `Plan` up, ask for three pieces of memory, and start the two launches with addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geko_kernels.kernels.launch import MOST, Launch
+from geko_kernels.kernels.logits_grad import gradient_launch
+from geko_kernels.kernels.sample_update import update_launch
+from geko_kernels.kernels.token_stats import statistics_launch
+from geko_kernels.kernels.visit_prep import scratch_words
+
+Columns = tuple[Tensor | None, ...]  # of the state, in the op's order: (q_value, ..., quarantined, error)
+
+
+class Plan:
+    """Memory is in words of 4 bytes, each part from a multiple of 16 bytes on (T tokens, M entries, see `reference`):
+
+    - kept for the backward: tokens (5, T), coeff (T,), scale (), token_visit (T,) or nothing;
+    - visits, which nobody needs but for statistics: ints (2, M), floats (6, M), flags (2, M), scratch.
+
+    Args: layout: see `layout_of`; logits (B, S, V); labels (B, S).
+    """
+
+    def __init__(
+        self,
+        layout: Hashable,
+        logits: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor | None,
+        table_rows: int,
+        reduction: int,
+        ignore_index: int,
+        shift: bool,
+        softcap: float,
+        update: bool,
+    ) -> None:
+        self.layout = layout
+        self.packed = sample_ids is not None and sample_ids.dim() == 2
+        self.count, self.shift, self.softcap = labels.numel(), shift, softcap
+        self.entries = self.count if self.packed else labels.shape[0]
+        batch = (labels, sample_ids)
+        options = (ignore_index, shift, softcap, update)
+        self.statistics = statistics_launch(logits, *batch, True, table_rows, *options)
+        self.update = update_launch(
+            *(*batch, table_rows, logits.shape[-1], reduction, ignore_index, shift, update),
+        )
+        self.gradients: dict[Hashable, Launch] = {}
+        self.loss_shape = () if reduction else (self.entries,)
+        self.coeff, self.scale, self.token_visit, self.kept_words = _starts(
+            5 * self.count, self.count, 1, self.count if self.packed else 0
+        )
+        self.floats, self.flags, self.scratch, self.visit_words = _starts(
+            4 * self.entries, 6 * self.entries, -(-self.entries // 2), scratch_words(labels, self.packed)
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor | None,
+        rules: Tensor,
+        weights: Tensor,
+        num_items: Tensor | None,
+        columns: Columns,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, kept, visits); logits and labels also as (B, V) and (B,)."""
+        loss = weights.new_empty(self.loss_shape)
+        kept, visits = weights.new_empty(self.kept_words), weights.new_empty(self.visit_words)
+        batch: tuple[Any, ...] = (labels, sample_ids)
+        table: tuple[Any, ...] = (rules, weights, num_items)
+        outputs: tuple[Any, ...]
+        if self.update.ready:
+            at, by = kept.data_ptr(), visits.data_ptr()
+            tokens: Any = at
+            outputs = (
+                *(loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
+                *(by + 4 * self.floats, by, by + 4 * self.flags),
+            )
+            scratch: Any = by + 4 * self.scratch
+            batch, table, columns = _addresses(batch), _addresses(table), _addresses(columns)
+            where: Any = logits.data_ptr()
+        else:
+            tokens, coeff, scale, token_visit = self.saved(kept)
+            outputs = (loss, scale, coeff, token_visit, *self.entries_of(visits))
+            scratch = visits[self.scratch :].view(torch.int32)
+            where = logits
+        q_value, _, history, seen, bucket, _, _, claim, _, error = columns
+        self.statistics(where, *batch, tokens, q_value, history, seen, bucket, claim, error, scratch)
+        self.update(tokens, *batch, *table, *columns[:9], scratch, *outputs)
+        return loss, kept, visits
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
+        return layout_of(logits, labels) == self.layout
+
+    def saved(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(tokens, coeff, scale, token_visit) as the op has them."""
+        tokens = kept[: 5 * self.count].view(5, self.count)
+        token_visit = kept[self.token_visit :][: self.count if self.packed else 0].view(torch.int32)
+        return tokens, kept[self.coeff :][: self.count], kept[self.scale], token_visit
+
+    def entries_of(self, visits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(floats, ints, flags) as the op has them."""
+        entries = self.entries
+        floats = visits[self.floats :][: 6 * entries].view(6, entries)
+        ints = visits[: 4 * entries].view(torch.int64).view(2, entries)
+        flags = visits[self.flags : self.scratch].view(torch.uint8)[: 2 * entries].view(2, entries)
+        return floats, ints, flags
+
+    def gradient(
+        self, out: Tensor, kept: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, inplace: bool
+    ) -> None:
+        """Fill `out`; tensors laid out as those of the forward. `out`: the logits, or new and contiguous."""
+        upstream = grad_output.data_ptr()
+        key = (inplace, grad_output.dtype, grad_output.stride(), upstream % 16)
+        launch = self.gradients.get(key)
+        if launch is None:
+            if len(self.gradients) >= MOST:
+                self.gradients.clear()
+            batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
+            like = batch[0] if inplace else out.view(batch[0].shape)
+            launch = gradient_launch(like, grad_output, *batch, self.packed, self.shift, self.softcap)
+            self.gradients[key] = launch
+        if launch.ready:
+            at = kept.data_ptr()
+            saved = (at, at + 4 * self.coeff, at + 4 * self.scale, at + 4 * self.token_visit)
+            launch(out.data_ptr(), upstream, logits.data_ptr(), labels.data_ptr(), *saved)
+        else:
+            launch(out, grad_output, logits, labels, *self.saved(kept))
+
+
+def _starts(*words: int) -> list[int]:
+    """Where each part but the first starts, and where the last ends."""
+    ends, end = [], 0
+    for size in words:
+        end += (size + 3) // 4 * 4
+        ends.append(end)
+    return ends
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def layout_of(logits: Tensor, labels: Tensor) -> tuple[Hashable, ...]:
+    """What a plan depends on in logits and labels."""
+    return (
+        *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
+        *(labels.stride(), labels.data_ptr() % 16),
+    )
+
+
+def plan_of(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    num_items: Tensor | None,
+    columns: Columns,
+    reduction: int,
+    ignore_index: int,
+    shift: bool,
+    softcap: float,
+    update: bool,
+) -> Plan:
+    """The plan of such calls; logits (B, S, V) or (B, V)."""
+    ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
+    table_rows = -1 if columns[0] is None else columns[0].shape[0]
+    options = (reduction, ignore_index, shift, softcap, update)
+    # with `options` all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
+    items = None if num_items is None else num_items.data_ptr() % 16
+    layout = layout_of(logits, labels)
+    key = (layout, ids, table_rows, columns[-1] is None, items, options)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MOST:
+            _plans.clear()
+        logits = logits.detach()
+        batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
+        plan = _plans[key] = Plan(layout, *batch, sample_ids, table_rows, *options)
+    return plan
