@@ -28,11 +28,8 @@ def check_batch(
 ) -> None:
     """What Python can see of a batch without its values; `tokens` is the argument `name`, one vector a token."""
     for key, tensor in ((name, tokens), ("labels", labels), ("sample_ids", sample_ids)):
-        if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
-            hint = "; this model returned no logits" if key == "logits" and tensor is None else ""
-            raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-        if hasattr(tensor, "full_tensor"):
-            raise TypeError(f"{key} must be a plain tensor, got a {type(tensor).__name__}; use {key}.full_tensor()")
+        if type(tensor) is not Tensor:
+            _check_kind(key, tensor)
     if state is not None and not isinstance(state, SampleState):
         raise TypeError(f"state must be a SampleState or None, got {type(state).__name__}")
     if tokens.dtype not in _DTYPES:
@@ -42,14 +39,16 @@ def check_batch(
         raise ValueError(f"{name} must be (B, S, {size}) or (B, {size}) with {size} >= 1, got {tuple(tokens.shape)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
-    if labels.shape != tokens.shape[:-1]:
+    shape = labels.shape
+    if shape != tokens.shape[:-1]:
         raise ValueError(
             f"labels must be {tuple(tokens.shape[:-1])} for {name} of {tuple(tokens.shape)}, got {tuple(labels.shape)}"
         )
+    device = tokens.device
     for key, where in (("labels", labels), ("sample_ids", sample_ids)):
-        if where is not None and where.device != tokens.device:
-            raise ValueError(f"{key} must be on the device of {name}, {tokens.device}, got {where.device}")
-    _check_ids(labels, sample_ids, state)
+        if where is not None and where.device != device:
+            raise ValueError(f"{key} must be on the device of {name}, {device}, got {where.device}")
+    _check_ids(shape, device, sample_ids, state)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -57,6 +56,15 @@ def check_batch(
     if shift and tokens.dim() == 2:
         raise ValueError(f"shift=True needs {name} of 3 dimensions: in 2 there is no next position to predict")
     _check_softcap(softcap)
+
+
+def _check_kind(key: str, tensor: object) -> None:
+    """`tensor`, the argument `key`, is no `Tensor` proper: a subclass will do, and None for sample_ids."""
+    if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
+        hint = "; this model returned no logits" if key == "logits" and tensor is None else ""
+        raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(f"{key} must be a plain tensor, got a {type(tensor).__name__}; use {key}.full_tensor()")
 
 
 def _check_softcap(softcap: float | None) -> None:
@@ -68,20 +76,19 @@ def _check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap must be a finite number above 0 or None, got {softcap}")
 
 
-def _check_ids(labels: Tensor, sample_ids: Tensor | None, state: SampleState | None) -> None:
+def _check_ids(shape: torch.Size, device: torch.device, sample_ids: Tensor | None, state: SampleState | None) -> None:
     if sample_ids is None:
         if state is not None:
             raise ValueError("sample_ids must be given with a state: it says whose row each visit updates")
         return
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids must be int64, got {sample_ids.dtype}; use sample_ids.long()")
-    allowed = (labels.shape[:1], labels.shape)[: labels.dim()]
-    if sample_ids.shape not in allowed:
-        shapes = " or ".join(str(tuple(shape)) for shape in allowed)
+    if sample_ids.shape not in (shape[:1], shape):
+        shapes = " or ".join(str(tuple(allowed)) for allowed in (shape[:1], shape)[: len(shape)])
         raise ValueError(f"sample_ids must be {shapes}, got {tuple(sample_ids.shape)}")
-    if state is not None and state.device != labels.device:
+    if state is not None and state.device != device:
         raise ValueError(
-            f"state must be on the device of the labels, {labels.device}, got {state.device}; make it with device=..."
+            f"state must be on the device of the labels, {device}, got {state.device}; make it with device=..."
         )
 
 

@@ -57,21 +57,11 @@ def _stats_of(floats: Tensor, ints: Tensor, flags: Tensor) -> SampleStats:
     )
 
 
-class _Planned(NamedTuple):
-    """What `ops.planned_loss_forward` returned, as far as the backward needs it."""
-
-    loss: Tensor
-    plan: Any
-    kept: Tensor
-
-
 class _LogitsLoss(torch.autograd.Function):
     """Ties a loss that is already computed to the logits it came from."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, labels: Tensor, visits: Visits | _Planned, shift: bool, softcap: float, inplace: bool
-    ) -> Tensor:
+    def forward(logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, inplace: bool) -> Tensor:
         return visits.loss
 
     @staticmethod
@@ -79,33 +69,48 @@ class _LogitsLoss(torch.autograd.Function):
         logits, labels, visits, ctx.shift, ctx.softcap, ctx.inplace = inputs
         ctx.save_for_backward(logits, labels)
         # not saved but kept: under activation checkpointing these stay those of the forward that was counted
-        if isinstance(visits, _Planned):
-            ctx.planned, ctx.visits = (visits.plan, visits.kept), None
-        else:
-            ctx.planned, ctx.visits = None, (visits.tokens, visits.coeff, visits.scale, visits.token_visit)
+        ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
-        grad = None
-        if ctx.planned is not None:
-            grad = ops.planned_logits_grad(logits, labels, *ctx.planned, grad_output, ctx.inplace)
+        grad = _logits_grad(grad_output, logits, labels, ctx.visits, ctx.shift, ctx.softcap, ctx.inplace)
+        return _once(grad, logits), None, None, None, None, None
+
+
+class _PlannedLoss(torch.autograd.Function):
+    """`_LogitsLoss` of a call past the dispatcher, where nothing asks for `setup_context`, which costs two calls."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Tensor, Any, Tensor], inplace: bool) -> Tensor:
+        loss, ctx.plan, ctx.kept = outcome
+        ctx.inplace = inplace
+        ctx.save_for_backward(logits, labels)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels = ctx.saved_tensors
+        plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
+        grad = ops.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
         if grad is None:
-            grad = _logits_grad(ctx, grad_output, logits, labels)
-        if torch.is_grad_enabled():
-            grad = _NoSecondDerivative.apply(grad, logits)
-        return grad, None, None, None, None, None
-
-
-def _logits_grad(ctx: Any, grad_output: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """The gradient through the dispatcher."""
-    with torch.no_grad():
-        saved = ctx.visits
-        if ctx.planned is not None:
-            plan, kept = ctx.planned
             saved = plan.saved(kept)
-        args = (grad_output, *_batch_of(logits, labels), *saved, ctx.shift, ctx.softcap)
-        if ctx.inplace:
+            grad = _logits_grad(grad_output, logits, labels, saved, plan.shift, plan.softcap, inplace)
+        return _once(grad, logits), None, None, None
+
+
+def _logits_grad(
+    grad_output: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    shift: bool,
+    softcap: float,
+    inplace: bool,
+) -> Tensor:
+    with torch.no_grad():
+        args = (grad_output, *_batch_of(logits, labels), *saved, shift, softcap)
+        if inplace:
             ops.logits_grad_(*args)
             return logits
         return ops.logits_grad(*args).view(logits.shape)
@@ -121,6 +126,11 @@ def _apply(*args: Any) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _LogitsLoss.apply(*args)
     return super(torch.autograd.Function, _LogitsLoss).apply(*args)
+
+
+def _once(grad: Tensor, logits: Tensor) -> Tensor:
+    """`grad`, of which there is no derivative."""
+    return _NoSecondDerivative.apply(grad, logits) if torch.is_grad_enabled() else grad
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -203,25 +213,24 @@ def weighted_loss(
     writes = state is not None and update and torch.is_grad_enabled()
     options = (code, ignore_index, shift, cap, writes)
     planned = ops.planned_loss_forward(logits, labels, sample_ids, rules, weights, items, columns, *options)
-    visits: Visits | _Planned
-    stats = None
-    if planned is not None:
-        loss, plan, kept, entries = planned
-        visits = _Planned(loss, plan, kept)
-        if return_stats:
-            stats = _stats_of(*plan.entries_of(entries))
-    else:
+    if planned is None:
         batch = _batch_of(logits.detach(), labels)
         visits = Visits(*ops.loss_forward_(*batch, sample_ids, rules, weights, items, *columns, *options))
         loss = visits.loss
-        if return_stats:
-            stats = visits.stats()
+    else:
+        loss, plan, kept, entries = planned
     if eager:
         check_flag(columns[-1], state, logits.shape[-1])
     if logits.requires_grad and torch.is_grad_enabled():
-        overwrite = inplace and not torch.compiler.is_compiling()
-        loss = _apply(logits, labels, visits, shift, cap, overwrite)
-    return (loss, stats) if return_stats else loss
+        if planned is None:
+            overwrite = inplace and not torch.compiler.is_compiling()
+            loss = _apply(logits, labels, visits, shift, cap, overwrite)
+        else:
+            # as `_apply`; torch.func is known not to be at work
+            loss = super(torch.autograd.Function, _PlannedLoss).apply(logits, labels, planned[:3], inplace)
+    if not return_stats:
+        return loss
+    return loss, visits.stats() if planned is None else _stats_of(*plan.entries_of(entries))
 
 
 def table_of(

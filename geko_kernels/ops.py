@@ -186,13 +186,18 @@ score_rows_ = torch.ops.geko.score_rows_.default
 rescale_ = torch.ops.geko.rescale_.default
 
 
-def _planning(*tensors: Tensor | None) -> ModuleType | None:
+def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleType | None:
     """The backend, if it has plans and a call past the dispatcher (14 us in Python) cannot be told from one through it.
 
     It can where somebody traces, transforms or records the call, and where a tensor is more than memory.
     """
     if (
         torch.compiler.is_compiling()
+        or type(logits) is not Tensor
+        or type(labels) is not Tensor
+        or (other is not None and type(other) is not Tensor)
+        or logits.is_neg()
+        or logits.is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
@@ -200,12 +205,7 @@ def _planning(*tensors: Tensor | None) -> ModuleType | None:
         or torch.autograd._profiler_enabled()
     ):
         return None
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg() or tensor.is_meta):
-            return None
-    first = tensors[0]
-    assert first is not None
-    name = backend_name(first.device, first.dtype)
+    name = backend_name(logits.device, logits.dtype)
     backend = _loaded.get(name) or _load(name)
     return backend if hasattr(backend, "planned_loss_forward") else None
 
@@ -221,7 +221,7 @@ def planned_loss_forward(
     *options: Any,
 ) -> tuple[Tensor, Any, Tensor, Tensor] | None:
     """`kernels.forward.planned_loss_forward` where it can stand in for `loss_forward_`, else None."""
-    backend = _planning(logits, labels, sample_ids, num_items)
+    backend = _planning(logits, labels, sample_ids)
     if backend is None or not labels.numel():
         return None
     update = options[-1]
@@ -230,7 +230,7 @@ def planned_loss_forward(
     outcome = backend.planned_loss_forward(logits, labels, sample_ids, rules, weights, num_items, columns, *options)
     if update:
         *written, _quarantined, error = columns
-        torch.autograd.graph.increment_version([*written, error])
+        torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])
     return outcome
 
 

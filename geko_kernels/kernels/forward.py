@@ -38,18 +38,21 @@ def loss_forward_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
     columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined)
-    table = (rules, weights, num_items)
-    options = (reduction, ignore_index, shift, softcap, update)
-    batch = (labels, sample_ids)
     if not labels.numel():
-        return reference.loss_forward_(logits, *batch, *table, *columns, error, *options)
-    plan = plan_of(logits, *batch, num_items, (*columns, error), *options)
+        return reference.loss_forward_(
+            *(logits, labels, sample_ids, rules, weights, num_items, *columns, error),
+            *(reduction, ignore_index, shift, softcap, update),
+        )
+    plan = plan_of(
+        *(logits, labels, sample_ids, num_items, (*columns, error)),
+        *(reduction, ignore_index, shift, softcap, update),
+    )
     tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
     prepared = (q_value, loss_history, times_seen, bucket, claim, error)
-    plan.statistics(logits, *batch, tokens, *prepared, scratch)
-    plan.update(tokens, *batch, *table, *columns, scratch, *outputs)
+    plan.statistics(logits, labels, sample_ids, tokens, *prepared, scratch)
+    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *columns, scratch, *outputs)
     return *outputs, tokens
 
 

@@ -20,37 +20,34 @@ class Launch:
     Args: numbers, constants: in the kernel's order, after its pointers.
     """
 
-    __slots__ = ("_arguments", "_binary", "_constants", "_kernel", "_programs", "_warps")
+    __slots__ = ("_again", "_arguments", "_binary", "_constants", "_grid", "_kernel", "_warps", "ready")
 
     def __init__(
         self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any], warps: int
     ) -> None:
-        self._kernel, self._programs, self._warps = kernel, programs, warps
-        self._arguments, self._constants = (*numbers, *constants.values()), constants
-        self._binary: Any = None  # stays None under the interpreter
-
-    @property
-    def ready(self) -> bool:
-        return self._binary is not None
+        self._kernel, self._grid, self._warps = kernel, (programs, 1, 1), warps
+        self._arguments, self._constants = numbers, constants
+        self.ready = False  # for good under the interpreter
 
     def __call__(self, *pointers: Any) -> None:
-        binary = self._binary
-        if binary is None:
-            numbers = self._arguments[: len(self._arguments) - len(self._constants)]
-            kernel = self._kernel[(self._programs,)]
-            self._binary = kernel(*pointers, *numbers, **self._constants, num_warps=self._warps)
-            return
-        if _watched():
-            binary[(self._programs, 1, 1)](*pointers, *self._arguments)
-            return
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        # as `binary[grid]` does, less the hooks
-        binary.run(
-            *(self._programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None),
-            *pointers,
-            *self._arguments,
-        )
+        if not self.ready:
+            self._first(pointers)
+        elif _watched():
+            self._binary[self._grid](*pointers, *self._arguments)
+        else:
+            run, about = self._again
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            run(*self._grid, stream, *about, *pointers, *self._arguments)
+
+    def _first(self, pointers: tuple[Any, ...]) -> None:
+        binary = self._kernel[self._grid](*pointers, *self._arguments, **self._constants, num_warps=self._warps)
+        if binary is not None:
+            self._binary = binary
+            # what `binary[grid]` would pass, without metadata and hooks for a profiler
+            self._again = binary.run, (binary.function, binary.packed_metadata, None, None, None)
+            self._arguments = (*self._arguments, *self._constants.values())
+            self.ready = True
 
 
 def _watched() -> bool:

@@ -47,11 +47,11 @@ class Plan:
         self.packed = sample_ids is not None and sample_ids.dim() == 2
         self.count, self.shift, self.softcap = labels.numel(), shift, softcap
         self.entries = self.count if self.packed else labels.shape[0]
-        batch = (labels, sample_ids)
-        options = (ignore_index, shift, softcap, update)
-        self.statistics = statistics_launch(logits, *batch, True, table_rows, *options)
+        self.statistics = statistics_launch(
+            logits, labels, sample_ids, True, table_rows, ignore_index, shift, softcap, update
+        )
         self.update = update_launch(
-            *(*batch, table_rows, logits.shape[-1], reduction, ignore_index, shift, update),
+            labels, sample_ids, table_rows, logits.shape[-1], reduction, ignore_index, shift, update
         )
         self.gradients: dict[Hashable, Launch] = {}
         self.loss_shape = () if reduction else (self.entries,)
@@ -75,28 +75,38 @@ class Plan:
         """(loss, kept, visits); logits and labels also as (B, V) and (B,)."""
         loss = weights.new_empty(self.loss_shape)
         kept, visits = weights.new_empty(self.kept_words), weights.new_empty(self.visit_words)
-        batch: tuple[Any, ...] = (labels, sample_ids)
-        table: tuple[Any, ...] = (rules, weights, num_items)
-        outputs: tuple[Any, ...]
         if self.update.ready:
             at, by = kept.data_ptr(), visits.data_ptr()
-            tokens: Any = at
-            outputs = (
-                *(loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
-                *(by + 4 * self.floats, by, by + 4 * self.flags),
+            ids = None if sample_ids is None else sample_ids.data_ptr()
+            items = None if num_items is None else num_items.data_ptr()
+            self._launch(
+                (logits.data_ptr(), labels.data_ptr(), ids),
+                (rules.data_ptr(), weights.data_ptr(), items),
+                [None if column is None else column.data_ptr() for column in columns],
+                (at, by + 4 * self.scratch),
+                (loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
+                (by + 4 * self.floats, by, by + 4 * self.flags),
             )
-            scratch: Any = by + 4 * self.scratch
-            batch, table, columns = _addresses(batch), _addresses(table), _addresses(columns)
-            where: Any = logits.data_ptr()
         else:
             tokens, coeff, scale, token_visit = self.saved(kept)
-            outputs = (loss, scale, coeff, token_visit, *self.entries_of(visits))
-            scratch = visits[self.scratch :].view(torch.int32)
-            where = logits
-        q_value, _, history, seen, bucket, _, _, claim, _, error = columns
-        self.statistics(where, *batch, tokens, q_value, history, seen, bucket, claim, error, scratch)
-        self.update(tokens, *batch, *table, *columns[:9], scratch, *outputs)
+            self._launch(
+                (logits, labels, sample_ids),
+                (rules, weights, num_items),
+                columns,
+                (tokens, visits[self.scratch :].view(torch.int32)),
+                (loss, scale, coeff, token_visit),
+                self.entries_of(visits),
+            )
         return loss, kept, visits
+
+    def _launch(self, batch: Any, rules: Any, columns: Any, work: Any, outputs: Any, entries: Any) -> None:
+        """Both launches, with tensors or with addresses."""
+        logits, labels, sample_ids = batch
+        tokens, scratch = work
+        q_value, _, history, seen, bucket, _, _, claim, _, error = columns
+        prepared = (q_value, history, seen, bucket, claim, error)
+        self.statistics(logits, labels, sample_ids, tokens, *prepared, scratch)
+        self.update(tokens, labels, sample_ids, *rules, *columns[:9], scratch, *outputs, *entries)
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
@@ -147,10 +157,6 @@ def _starts(*words: int) -> list[int]:
     return ends
 
 
-def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    return tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
-
-
 _plans: dict[Hashable, Plan] = {}
 
 
@@ -177,16 +183,21 @@ def plan_of(
     """The plan of such calls; logits (B, S, V) or (B, V)."""
     ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
     table_rows = -1 if columns[0] is None else columns[0].shape[0]
-    options = (reduction, ignore_index, shift, softcap, update)
-    # with `options` all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
+    # all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
     items = None if num_items is None else num_items.data_ptr() % 16
     layout = layout_of(logits, labels)
-    key = (layout, ids, table_rows, columns[-1] is None, items, options)
+    key = (
+        *(layout, ids, table_rows, columns[-1] is None, items),
+        *(reduction, ignore_index, shift, softcap, update),
+    )
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MOST:
             _plans.clear()
         logits = logits.detach()
         batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
-        plan = _plans[key] = Plan(layout, *batch, sample_ids, table_rows, *options)
+        plan = Plan(
+            *(layout, *batch, sample_ids, table_rows, reduction, ignore_index, shift, softcap, update),
+        )
+        _plans[key] = plan
     return plan

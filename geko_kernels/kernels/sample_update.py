@@ -261,9 +261,8 @@ def sample_update_(
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
     table_rows = -1 if q_value is None else q_value.shape[0]
-    batch = (labels, sample_ids)
-    prepare = visit_prep_launch(*batch, table_rows, vocab, ignore_index, shift, update)
-    prepare(*batch, q_value, loss_history, times_seen, bucket, claim, error, scratch)
-    launch = update_launch(*batch, table_rows, vocab, *rest)
-    launch(tokens, *batch, rules, weights, num_items, *columns, scratch, *outputs)
+    prepare = visit_prep_launch(labels, sample_ids, table_rows, vocab, ignore_index, shift, update)
+    prepare(labels, sample_ids, q_value, loss_history, times_seen, bucket, claim, error, scratch)
+    launch = update_launch(labels, sample_ids, table_rows, vocab, *rest)
+    launch(tokens, labels, sample_ids, rules, weights, num_items, *columns, scratch, *outputs)
     return outputs
