@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from contenders import CONTENDERS, Contender, LossOf
@@ -99,8 +100,26 @@ def bench(contender: Contender, case: Case) -> Iterator[Row]:
 def costs(loss_of: LossOf, full: Callable[[], Tensor], logits: Tensor) -> Row:
     """What a full step takes on the GPU beside time."""
     forward_us, backward_us = host_us(lambda: loss_of(logits), lambda loss: backward(loss, logits))
-    row = {"peak_mib": peak_mib(full), "host_forward_us": forward_us, "host_backward_us": backward_us}
+    one = torch.ones_like(loss_of(logits), requires_grad=False)
+    try:
+        _, nodes_us = host_us(lambda: loss_of(logits), lambda loss: backward_here(loss, logits, one))
+    except Exception:  # compiled code runs under the engine only
+        nodes_us = None
+    row = {"host_forward_us": forward_us, "host_backward_us": backward_us, "host_nodes_us": nodes_us}
+    row |= {"peak_mib": peak_mib(full), "gradient_mib": peak_mib(lambda: torch.empty_like(logits))}
     return row | {"launches": launches(full)}
+
+
+def backward_here(loss: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
+    """`backward` without autograd's engine and its thread: the nodes between loss and logits, a chain, one by one."""
+    node: Any = loss.grad_fn
+    end = logits.grad_fn  # asked for now: an overwritten view gets another
+    with torch.no_grad():
+        while node is not end:
+            grads = node.apply(grad) if hasattr(node, "apply") else node(grad)
+            grad = grads if isinstance(grads, Tensor) else next(each for each in grads if each is not None)
+            node = next(before for before, _ in node.next_functions if before is not None)
+    return grad
 
 
 def describe_error(error: Exception) -> str:
@@ -127,7 +146,8 @@ def describe(name: str, case: Case) -> Row:
         **{"zero_share": round(case.zero_share, 4), "zero_rows": round(case.zero_rows, 4)},
         **{"packed": case.shape.packed, "size": "large" if case.shape.large else "small", "mode": None},
         **{"ms": None, "ms_p20": None, "ms_p80": None, "tbps": None, "peak_mib": None, "launches": None},
-        **{"host_forward_us": None, "host_backward_us": None, "first_call_s": None},
+        **{"host_forward_us": None, "host_backward_us": None, "host_nodes_us": None},
+        **{"gradient_mib": None, "first_call_s": None},
         **{"loss_error": None, "grad_error": None},
         **{"backend": None, "version": None, "reason": None},
     }

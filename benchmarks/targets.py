@@ -40,14 +40,13 @@ class _Group:
         self.tokens, self.vocab = rows[0]["T"], rows[0]["V"]
         self.name = label(rows[0])
         self.large = rows[0]["size"] == "large"
-        self.gradient_mib = self.tokens * self.vocab * rows[0]["itemsize"] / 2**20
 
     def value(self, contender: str, key: str = "ms", zero_share: float = 0.0) -> float | None:
         """`key` of `contender`'s forward + backward, or None where it was not measured."""
         for row in self.rows:
             same = row["contender"] == contender and row["mode"] == "full"
             if same and abs(row["zero_share"] - zero_share) < 1e-3:
-                return row[key]
+                return row.get(key)  # older rows lack some
         return None
 
 
@@ -98,15 +97,16 @@ def _time(group: _Group) -> Iterator[Target]:
 
 
 def _cost(group: _Group) -> Iterator[Target]:
-    peak, inplace = group.value("geko", "peak_mib"), group.value("geko-inplace", "peak_mib")
-    forward, backward = group.value("geko", "host_forward_us"), group.value("geko", "host_backward_us")
-    if peak is not None:
-        yield Target(f"{group.name}: extra memory of geko / one gradient", peak / group.gradient_mib, 1.001)
-    if inplace is not None:
-        yield Target(f"{group.name}: extra memory of geko-inplace / one gradient", inplace / group.gradient_mib, 0.001)
-    if forward is not None and backward is not None:
-        yield Target(f"{group.name}: host time of geko, forward (us)", forward, 60.0)
-        yield Target(f"{group.name}: host time of geko, backward (us)", backward, 40.0)
+    gradient = group.value("geko", "gradient_mib") or group.tokens * group.vocab * group.rows[0]["itemsize"] / 2**20
+    for contender, bar in (("geko", 1.001), ("geko-inplace", 0.001)):
+        peak = group.value(contender, "peak_mib")
+        if peak is not None:
+            yield Target(f"{group.name}: extra memory of {contender} / one gradient", peak / gradient, bar)
+    parts = {"forward": ("host_forward_us", 60.0), "backward without autograd's engine": ("host_nodes_us", 40.0)}
+    for part, (key, bar) in parts.items():
+        time = group.value("geko", key)
+        if time is not None:
+            yield Target(f"{group.name}: host time of geko, {part} (us)", time, bar)
 
 
 def _small(group: _Group) -> Iterator[Target]:
