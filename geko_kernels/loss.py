@@ -83,7 +83,7 @@ class _PlannedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Tensor, Any, Tensor], inplace: bool) -> Tensor:
-        loss, ctx.plan, ctx.kept = outcome
+        loss, ctx.plan, ctx.kept = outcome  # not saved but kept: see `_LogitsLoss`
         ctx.inplace = inplace
         ctx.save_for_backward(logits, labels)
         return loss
@@ -212,10 +212,11 @@ def weighted_loss(
     rules, weights, columns = table_of(state, logits.device, eager)
     writes = state is not None and update and torch.is_grad_enabled()
     options = (code, ignore_index, shift, cap, writes)
-    planned = ops.planned_loss_forward(logits, labels, sample_ids, rules, weights, items, columns, *options)
+    table = (rules, weights, items)
+    planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, columns, return_stats, *options)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
-        visits = Visits(*ops.loss_forward_(*batch, sample_ids, rules, weights, items, *columns, *options))
+        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *columns, *options))
         loss = visits.loss
     else:
         loss, plan, kept, entries = planned

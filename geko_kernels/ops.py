@@ -218,8 +218,9 @@ def planned_loss_forward(
     weights: Tensor,
     num_items: Tensor | None,
     columns: tuple[Tensor | None, ...],
+    stats: bool,
     *options: Any,
-) -> tuple[Tensor, Any, Tensor, Tensor] | None:
+) -> tuple[Tensor, Any, Tensor, Tensor | None] | None:
     """`kernels.forward.planned_loss_forward` where it can stand in for `loss_forward_`, else None."""
     backend = _planning(logits, labels, sample_ids)
     if backend is None or not labels.numel():
@@ -227,7 +228,8 @@ def planned_loss_forward(
     update = options[-1]
     if update and recomputing():
         update, options = False, (*options[:-1], False)
-    outcome = backend.planned_loss_forward(logits, labels, sample_ids, rules, weights, num_items, columns, *options)
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, stats)
+    outcome = backend.planned_loss_forward(*args, *options)
     if update:
         *written, _quarantined, error = columns
         torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])

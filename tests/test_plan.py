@@ -40,11 +40,14 @@ def address(pointer):
     return pointer
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("num_items", [None, 2.0])
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("table", [True, False])
 @pytest.mark.parametrize("form", ["none", "row", "packed", "rows of one"])
-def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(monkeypatch, form, table, reduction, num_items):
+def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
+    monkeypatch, form, table, reduction, num_items, apart
+):
     shape = (7,) if form == "rows of one" else (7, 3)
     logits, labels = torch.randn(*shape, 5), torch.zeros(shape, dtype=torch.long)
     ids = {"none": None, "packed": torch.zeros(shape, dtype=torch.long)}.get(form, torch.zeros(7, dtype=torch.long))
@@ -56,13 +59,14 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(monkeypatch, 
     options = (reduction, -100, False, 0.0, table)
     plan = planning.plan_of(logits, labels, ids, items, columns, *options)
     seen = []
-    loss, kept, visits = torch.empty(plan.loss_shape), torch.empty(plan.kept_words), torch.empty(plan.visit_words)
+    loss, visits = torch.empty(plan.loss_shape), torch.empty(plan.visit_words)
+    kept = torch.empty(plan.kept_words + (0 if apart else plan.visit_words))
     weights = SimpleNamespace(data_ptr=state.weights.data_ptr)
     for ready in (False, True):
         memory = iter((loss, kept, visits))
         weights.new_empty = lambda _size, memory=memory: next(memory)
         plan.statistics, plan.update, gradient = Recorder(ready), Recorder(ready), Recorder(ready)
-        plan.forward(logits, labels, ids, state.rules, weights, items, columns)
+        plan.forward(logits, labels, ids, state.rules, weights, items, columns, apart)
         monkeypatch.setattr(planning, "gradient_launch", lambda *_, gradient=gradient: gradient)
         plan.gradients.clear()
         plan.gradient(logits, kept, loss, logits, labels, inplace=True)

@@ -64,15 +64,18 @@ def planned_loss_forward(
     weights: Tensor,
     num_items: Tensor | None,
     columns: Columns,
+    stats: bool,
     *options: Any,
-) -> tuple[Tensor, Plan, Tensor, Tensor]:
-    """`loss_forward_` with its outputs in three pieces of memory; logits also (B, V).
+) -> tuple[Tensor, Plan, Tensor, Tensor | None]:
+    """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
     Args: columns (..., quarantined, error); options (reduction, ignore_index, shift, softcap, update).
-    Returns: the loss; the plan; kept and visits, the op's other outputs as `plan.saved` and `plan.entries_of` see them.
+    Returns: the loss; the plan; kept and, with `stats`, visits: the op's other outputs as `plan.saved` and
+        `plan.entries_of` see them.
     """
     plan = plan_of(logits, labels, sample_ids, num_items, columns, *options)
-    loss, kept, visits = plan.forward(logits, labels, sample_ids, rules, weights, num_items, columns)
+    apart = stats or plan.packed  # packed there are as many entries as tokens: too many to keep for nothing
+    loss, kept, visits = plan.forward(logits, labels, sample_ids, rules, weights, num_items, columns, apart)
     return loss, plan, kept, visits
 
 

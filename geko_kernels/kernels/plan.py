@@ -71,31 +71,38 @@ class Plan:
         weights: Tensor,
         num_items: Tensor | None,
         columns: Columns,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kept, visits); logits and labels also as (B, V) and (B,)."""
+        apart: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss, kept, visits); logits and labels also as (B, V) and (B,).
+
+        Unless `apart` both lie in one piece of memory, which the backward then keeps, and visits is None.
+        """
         loss = weights.new_empty(self.loss_shape)
-        kept, visits = weights.new_empty(self.kept_words), weights.new_empty(self.visit_words)
+        kept = weights.new_empty(self.kept_words + (0 if apart else self.visit_words))
+        visits = weights.new_empty(self.visit_words) if apart else None
         if self.update.ready:
-            at, by = kept.data_ptr(), visits.data_ptr()
+            at = kept.data_ptr()
+            by = at + 4 * self.kept_words if visits is None else visits.data_ptr()
             ids = None if sample_ids is None else sample_ids.data_ptr()
             items = None if num_items is None else num_items.data_ptr()
             self._launch(
                 (logits.data_ptr(), labels.data_ptr(), ids),
                 (rules.data_ptr(), weights.data_ptr(), items),
-                [None if column is None else column.data_ptr() for column in columns],
+                columns if columns[0] is None else [column.data_ptr() for column in columns if column is not None],
                 (at, by + 4 * self.scratch),
                 (loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
                 (by + 4 * self.floats, by, by + 4 * self.flags),
             )
         else:
             tokens, coeff, scale, token_visit = self.saved(kept)
+            rest = kept[self.kept_words :] if visits is None else visits
             self._launch(
                 (logits, labels, sample_ids),
                 (rules, weights, num_items),
                 columns,
-                (tokens, visits[self.scratch :].view(torch.int32)),
+                (tokens, rest[self.scratch :].view(torch.int32)),
                 (loss, scale, coeff, token_visit),
-                self.entries_of(visits),
+                self.entries_of(rest),
             )
         return loss, kept, visits
 
