@@ -2,9 +2,10 @@
 
 `python benchmarks/scaling.py` on a host with one or more GPUs (about 8 minutes for one and two): random Llamas of
 SmolLM2-135M's size (compiled) and of about 1B parameters in bf16, fixed-length samples. GEKOTrainer runs with all
-weights 1, so every run is the same work; what synchronising the learning state of 10 million samples and drawing their plan
-takes is measured apart, with as many changed rows as the run has trained. Rows go to results/scaling.jsonl, the
-picture to results/scaling.png. `--cpu` tries it out with gloo and tiny sizes, and writes nothing.
+weights 1, so every run is the same work. What it takes to synchronise the learning state of 10 million samples and
+to draw their plan is measured apart, with as many changed rows as the run has trained. Rows go to
+results/scaling.jsonl, the picture to results/scaling.png. `--cpu` tries it out with gloo and tiny sizes, and writes
+nothing.
 """
 
 from __future__ import annotations
