@@ -99,6 +99,9 @@ class _PlannedLoss(torch.autograd.Function):
         return _once(grad, logits), None, None, None
 
 
+_apply_planned = super(torch.autograd.Function, _PlannedLoss).apply  # see `_apply`; torch.func is not at work here
+
+
 def _logits_grad(
     grad_output: Tensor,
     logits: Tensor,
@@ -227,8 +230,7 @@ def weighted_loss(
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = _apply(logits, labels, visits, shift, cap, overwrite)
         else:
-            # as `_apply`; torch.func is known not to be at work
-            loss = super(torch.autograd.Function, _PlannedLoss).apply(logits, labels, planned[:3], inplace)
+            loss = _apply_planned(logits, labels, planned[:3], inplace)
     if not return_stats:
         return loss
     return loss, visits.stats() if planned is None else _stats_of(*plan.entries_of(entries))

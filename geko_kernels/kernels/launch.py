@@ -35,17 +35,16 @@ class Launch:
         elif _watched():
             self._binary[self._grid](*pointers, *self._arguments)
         else:
-            run, about = self._again
-            active = driver.active
-            stream = active.get_current_stream(active.get_current_device())
-            run(*self._grid, stream, *about, *pointers, *self._arguments)
+            run, device, about = self._again
+            run(*self._grid, driver.active.get_current_stream(device), *about, *pointers, *self._arguments)
 
     def _first(self, pointers: tuple[Any, ...]) -> None:
         binary = self._kernel[self._grid](*pointers, *self._arguments, **self._constants, num_warps=self._warps)
         if binary is not None:
             self._binary = binary
             # what `binary[grid]` would pass, without metadata and hooks for a profiler
-            self._again = binary.run, (binary.function, binary.packed_metadata, None, None, None)
+            device = driver.active.get_current_device()
+            self._again = binary.run, device, (binary.function, binary.packed_metadata, None, None, None)
             self._arguments = (*self._arguments, *self._constants.values())
             self.ready = True
 
