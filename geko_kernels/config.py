@@ -27,7 +27,7 @@ class GEKOConfig:
         freeze_quality: and only above this quality, in (0, 1].
         min_q_for_freeze: and only at this Q-value or above, in [0, 1]; 0 switches the gate off.
         focus_confidence: a wrong sample is FOCUS up to this confidence and HARD above it.
-        bucket_weights: loss weights of (HARD, FOCUS, LIGHT).
+        bucket_weights: loss weights of (HARD, FOCUS, LIGHT); the GEKO document's (3, 1, 0) is in `seed()`.
         freeze_weight: loss weight of FREEZE; 0 except for `uniform()`.
     Learning state
         correctness: "loss" calls a sample correct below `correct_loss` (nats a token),
@@ -35,12 +35,16 @@ class GEKOConfig:
         quality: "rise" counts only upward moves of the loss as unsteady, "std" is gekolib's rule.
         q_value_lr, q_value_loss_scale: `Q <- (1 - lr) Q + lr (1 - min(loss / scale, 1))`.
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
-        use_curriculum: move the bucket weights along the mountain curriculum.
+        use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
+        spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
+            shorter epochs. False finishes sooner.
         uniform_finish: last share of the run, in [0, 1), on all samples but quarantined ones, with weight 1.
         noise_guard: quarantine samples that look mislabelled; see `training/guard.py` for the rule.
-        noise_guard_visits: such a sample was wrong at this many visits running, at least 2, without improving.
+        noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
+        noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0.
+        noise_guard_min_share: share of the samples, in [0, 1), that has to look so before any is quarantined.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
 
     Raises:
@@ -50,7 +54,7 @@ class GEKOConfig:
     freeze_confidence: float = 0.85
     freeze_quality: float = 0.80
     focus_confidence: float = 0.60
-    bucket_weights: tuple[float, float, float] = (3, 1, 0)
+    bucket_weights: tuple[float, float, float] = (1, 1, 1)
     freeze_weight: float = 0.0
     correctness: str = "loss"
     correct_loss: float = 0.5
@@ -59,12 +63,15 @@ class GEKOConfig:
     q_value_lr: float = 0.1
     q_value_loss_scale: float = 10.0
     min_q_for_freeze: float = 0.0
-    use_curriculum: bool = True
+    use_curriculum: bool = False
     selection: bool = True
     probes: bool = True
-    uniform_finish: float = 0.125
+    spend_saved: bool = False
+    uniform_finish: float = 0.0625
     noise_guard: bool = True
     noise_guard_visits: int = 2
+    noise_guard_margin: float = 1.5
+    noise_guard_min_share: float = 0.05
     noise_guard_share: float = 0.4
 
     def __post_init__(self) -> None:
@@ -75,6 +82,8 @@ class GEKOConfig:
         self._check_number("q_value_loss_scale", 0.0, math.inf, "> 0", open_low=True)
         self._check_number("freeze_weight", 0.0, math.inf, ">= 0")
         self._check_number("uniform_finish", 0.0, 0.999999, "in [0, 1)")
+        self._check_number("noise_guard_margin", 0.0, math.inf, "> 0", open_low=True)
+        self._check_number("noise_guard_min_share", 0.0, 0.999999, "in [0, 1)")
         self._check_number("noise_guard_share", 0.0, 0.999999, "in (0, 1)", open_low=True)
         if self.focus_confidence >= self.freeze_confidence:
             raise ValueError(
@@ -83,7 +92,7 @@ class GEKOConfig:
             )
         self._check_choice("correctness", ("loss", "accuracy"))
         self._check_choice("quality", ("rise", "std"))
-        for name in ("use_curriculum", "selection", "probes", "noise_guard"):
+        for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         visits = self.noise_guard_visits
@@ -117,6 +126,11 @@ class GEKOConfig:
         object.__setattr__(self, "bucket_weights", tuple(weights))
 
     @classmethod
+    def seed(cls) -> GEKOConfig:
+        """The GEKO document to the letter: its buckets, weights and curriculum, and nothing that it does not name."""
+        return cls(bucket_weights=(3, 1, 0), use_curriculum=True, probes=False, uniform_finish=0.0, noise_guard=False)
+
+    @classmethod
     def aggressive(cls) -> GEKOConfig:
         """The seed's preset that freezes late and pushes HARD samples."""
         return cls(freeze_confidence=0.90, freeze_quality=0.85, bucket_weights=(5, 2, 0))
@@ -134,7 +148,7 @@ class GEKOConfig:
     @classmethod
     def gekolib(cls) -> GEKOConfig:
         """The rules of the reference package gekolib 0.3.1: quality by standard deviation, Q gate at 0.8."""
-        return cls(quality="std", min_q_for_freeze=0.8)
+        return cls(quality="std", min_q_for_freeze=0.8, bucket_weights=(3, 1, 0), use_curriculum=True)
 
     @classmethod
     def uniform(cls) -> GEKOConfig:

@@ -21,10 +21,10 @@ def test_bucket_codes():
 def test_defaults():
     config = gk.GEKOConfig()
     assert (config.freeze_confidence, config.freeze_quality, config.focus_confidence) == (0.85, 0.80, 0.60)
-    assert config.bucket_weights == (3, 1, 0) and config.freeze_weight == 0
+    assert config.bucket_weights == (1, 1, 1) and config.freeze_weight == 0
     assert (config.correctness, config.correct_loss, config.correct_accuracy) == ("loss", 0.5, 1.0)
     assert (config.quality, config.q_value_lr, config.q_value_loss_scale) == ("rise", 0.1, 10.0)
-    assert config.min_q_for_freeze == 0 and config.use_curriculum
+    assert config.min_q_for_freeze == 0 and not config.use_curriculum and not config.spend_saved
 
 
 def test_presets():
@@ -35,10 +35,19 @@ def test_presets():
     assert gk.GEKOConfig.conservative() == gk.GEKOConfig(
         freeze_confidence=0.8, freeze_quality=0.75, bucket_weights=(2, 2, 1)
     )
-    assert gk.GEKOConfig.gekolib() == gk.GEKOConfig(quality="std", min_q_for_freeze=0.8)
+    assert gk.GEKOConfig.gekolib() == gk.GEKOConfig(
+        quality="std", min_q_for_freeze=0.8, bucket_weights=(3, 1, 0), use_curriculum=True
+    )
     uniform = gk.GEKOConfig.uniform()
     assert uniform.bucket_weights == (1, 1, 1) and uniform.freeze_weight == 1
     assert not (uniform.use_curriculum or uniform.selection or uniform.probes or uniform.noise_guard)
+
+
+def test_the_seed_s_settings_to_the_letter():
+    seed = gk.GEKOConfig.seed()
+    assert (seed.freeze_confidence, seed.freeze_quality, seed.focus_confidence) == (0.85, 0.80, 0.60)
+    assert seed.bucket_weights == (3, 1, 0) and seed.freeze_weight == 0 and seed.use_curriculum and seed.selection
+    assert not (seed.probes or seed.noise_guard or seed.uniform_finish or seed.spend_saved)
 
 
 def test_presets_are_those_of_the_reference_package():
@@ -53,7 +62,7 @@ def test_a_config_is_frozen_and_hashable():
     config = gk.GEKOConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.quality = "std"
-    assert len({config, gk.GEKOConfig(), gk.GEKOConfig(bucket_weights=[3, 1, 0])}) == 1
+    assert len({config, gk.GEKOConfig(), gk.GEKOConfig(bucket_weights=[1, 1, 1])}) == 1
 
 
 @pytest.mark.parametrize(
@@ -78,6 +87,9 @@ def test_a_config_is_frozen_and_hashable():
         ("q_value_loss_scale", math.inf, ValueError, "q_value_loss_scale must be > 0, got inf"),
         ("min_q_for_freeze", -0.1, ValueError, "min_q_for_freeze must be in [0, 1], got -0.1"),
         ("uniform_finish", 1, ValueError, "uniform_finish must be in [0, 1), got 1"),
+        ("noise_guard_margin", 0, ValueError, "noise_guard_margin must be > 0, got 0"),
+        ("noise_guard_min_share", 1, ValueError, "noise_guard_min_share must be in [0, 1), got 1"),
+        ("spend_saved", "yes", TypeError, "spend_saved must be True or False, got 'yes'"),
         ("use_curriculum", 1, TypeError, "use_curriculum must be True or False, got 1"),
         ("probes", None, TypeError, "probes must be True or False, got None"),
     ],

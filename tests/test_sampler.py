@@ -49,7 +49,7 @@ def test_freeze_is_left_out_without_replacement_and_the_epoch_shrinks():
 
 def test_light_follows_its_weight_in_the_phase():
     buckets = [LIGHT] * 5 + [HARD] * 5
-    assert len(plan_of(gk.GEKOSampler(state_of(buckets), 2), 0)) == 5  # default weights (3, 1, 0)
+    assert len(plan_of(gk.GEKOSampler(state_of(buckets, bucket_weights=(3, 1, 0)), 2), 0)) == 5
     assert len(plan_of(gk.GEKOSampler(state_of(buckets, bucket_weights=(3, 2, 1)), 2), 0)) == 10
     sampler = gk.GEKOSampler(state_of(buckets, use_curriculum=True), num_epochs=20)
     sizes = [len(plan_of(sampler, epoch)) for epoch in range(20)]
@@ -79,7 +79,7 @@ def test_selection_can_be_switched_off():
 
 
 def test_uniform_finish_takes_everyone_with_weight_one():
-    state = state_of([FREEZE] * 800 + [HARD] * 200, uniform_finish=0.125)
+    state = state_of([FREEZE] * 800 + [HARD] * 200, uniform_finish=0.125, bucket_weights=(3, 1, 0))
     sampler = gk.GEKOSampler(state, num_epochs=2)
     head = plan_of(sampler, 0)
     assert sorted(head) == list(range(800, 1000))
@@ -132,9 +132,9 @@ def test_every_sample_outside_freeze_keeps_receiving_weight():
 
 
 def visit(state: gk.SampleState, ids: torch.Tensor, margin: float) -> None:
-    """One forward in which the samples have this margin between the right class and each of nine others."""
+    """One forward in which the samples have this margin for the right class, or against it for one of nine others."""
     logits = torch.zeros(len(ids), 10)
-    logits[:, 0] = margin
+    logits[:, 0 if margin > 0 else 1] = abs(margin)
     gk.weighted_loss(logits, torch.zeros(len(ids), dtype=torch.long), ids.long(), state)
 
 
@@ -210,19 +210,47 @@ def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
     assert not state.quarantined.any()
 
 
-def test_quarantine_is_bounded_and_spares_what_improves():
+def test_quarantine_is_bounded_and_can_be_switched_off():
     state = noisy(40, noise_guard_share=0.1)
     update_quarantine_(state)
     assert state.quarantined.sum() == 10
-    improving = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
-    for margin in (-5.0, -3.0, -1.0):
-        visit(improving, torch.arange(10), margin)
-        visit(improving, torch.arange(10, 100), 9.0)
-    update_quarantine_(improving)
-    assert not improving.quarantined.any()
     off = noisy(10, noise_guard=False)
     update_quarantine_(off)
     assert not off.quarantined.any()
+
+
+def test_quarantine_spares_what_is_not_learnt_yet():
+    """Wrong and unsure is a sample whose time has not come, not one with a wrong label."""
+    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    for _ in range(4):
+        visit(state, torch.arange(30), -0.1)  # loss 2.3, confidence 0.1
+        visit(state, torch.arange(30, 100), 9.0)
+    update_quarantine_(state)
+    assert not state.quarantined.any()
+
+
+def test_quarantine_spares_a_few():
+    """Where wrong labels are rare, what looks like one is as often a rare sample."""
+    for num_wrong in (4, 5):
+        state = noisy(num_wrong)
+        update_quarantine_(state)
+        assert state.quarantined.sum() == (0 if num_wrong == 4 else 5)
+    visit(state, torch.arange(2), 9.0)
+    update_quarantine_(state)
+    assert state.quarantined.nonzero()[:, 0].tolist() == [2, 3, 4]  # those inside stay
+
+
+def test_probes_of_a_budget_of_samples_count_passes_not_epochs():
+    """Epochs of a tenth of the samples are ten times as many: probing each time would eat up what they save."""
+    state = state_of([FREEZE] * 90 + [FOCUS] * 10)
+    sampler, probed = gk.GEKOSampler(state, num_epochs=10), 0
+    for epoch in range(100):
+        due = sampler.due_probes(epoch, start=epoch / 100)
+        probed += len(due)
+        sampler.probed(due, epoch, start=epoch / 100)
+        sampler.set_epoch(epoch, start=epoch / 100)
+        assert len(list(sampler)) == 10
+    assert probed == 90 * 3  # due after 1, 3 and 7 passes, or after 2, 4 and 8
 
 
 def test_resume_in_the_middle_of_an_epoch():

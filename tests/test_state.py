@@ -42,7 +42,7 @@ def test_a_new_state():
     assert state.q_value.tolist() == [0.5] * 3 and state.bucket.tolist() == [gk.Bucket.FOCUS] * 3
     assert state.quality.tolist() == [1.0] * 3 and state.last_loss.isinf().all() and not state.times_seen.any()
     assert state.bucket_counts().tolist() == [0, 0, 3, 0] and len(state) == 3
-    assert state.bucket_weights.tolist() == [3, 1, 0] and state.freeze_weight == 0
+    assert state.bucket_weights.tolist() == [1, 1, 1] and state.freeze_weight == 0
     assert repr(state) == "SampleState(num_samples=3, device='cpu')"
 
 
@@ -85,7 +85,7 @@ def test_bucket_weights_can_be_assigned_and_written_into():
 
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, 3, 4), (1, 2, -3), (1, float("nan"), 3), torch.ones(4)])
 def test_bad_bucket_weights_are_refused(weights):
-    state = gk.SampleState(2)
+    state = gk.SampleState(2, gk.GEKOConfig(bucket_weights=(3, 1, 0)))
     with pytest.raises(ValueError, match="bucket_weights must"):
         state.bucket_weights = weights
     assert state.bucket_weights.tolist() == [3, 1, 0]

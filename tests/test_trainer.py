@@ -350,7 +350,7 @@ def test_the_first_step_has_a_rate(tmp_path):
 
 
 def test_weights_move_along_the_curriculum_within_an_epoch(tmp_path):
-    trainer = trainer_of(tmp_path, config=gk.GEKOConfig(uniform_finish=0.0, probes=False), num_train_epochs=1)
+    trainer = trainer_of(tmp_path, config=gk.GEKOConfig.seed(), num_train_epochs=1)
     trainer.args.per_device_train_batch_size = 1
     trainer._train_batch_size = 1
     trainer.train()
@@ -465,3 +465,14 @@ def test_wrong_use_is_named(tmp_path):
         trainer.train()
     with pytest.raises(IndexError, match="labels: 99"):
         trainer_of(tmp_path, [{"input_ids": [1, 2, 3], "labels": [1, 99, 3]}] * 4).train()
+
+
+def test_the_samples_saved_can_be_spent(tmp_path):
+    """As many samples as the standard run trains, in more and shorter epochs."""
+    config = gk.GEKOConfig(**PLAIN, probes=False, spend_saved=True)
+    trainer = trainer_of(tmp_path, config=config, num_train_epochs=2, learning_rate=0.0)
+    frozen(trainer, slice(0, 12))
+    trainer.train()
+    assert trainer.state.global_step == 12
+    samples = [epoch["samples"] for epoch in trainer.get_efficiency_report()["epochs"]]
+    assert sum(samples) == 48 and samples[0] == 12

@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 
-MAJORITY = 0.5  # share of correct samples above which being wrong says something about the label
-IMPROVED = 0.9  # a wrong sample whose loss fell below this share of its earlier loss is still being learnt
+KNOWN = 0.2  # share of correct samples from which on being wrong says something about the label
+SURE = 0.4  # of the median confidence of correct samples: below it the model has no answer of its own yet
+_SAMPLE = 1 << 20  # samples that the median is taken of
 
 
 def update_quarantine_(state: SampleState) -> None:
     """Set `state.quarantined`: weight 0 until the sample is found correct.
 
-    A sample goes in when it was wrong at `noise_guard_visits` visits running and its loss did not fall meanwhile
-    (`newest > IMPROVED * oldest of them`), at most `noise_guard_share` of all samples, highest loss first. It comes
-    out when a probe finds it correct.
+    A mislabelled sample is one where the model is sure of another answer. A sample that it has not learnt yet, rare,
+    hard or random as it may be, leaves it unsure. So a sample is suspect that
 
-    None of this happens, and all come out, unless most samples are correct: where nothing has been learnt yet every
-    sample is wrong, and quarantine would end the run's learning for good.
+    - was wrong at `noise_guard_visits` visits running, with a loss above `noise_guard_margin` (nats a token);
+    - has a label that much less likely than the model's own answer: `loss + log(confidence) > noise_guard_margin`,
+      which for one token is the margin `max(logits) - logits[label]`;
+    - met a confidence of at least `SURE` times what correct samples have.
+
+    Suspects go in once they and those inside make up `noise_guard_min_share` of all samples (fewer may as well be
+    rare and right), highest loss first, up to `noise_guard_share`. A sample comes out when a probe finds it correct.
+    All come out, and none goes in, while no more than `KNOWN` of the samples are correct.
 
     Several processes: call it on synced states; all decide the same.
     """
     config, held = state.config, state.quarantined
-    seen = state.times_seen > 0
-    correct = seen & (state.bucket <= Bucket.LIGHT)
-    if not config.noise_guard or correct.count_nonzero() <= MAJORITY * len(state):
+    correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
+    if not config.noise_guard or int(correct.count_nonzero()) <= KNOWN * len(state):
         held.fill_(False)
         return
     held &= ~correct
-    visits = config.noise_guard_visits
-    newest, oldest = state.loss_history[:, -1], state.loss_history[:, -visits]
-    suspect = seen & ~correct & ~held & (state.wrong_streak >= visits) & (newest > IMPROVED * oldest)
-    suspects = suspect.nonzero()[:, 0]
-    room = int(config.noise_guard_share * len(state)) - int(held.count_nonzero())
+    suspects = _suspects(state, correct)
+    inside = int(held.count_nonzero())
+    if inside + len(suspects) < config.noise_guard_min_share * len(state):
+        return
+    room = max(int(config.noise_guard_share * len(state)) - inside, 0)
     if len(suspects) > room:
-        order = torch.argsort(newest[suspects], descending=True, stable=True)
-        suspects = suspects[order[: max(room, 0)]]
+        worst_first = torch.argsort(state.loss_history[suspects, -1], descending=True, stable=True)
+        suspects = suspects[worst_first[:room]]
     held[suspects] = True
+
+
+def _suspects(state: SampleState, correct: Tensor) -> Tensor:
+    """ids (n,) int64 of samples not held that are more likely mislabelled than not yet learnt."""
+    margin, visits = state.config.noise_guard_margin, state.config.noise_guard_visits
+    suspect = (state.wrong_streak >= visits) & ~correct & ~state.quarantined
+    for losses in state.loss_history[:, -visits:].unbind(1):
+        suspect &= losses > margin
+    ids = suspect.nonzero()[:, 0]
+    if len(ids) == 0:
+        return ids
+    step = -(-len(state) // _SAMPLE)
+    typical = state.confidence[::step][correct[::step]].median()
+    confidence = state.confidence[ids]
+    return ids[(state.loss_history[ids, -1] + confidence.log() > margin) & (confidence >= SURE * typical)]

@@ -57,6 +57,9 @@ class PlannedTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in output_dir {self.args.output_dir}")
             logger.info(f"Resuming from {resume_from_checkpoint}")
+        if self.config.spend_saved and self.args.max_steps <= 0:
+            steps = math.ceil(len(self.train_dataset) / self.get_total_train_batch_size(self.args))
+            self.args.max_steps = math.ceil(self.args.num_train_epochs * steps)
         self.efficiency, self._resume = self._new_efficiency(), None
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
@@ -177,7 +180,7 @@ class PlannedTrainer(Trainer):
         if len(due):
             with counts.timed("probes"):
                 self._probe(model, due)
-            sampler.probed(due, epoch)
+            sampler.probed(due, epoch, start)
         with counts.timed("selection"):
             sampler.set_epoch(epoch, start)
 

@@ -221,7 +221,7 @@ class GEKOSampler(Sampler[int]):
         if start is not None:
             turn = begin + head / (self.num_epochs * total)
             end = begin + len(ids) / (self.num_epochs * total)
-        self.probes.follow_(~keep if cut else state.quarantined, epoch)
+        self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
         ids = torch.cat([self._grouped(ids[:head]), self._grouped(ids[head:])]) if self.lengths is not None else ids
         return Plan(ids, head, begin, min(turn, 1.0), min(end, 1.0))
 
@@ -280,11 +280,15 @@ class GEKOSampler(Sampler[int]):
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
             return torch.empty(0, dtype=torch.int32)
         self.note_forgotten_()
-        return self.probes.due(~self._keep(epoch, start), epoch).cpu()
+        return self.probes.due(~self._keep(epoch, start), self._clock(epoch, start)).cpu()
 
-    def probed(self, ids: Tensor, epoch: int) -> None:
+    def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back."""
-        self.probes.probed_(ids.to(self.state.device), epoch)
+        self.probes.probed_(ids.to(self.state.device), self._clock(epoch, start))
+
+    def _clock(self, epoch: int, start: float | None) -> int:
+        """Passes over the dataset that the run could have made by now: what the intervals between probes count."""
+        return epoch if start is None else int(start * self.num_epochs)
 
     def note_forgotten_(self) -> None:
         """Count samples that were right when last looked at and are wrong now, in `forgotten` and `lost`."""
