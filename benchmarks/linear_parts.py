@@ -15,7 +15,7 @@ from timing import measure
 from torch import Tensor
 
 from geko_kernels import ops
-from geko_kernels.kernels import gradient_rows, score_rows
+from geko_kernels.kernels import score_rows
 
 DEVICE = torch.device("cuda")
 ROWS = (1024, 2048, 4096, 8192)
@@ -59,36 +59,35 @@ def gemms(columns: int, vocab: int, ld: int) -> None:
 def passes(tokens: int, vocab: int) -> None:
     """Statistics, gradients, and both in one pass by several shapes of its programs; bytes as each has to move them."""
     logits, targets = random(tokens, vocab), torch.randint(vocab, (tokens,), device=DEVICE)
-    rows = torch.arange(tokens, device=DEVICE)
+    rows, stats = torch.arange(tokens, device=DEVICE), torch.zeros(5, tokens, device=DEVICE)
     size, name = logits.numel() * 2.0, f"{tokens} x {vocab}"
-    other = torch.empty_like(logits)
+    other, yes = torch.empty_like(logits), torch.ones((), dtype=torch.int32, device=DEVICE)
+
+    def score(fused: Tensor | None) -> None:
+        ops.score_rows_(other, rows, targets, stats, fused, 0, 0, tokens, vocab, 0.0)
+
     report(f"{name} copy", lambda: other.copy_(logits), moved=2 * size)
-    stats = ops.token_stats(logits[:, None], targets[:, None], None, -1, False, 0.0)
-    report(
-        f"{name} token_stats",
-        lambda: ops.token_stats(logits[:, None], targets[:, None], None, -1, False, 0.0),
-        moved=size,
-    )
+    report(f"{name} score_rows_ without gradients", lambda: score(None), moved=size)
     for share in (1.0, 0.1, 0.0):
         end = torch.tensor(int(share * tokens), dtype=torch.int32, device=DEVICE)
-        arguments = (rows, rows, end, targets[:, None], stats, 0, tokens, vocab, False, 0.0, False)
-        for gradient_rows.STEPS in (1, 8, 32):
-            step = f"{name} gradient_rows_ of {share}, {gradient_rows.STEPS} blocks a program"
-            report(step, lambda arguments=arguments: ops.gradient_rows_(other, *arguments), moved=2 * size * share)
+        for ready in (None, yes):
+            where = (rows, rows, end, ready, targets[:, None], stats, 0, tokens, 0, vocab, False, 0.0)
+            step = f"{name} gradient_rows_ of {share}" + (", ready" if ready is not None else "")
+            report(step, lambda where=where: ops.gradient_rows_(other, *where), moved=2 * size * share)
     shapes = [
-        (8192, 16, 2),
-        (8192, 16, 4),
-        (16384, 16, 2),
-        (16384, 32, 1),
-        (16384, 32, 2),
-        (32768, 32, 1),
-        (32768, 32, 2),
+        *((8192, 16, 2), (8192, 16, 4), (16384, 16, 2), (16384, 32, 1), (16384, 32, 2), (32768, 32, 1), (32768, 32, 2)),
     ]
     for score_rows.BLOCK, score_rows.WARPS, score_rows.PROGRAMS in shapes:
-        step = f"{name} score_rows_ {score_rows.BLOCK} {score_rows.WARPS} warps {score_rows.PROGRAMS} a multiprocessor"
-        report(step, lambda: ops.score_rows_(other.copy_(logits), targets, vocab, 0.0), moved=4 * size)
-    coeff = torch.ones(tokens, device=DEVICE)
-    report(f"{name} kept_rows_", lambda: ops.kept_rows_(coeff, rows, rows.clone(), rows.clone(), 0), moved=tokens * 28)
+        shape = f"{score_rows.BLOCK} {score_rows.WARPS} warps {score_rows.PROGRAMS} a multiprocessor"
+
+        def both() -> None:
+            other.copy_(logits)
+            score(yes)
+
+        report(f"{name} copy, score_rows_ {shape}", both, moved=4 * size)
+    coeff, sources = torch.ones(tokens, device=DEVICE), rows.clone()
+    keep = (coeff, rows, rows.clone(), sources, 0, 0, tokens)
+    report(f"{name} kept_rows_", lambda: ops.kept_rows_(*keep), moved=tokens * 28)
     one = torch.ones((), device=DEVICE)
     report(f"{name} rescale_ by 1", lambda: ops.rescale_(other, one), moved=2 * size)
 

@@ -22,6 +22,25 @@ logits_grad = torch.ops.geko_cpu.logits_grad.default
 logits_grad_ = torch.ops.geko_cpu.logits_grad_.default
 
 
+def score_rows_(
+    logits: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    tokens: Tensor,
+    fused: bool,
+    slot: int,
+    start: int,
+    count: int,
+    vocab: int,
+    softcap: float,
+) -> None:
+    """See `reference_rows.score_rows_`, without the gradients: a row's logits do not outlast a cache here."""
+    assert not fused
+    slots, part = slice(slot, slot + count), slice(start, start + count)
+    stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)
+    tokens.index_copy_(1, rows[part], stats)
+
+
 def gradient_rows_(
     logits: Tensor,
     positions: Tensor,
@@ -31,21 +50,25 @@ def gradient_rows_(
     tokens: Tensor,
     first: int,
     last: int,
+    ready_from: int,
     vocab: int,
     shift: bool,
     softcap: float,
-    ready: bool,
 ) -> None:
-    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all."""
+    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
+
+    No row is ready before: `score_rows_` makes no gradients.
+    """
     last = last if end is None else min(last, int(end))
     rows = logits[first:last]
+    if not len(rows):
+        return
     if sources is not None:
         moved = (sources[first:last] != torch.arange(first, last)).nonzero()[:, 0]
         rows[moved] = logits[sources[first:last][moved]]
-    if ready or not len(rows):
-        return
     at = positions[first:last]
     target = (labels.roll(-1, 1) if shift else labels).flatten()[at, None]
     one, by_row = torch.ones(()), torch.empty(0, dtype=torch.int32)
-    logits_grad_(one, rows[:, None, :vocab], target, tokens[:, at], torch.ones(len(at)), one, by_row, False, softcap)
+    stats, coeff = tokens[:, at], torch.ones(len(at))
+    logits_grad_(one, rows[:, None, :vocab], target, stats, coeff, one, by_row, False, softcap)
     rows[:, vocab:] = 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIDDEN_BYTES = 16 * 2**20  # dX is made in pieces of this size: 128 tiles of a GEMM, about one a multiprocessor
-_SCATTER_ROWS = 256  # of a piece go to their rows at a time
+from geko_kernels import ops
+
+HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -112,35 +113,40 @@ class HeadGradients:
             self.bias_grad = WeightGradient(vocab, 1, bias_dtype, weight.dtype, weight.device)
 
     def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
-        """Add n tokens whose logits have the gradient `coeff[:, None] * tile`.
+        """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
 
         Args:
-            tile (n, V) unscaled; positions (n,) distinct tokens; coeff (n,);
-            missing (n,): what of `coeff` the sums of dW and d(bias) do not hold yet;
+            tile (n, V) unscaled, contiguous, overwritten; positions (n or more,) distinct tokens; coeff (T,);
+            missing (T,): what of `coeff` the sums of dW and d(bias) do not hold yet;
             last: nothing will follow.
         """
         if self.weight_grad is not None:
-            rows = self.hidden.index_select(0, positions).mul_(missing[:, None])
+            rows = ops.gather_rows(self.hidden, positions, missing, len(tile))
             self.weight_grad.add(tile, rows, last)
             del rows
         if self.bias_grad is not None:
-            self.bias_grad.add(tile, missing[:, None].to(tile.dtype), last)
+            by_row = missing.index_select(0, positions[: len(tile)]).to(tile.dtype)
+            self.bias_grad.add(tile, by_row[:, None], last)
         if self.hidden_needed:
             if self.hidden_grad is None:
                 self.hidden_grad = torch.zeros_like(self.hidden)
             self._add_hidden(self.hidden_grad, tile, positions, coeff)
 
     def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+        """Rows of `tile` are overwritten once they are done: the next products lie there."""
         wide = tile.dtype if tile.dtype == torch.float64 or not tile.is_cuda else torch.float32
-        columns = self.weight.shape[1]
-        step = max(1, HIDDEN_BYTES // (columns * wide.itemsize))
-        for start in range(0, len(tile), step):
-            piece = slice(start, start + step)
-            product = torch.empty(len(tile[piece]), columns, dtype=wide, device=tile.device)
-            multiply_(product, tile[piece], self.weight)
-            product.mul_(coeff[piece, None])
-            for at, rows in zip(positions[piece].split(_SCATTER_ROWS), product.split(_SCATTER_ROWS), strict=True):
-                out.index_copy_(0, at, rows.to(out.dtype))
+        columns, count = self.weight.shape[1], len(tile)
+        room = min(count, max(1, HIDDEN_BYTES // (columns * wide.itemsize)))
+        product = torch.empty(room, columns, dtype=wide, device=tile.device)
+        start = 0
+        while start < count:
+            free = tile[:start].view(-1).view(wide)
+            if len(free) // columns > len(product):
+                product = free[: len(free) // columns * columns].view(-1, columns)
+            rows = product[: count - start]
+            multiply_(rows, tile[start : start + len(rows)], self.weight)
+            ops.scatter_rows_(out, rows, positions, coeff, start)
+            start += len(rows)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""

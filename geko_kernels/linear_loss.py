@@ -10,13 +10,12 @@ from torch import Tensor
 
 from geko_kernels import ops
 from geko_kernels.checks import REDUCTIONS, check_batch, check_flag, check_values, num_items_tensor
-from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, buffer_rows
+from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.linear_gradients import HeadGradients
-from geko_kernels.loss import SampleStats, Visits, table_of
+from geko_kernels.loss import Visits, _NoSecondDerivative, table_of
 from geko_kernels.reference import Reduction
 from geko_kernels.state import SampleState
 
-CHUNK_MIB = 1024  # default memory for logits; never more than they take in all
 _SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
 _FLOAT16_FACTOR = 1024  # the mean over a sample's tokens would push gradients below float16's smallest number
 
@@ -28,15 +27,16 @@ class _Call:
     """One call's arguments but for hidden, weight and bias."""
 
     batch: Batch
+    scored: Scored
     state: SampleState | None
     num_items: Tensor | None
     reduction: int
     writes: bool
-    budget: int  # bytes
+    chunk_mib: float | None
 
     def score(self, head: Head, gradients: HeadGradients | None) -> tuple[Visits, Tensor | None]:
         """The visits, and what `gradients` still have to be multiplied by (None: 1)."""
-        rows = buffer_rows(head, self.budget, gradients is not None and gradients.narrow)
+        rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
         chunks = Chunks(head, self.batch, rows, gradients, all_kept=self.state is None)
         rules, weights, columns = table_of(self.state, head.hidden.device, eager=True)
@@ -52,10 +52,10 @@ class _Call:
         if head.weight.dtype == torch.float16:
             by_token = self.reduction == Reduction.TOKEN_MEAN
             factor = 1.0 if by_token else float(min(batch.labels.shape[1], _FLOAT16_FACTOR))
-            visits = chunks.run(update, lambda visits: factor)
+            visits = chunks.run(self.scored, update, lambda visits: factor)
             rest = visits.scale / factor
         else:
-            visits, rest = chunks.run(update, lambda visits: visits.scale), None
+            visits, rest = chunks.run(self.scored, update, lambda visits: visits.scale), None
         check_flag(columns[-1], self.state, head.vocab)
         return visits, rest
 
@@ -86,20 +86,29 @@ class _LinearLoss(torch.autograd.Function):
         return visits.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.call.reduction == Reduction.NONE:
-            return *_gradients_by_visit(ctx, grad_output), None, None
-        if ctx.gradients is None:
-            raise RuntimeError("weighted_linear_loss: a second backward needs retain_graph=True at the first")
-        factor = grad_output if ctx.rest is None else grad_output * ctx.rest
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            return *(grad * factor if grad is not None else None for grad in ctx.gradients), None, None
-        gradients, ctx.gradients = ctx.gradients, None
-        for grad in gradients:
-            if grad is not None:
-                ops.rescale_(grad, factor)
+        with torch.no_grad():
+            by_visit = ctx.call.reduction == Reduction.NONE
+            gradients = _gradients_by_visit(ctx, grad_output) if by_visit else _rescaled(ctx, grad_output)
+        if torch.is_grad_enabled():  # create_graph
+            apply = _NoSecondDerivative.apply
+            return *(apply(grad, grad_output) if grad is not None else None for grad in gradients), None, None
         return *gradients, None, None
+
+
+def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
+    """The gradients of the forward times the upstream one, given away unless the graph is kept."""
+    if ctx.gradients is None:
+        raise RuntimeError("weighted_linear_loss: a second backward needs retain_graph=True at the first")
+    factor = grad_output if ctx.rest is None else grad_output * ctx.rest
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        hidden, weight, bias = (grad * factor if grad is not None else None for grad in ctx.gradients)
+        return hidden, weight, bias
+    gradients, ctx.gradients = ctx.gradients, None
+    for grad in gradients:
+        if grad is not None:
+            ops.rescale_(grad, factor)
+    return gradients
 
 
 def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -114,10 +123,10 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
         upstream = upstream[:, None].expand(batch.labels.shape).flatten()
     coeff = torch.where(coeff != 0, coeff * upstream, 0)
     gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
-    chunks = Chunks(head, batch, buffer_rows(head, ctx.call.budget, gradients.narrow), gradients)
+    chunks = Chunks(head, batch, buffer_rows(head, ctx.call.chunk_mib, gradients.narrow), gradients)
     rows = torch.arange(len(coeff), device=coeff.device)
     positions, sources = torch.empty_like(rows), torch.empty_like(rows)
-    kept = int(HostCopy(ops.kept_rows_(coeff, rows, positions, sources, 0)).wait())
+    kept = int(HostCopy(ops.kept_rows_(coeff, rows, positions, sources, 0, 0, len(rows))).wait())
     chunks.add_rows(tokens, positions[:kept], coeff, coeff)
     return _unpadded(gradients, head)
 
@@ -171,7 +180,7 @@ def weighted_linear_loss(
     update: bool = True,
     return_stats: bool = False,
     chunk_mib: int | float | None = None,
-) -> Tensor | tuple[Tensor, SampleStats]:
+) -> Any:  # as `weighted_loss`
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
@@ -183,9 +192,10 @@ def weighted_linear_loss(
         hidden: (B, S, H), or (B, H) where each row is one visit; float32, bfloat16, float16 or float64.
         weight: (V, H), of the dtype of `hidden`, or, as `bias`, cast to that of autocast.
         bias: (V,) or None.
-        chunk_mib: memory for logits and their gradients at any time; by default 1024 MiB, or less where all take
-            less. Besides, it takes dX, dW, and where dW is of 2 bytes an element and not all rows fit at once, as
-            much again as dW; V not divisible by 8 takes a padded copy of the weight on a GPU.
+        chunk_mib: memory for logits and their gradients at any time, or less where all take less; by default up to
+            2048 MiB where all fit at once, else 1024. Besides, it takes dX, dW, and where dW is of 2 bytes an element
+            and not all rows fit at once, as much again as dW; V not divisible by 8 takes a padded copy of the weight
+            on a GPU.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, update, return_stats: as in
             `weighted_loss`.
 
@@ -201,13 +211,15 @@ def weighted_linear_loss(
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     if device.type == "cpu":
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
+    batch = Batch(labels_2d, sample_ids, ignore_index, shift, float(softcap or 0.0))
     call = _Call(
-        batch=Batch(labels_2d, sample_ids, ignore_index, shift, float(softcap or 0.0)),
+        batch=batch,
+        scored=Scored(batch, weight.shape[0]),
         state=state,
         num_items=num_items_tensor(num_items, reduction, device),
         reduction=REDUCTIONS[reduction],
         writes=state is not None and update and torch.is_grad_enabled(),
-        budget=int((CHUNK_MIB if chunk_mib is None else chunk_mib) * 2**20),
+        chunk_mib=chunk_mib,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     seen: list[Visits] = []

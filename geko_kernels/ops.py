@@ -34,13 +34,18 @@ _SCHEMAS = {
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
     "scored_rows": "(Tensor labels, Tensor? sample_ids, int vocab, int ignore_index, bool shift) "
     "-> (Tensor, Tensor, Tensor)",
-    "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held) -> Tensor",
-    "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, Tensor labels, "
-    "Tensor tokens, int first, int last, int vocab, bool shift, float softcap, bool ready) -> ()",
-    "score_rows_": "(Tensor(a!) logits, Tensor targets, int vocab, float softcap) -> Tensor",
+    "score_rows_": "(Tensor(a!) logits, Tensor rows, Tensor targets, Tensor(b!) tokens, bool fused, int slot, "
+    "int start, int count, int vocab, float softcap) -> ()",
+    "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held, int start, "
+    "int count) -> Tensor",
+    "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, "
+    "Tensor labels, Tensor tokens, int first, int last, int ready_from, int vocab, bool shift, float softcap) -> ()",
+    "gather_rows": "(Tensor hidden, Tensor positions, Tensor coeff, int count) -> Tensor",
+    "scatter_rows_": "(Tensor(a!) out, Tensor product, Tensor positions, Tensor coeff, int first) -> ()",
     "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
 }
-_PROBES = ("logits", "tokens", "coeff", "labels", "values")  # the argument that says which backend runs
+# the argument that says which backend runs
+_PROBES = ("logits", "hidden", "out", "tokens", "coeff", "labels", "values")
 _MODULES = {"reference": "geko_kernels.reference", "triton": "geko_kernels.kernels", "cpp": "geko_kernels.cpp"}
 _override = os.environ.get("GEKO_BACKEND", "")  # tests replace it
 _loaded: dict[str, ModuleType] = {}
@@ -147,8 +152,8 @@ def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
     return coeff.new_empty((), dtype=torch.int32)
 
 
-def _fake_score_rows(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty((5, logits.shape[0]), dtype=_real(logits))
+def _fake_gather_rows(hidden: Tensor, _positions: Tensor, _coeff: Tensor, count: int) -> Tensor:
+    return hidden.new_empty((count, hidden.shape[1]))
 
 
 def _fake_nothing(*_: Any) -> None:
@@ -164,7 +169,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scored_rows": _fake_scored_rows,
     "kept_rows_": _fake_kept_rows,
     "gradient_rows_": _fake_nothing,
-    "score_rows_": _fake_score_rows,
+    "score_rows_": _fake_nothing,
+    "gather_rows": _fake_gather_rows,
+    "scatter_rows_": _fake_nothing,
     "rescale_": _fake_nothing,
 }
 
@@ -183,6 +190,8 @@ scored_rows = torch.ops.geko.scored_rows.default
 kept_rows_ = torch.ops.geko.kept_rows_.default
 gradient_rows_ = torch.ops.geko.gradient_rows_.default
 score_rows_ = torch.ops.geko.score_rows_.default
+gather_rows = torch.ops.geko.gather_rows.default
+scatter_rows_ = torch.ops.geko.scatter_rows_.default
 rescale_ = torch.ops.geko.rescale_.default
 
 

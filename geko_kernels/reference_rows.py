@@ -33,25 +33,57 @@ def scored_rows(
     return rows, targets, visits
 
 
-def kept_rows_(coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int) -> Tensor:
+def score_rows_(
+    logits: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    tokens: Tensor,
+    fused: bool,
+    slot: int,
+    start: int,
+    count: int,
+    vocab: int,
+    softcap: float,
+) -> None:
+    """`tokens[:, rows] = token_stats(logits)` of the scored rows [start, start + count), whose logits are in the slots
+    from `slot` on.
+
+    Args: logits (R, ld); rows, targets (T,) from `scored_rows`; tokens (5, T); fused: also write `softmax - onehot`
+        over the logits, 0 beyond `vocab`.
+    """
+    slots, part = slice(slot, slot + count), slice(start, start + count)
+    target = targets[part]
+    stats = token_stats(logits[slots, None, :vocab], target[:, None], None, -1, False, softcap)
+    tokens.index_copy_(1, rows[part], stats)
+    if fused:
+        x = logits[slots, :vocab].to(tokens.dtype)
+        logits[slots, :vocab] = _gradient(x, target, stats[1, :, None], stats[2, :, None], softcap).to(logits.dtype)
+        logits[slots, vocab:] = 0
+
+
+def kept_rows_(
+    coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int, start: int, count: int
+) -> Tensor:
     """Which slots the rows whose coefficient is not 0 move to, so that kept rows lie at the front of the buffer.
 
-    Slots [0, held) are kept already, slots [held, held + len(rows)) hold the logits of `rows`. A kept row stays where
-    it is if that is inside the front, else it fills a hole, so no slot is both read and written by different rows.
+    Slots [0, held) are kept already, slots [held, held + count) hold rows [start, start + count). A kept row stays
+    where it is if that is inside the front, else it fills a hole, so no slot is both read and written by different
+    rows.
 
-    Args: coeff (T,); rows (m,) int64 tokens; positions (R,) int64 and sources (R,) int64, R >= held + m.
+    Args: coeff (T,); rows (T,) int64 tokens; positions (R,) and sources (R,) int64, R >= held + count.
     Writes: positions[held:end], the token of each slot, and sources[held:end], the slot its logits are in.
     Returns: end, () int32.
     """
-    keep = coeff[rows] != 0
-    slots = torch.arange(held, held + rows.numel(), device=rows.device)
+    new = rows[start : start + count]
+    keep = coeff[new] != 0
+    slots = torch.arange(held, held + count, device=rows.device)
     end = held + keep.sum()
     front = slots < end
     source = slots.clone()
     source[front & ~keep] = slots[~front & keep]
     source = source[front]
     sources[held : held + source.numel()] = source
-    positions[held : held + source.numel()] = rows[source - held]
+    positions[held : held + source.numel()] = new[source - held]
     return end.int()
 
 
@@ -64,29 +96,27 @@ def gradient_rows_(
     tokens: Tensor,
     first: int,
     last: int,
+    ready_from: int,
     vocab: int,
     shift: bool,
     softcap: float,
-    ready: bool,
 ) -> None:
     """`logits[slot, :vocab] = softmax(z) - onehot(target)` for each slot of [first, min(last, end)), 0 beyond vocab.
 
     Args:
         logits (R, ld); positions (R,) and sources (R,) from `kept_rows_`: z is `logits[sources[slot]]`, without
             sources that of the slot itself; end () int32, without it `last`; labels (B, S); tokens (5, T) statistics;
-        ready: the rows are gradients already, by `score_rows_`, and only move.
+        ready_from: sources from this slot on are gradients already and only move.
     """
     last = last if end is None else min(last, int(end))
-    slots = slice(first, last)
-    rows = logits[slots] if sources is None else logits[sources[slots]]
-    if ready:
-        logits[slots] = rows
-        return
-    at = positions[slots]
+    slots = torch.arange(first, last, device=logits.device)
+    source = slots if sources is None else sources[slots]
+    rows, at = logits[source], positions[slots]
     target = (labels.roll(-1, 1) if shift else labels).flatten()[at]
     top, log_sum = tokens[1:3, at, None]
-    logits[slots, :vocab] = _gradient(rows[:, :vocab].to(tokens.dtype), target, top, log_sum, softcap).to(logits.dtype)
-    logits[slots, vocab:] = 0
+    grad = torch.zeros_like(rows)
+    grad[:, :vocab] = _gradient(rows[:, :vocab].to(tokens.dtype), target, top, log_sum, softcap).to(logits.dtype)
+    logits[slots] = torch.where((source >= ready_from)[:, None], rows, grad)
 
 
 def _gradient(x: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, softcap: float) -> Tensor:
@@ -96,16 +126,16 @@ def _gradient(x: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, softcap: 
     return grad * (1 - (z / softcap).square()) if softcap else grad
 
 
-def score_rows_(logits: Tensor, targets: Tensor, vocab: int, softcap: float) -> Tensor:
-    """`token_stats` of logits (m, ld) with one target a row, and `softmax - onehot` over the logits, 0 beyond vocab.
+def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int) -> Tensor:
+    """`hidden[at] * coeff[at]` with `at = positions[:count]`: (count, H), in the dtype of hidden (T, H)."""
+    at = positions[:count]
+    return (hidden[at] * coeff[at, None]).to(hidden.dtype)
 
-    Returns: statistics (5, m).
-    """
-    tokens = token_stats(logits[:, None, :vocab], targets[:, None], None, -1, False, softcap)
-    x = logits[:, :vocab].to(tokens.dtype)
-    logits[:, :vocab] = _gradient(x, targets, tokens[1, :, None], tokens[2, :, None], softcap).to(logits.dtype)
-    logits[:, vocab:] = 0
-    return tokens
+
+def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor, first: int) -> None:
+    """`out[at] = product * coeff[at]` with `at = positions[first : first + len(product)]`, out (T, H) of any dtype."""
+    at = positions[first : first + len(product)]
+    out[at] = (product * coeff[at, None]).to(out.dtype)
 
 
 def rescale_(values: Tensor, factor: Tensor) -> None:

@@ -163,12 +163,16 @@ def test_a_capture_is_refused():
 
 
 def test_the_first_rows_say_whether_gradients_come_with_the_statistics(monkeypatch):
-    monkeypatch.setattr(linear_chunks, "AHEAD", 192)
+    monkeypatch.setattr(linear_chunks, "AHEAD", 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 192)
     seen = []
     score = linear_chunks.ops.score_rows_
-    monkeypatch.setattr(linear_chunks.ops, "score_rows_", lambda *args: (seen.append(len(args[0])), score(*args))[1])
-    for learnt, fused in ((0.0, [15 * 192]), (1.0, [])):
+    monkeypatch.setattr(
+        *(linear_chunks.ops, "score_rows_"),
+        lambda *args: (seen.append((args[7], args[4])), score(*args))[1],
+    )
+    for learnt, fused in ((0.0, True), (1.0, False)):
         seen.clear()
         hidden, weight, labels, ids = batch(4096, learnt=learnt, masked=0.0)
         gk.weighted_linear_loss(hidden, weight, labels, ids, gk.SampleState(16, device="cuda")).backward()
-        assert seen == fused
+        assert seen == [(192, False), (15 * 192, fused)]

@@ -15,6 +15,7 @@ from geko_kernels.kernels import forward as _forward
 from geko_kernels.kernels import gradient_rows as _gradient_rows
 from geko_kernels.kernels import linear_rows as _linear_rows
 from geko_kernels.kernels import logits_grad as _logits_grad
+from geko_kernels.kernels import move_rows as _move_rows
 from geko_kernels.kernels import rescale as _rescale
 from geko_kernels.kernels import sample_update as _sample_update
 from geko_kernels.kernels import score_rows as _score_rows
@@ -43,9 +44,12 @@ scored_rows = _on_own_device(_linear_rows.scored_rows)
 kept_rows_ = _on_own_device(_linear_rows.kept_rows_)
 gradient_rows_ = _on_own_device(_gradient_rows.gradient_rows_)
 score_rows_ = _on_own_device(_score_rows.score_rows_)
+gather_rows = _on_own_device(_move_rows.gather_rows)
+scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
 rescale_ = _on_own_device(_rescale.rescale_)
 
 __all__ = [
+    "gather_rows",
     "gradient_rows_",
     "kept_rows_",
     "logits_grad",
@@ -55,6 +59,7 @@ __all__ = [
     "planned_loss_forward",
     "rescale_",
     "sample_update_",
+    "scatter_rows_",
     "score_rows_",
     "scored_rows",
     "token_stats",

@@ -6,12 +6,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geko_kernels.kernels.logits_grad import gradient_of, gradient_shape
+from geko_kernels.kernels.launch import cdiv, next_power_of_2
+from geko_kernels.kernels.linear_launch import KeyedLaunch, programs_for
+from geko_kernels.kernels.logits_grad import gradient_of
 
-STEPS = 8  # blocks a program: with one, 260 thousand programs that find nothing to do cost 0.2 ms
+BLOCK, WARPS, STEPS, PROGRAMS = 4096, 8, 4, 8  # elements at a time, warps, blocks of a piece, programs a multiprocessor
 
 
-@triton.jit(do_not_specialize=["first", "last", "label_b", "label_s", "length", "token_count", "softcap", "parts"])
+@triton.jit
+def _move(x, out, row_stride, BLOCK: tl.constexpr):
+    for start in range(0, row_stride, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < row_stride  # padding too: whole vectors are read and written
+        tl.store(out + column, tl.load(x + column, mask=inside), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("label_b", "label_s", "length", "token_count", "first", "last", "ready_from", "vocab", "softcap", "pieces")
+    ]
+)
 def _gradient_rows_kernel(
     logits_ptr,
     row_stride,
@@ -26,46 +40,50 @@ def _gradient_rows_kernel(
     token_count,
     first,
     last,
+    ready_from,
     vocab,
     softcap,
-    parts,
+    pieces,
     SHIFT: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    MOVE: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """One program STEPS blocks of a slot; the last slots first, which the statistics left in cache."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    slot = first + program // parts
+    """The programs share out the pieces of all slots; the last slots first, which the statistics left in cache."""
     end = last
     if end_ptr is not None:
         end = tl.minimum(last, tl.load(end_ptr))
-    if slot < end:
-        source = slot.to(tl.int64)
+    stride = tl.full([], row_stride, tl.int64)
+    behind = tl.minimum(end, ready_from)
+    for item in range(tl.program_id(0), (behind - first) * pieces, tl.num_programs(0)):
+        slot = behind - 1 - item // pieces
+        source = tl.full([], 0, tl.int64) + slot
         if sources_ptr is not None:
             source = tl.load(sources_ptr + slot)
-        out = logits_ptr + slot.to(tl.int64) * row_stride
-        x = logits_ptr + source * row_stride
-        begin = (program % parts) * (STEPS * BLOCK)
-        stop = tl.minimum(begin + STEPS * BLOCK, row_stride)  # padding too: whole vectors are read and written
-        if MOVE:
-            if source != slot:
-                for start in range(begin, stop, BLOCK):
-                    column = start + tl.arange(0, BLOCK)
-                    tl.store(out + column, tl.load(x + column, mask=column < stop), mask=column < stop)
-        else:
+        if source < ready_from:
             t = tl.load(positions_ptr + slot)
             b, s = t // length, t % length
             target = tl.load(labels_ptr + b * label_b + (s + 1 if SHIFT else s) * label_s)
-            top = tl.load(tokens_ptr + token_count.to(tl.int64) + t)
-            log_sum = tl.load(tokens_ptr + 2 * token_count.to(tl.int64) + t)
-            for start in range(begin, stop, BLOCK):
+            top = tl.load(tokens_ptr + token_count + t)
+            log_sum = tl.load(tokens_ptr + 2 * token_count + t)
+            begin = item % pieces * (STEPS * BLOCK)
+            for start in range(begin, tl.minimum(begin + STEPS * BLOCK, row_stride), BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                logits = tl.load(x + column, mask=column < stop, other=0.0)
-                grad = gradient_of(logits, column, target, top, log_sum, 1.0, softcap, SOFTCAP)
+                inside = column < row_stride
+                x = tl.load(logits_ptr + source * stride + column, mask=inside, other=0.0)
+                grad = gradient_of(x, column, target, top, log_sum, 1.0, softcap, SOFTCAP)
                 grad = tl.where(column < vocab, grad, 0.0).to(logits_ptr.dtype.element_ty)
-                tl.store(out + column, grad, mask=column < stop)
+                tl.store(logits_ptr + slot * stride + column, grad, mask=inside)
+        elif item % pieces == 0:
+            _move(logits_ptr + source * stride, logits_ptr + slot * stride, row_stride, BLOCK)
+    if sources_ptr is not None:
+        for slot in range(tl.maximum(first, behind) + tl.program_id(0), end, tl.num_programs(0)):
+            source = tl.load(sources_ptr + slot)
+            if source != slot:
+                _move(logits_ptr + source * stride, logits_ptr + slot * stride, row_stride, BLOCK)
+
+
+_launch = KeyedLaunch(_gradient_rows_kernel)
 
 
 def gradient_rows_(
@@ -77,24 +95,21 @@ def gradient_rows_(
     tokens: Tensor,
     first: int,
     last: int,
+    ready_from: int,
     vocab: int,
     shift: bool,
     softcap: float,
-    ready: bool,
 ) -> None:
-    """See `reference_rows.gradient_rows_`; `logits` contiguous. One launch, whose programs beyond `end` do nothing."""
-    if first == last:
-        return
+    """See `reference_rows.gradient_rows_`; `logits` contiguous. One launch."""
     row_stride = logits.shape[1]
-    _, block, warps = gradient_shape(row_stride, True)
-    parts = triton.cdiv(row_stride, STEPS * block)
-    _gradient_rows_kernel[((last - first) * parts,)](
+    block = min(next_power_of_2(row_stride), BLOCK)
+    pieces = cdiv(row_stride, STEPS * block)
+    programs = programs_for(max(1, (last - first) * pieces), PROGRAMS, logits)
+    constants = {"SHIFT": shift, "SOFTCAP": softcap != 0, "BLOCK": block, "STEPS": STEPS}
+    places = (positions.data_ptr() % 16, labels.data_ptr() % 16, sources is not None and sources.data_ptr() % 16)
+    key = (logits.get_device(), logits.dtype, row_stride, *places, end is None, *constants.values())
+    args = (
         *(logits, row_stride, positions, sources, end, labels, *labels.stride(), labels.shape[1]),
-        *(tokens, labels.numel(), first, last, vocab, softcap, parts),
-        SHIFT=shift,
-        SOFTCAP=softcap != 0,
-        MOVE=ready,
-        BLOCK=block,
-        STEPS=STEPS,
-        num_warps=warps,
+        *(tokens, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
     )
+    _launch(key, programs, args, constants, max(block * WARPS // BLOCK, 1))

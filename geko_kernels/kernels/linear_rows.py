@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.addressing import BATCH_INTS, token_target, visit_starts
+from geko_kernels.kernels.linear_launch import KeyedLaunch
 
-BLOCK = 2048
-WARPS = 16
+BLOCK = 8192
+WARPS = 32
 
 
 @triton.jit(do_not_specialize=BATCH_INTS)
@@ -62,9 +63,10 @@ def _scored_rows_kernel(
         tl.store(targets_ptr + t, tl.zeros([BLOCK], tl.int64), mask=beyond)
 
 
-@triton.jit(do_not_specialize=["new", "held"])
-def _kept_rows_kernel(coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, new, held, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "new", "held"])
+def _kept_rows_kernel(coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, start, new, held, BLOCK: tl.constexpr):
     end = held
+    rows_ptr += start
     for first in range(0, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
@@ -94,30 +96,35 @@ def _kept_rows_kernel(coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, 
         holes += tl.sum(hole.to(tl.int32), 0)
 
 
+_launch_scored, _launch_kept = KeyedLaunch(_scored_rows_kernel), KeyedLaunch(_kept_rows_kernel)
+
+
 def scored_rows(
     labels: Tensor, sample_ids: Tensor | None, vocab: int, ignore_index: int, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference_rows.scored_rows`. One launch."""
     count = labels.numel()
-    rows, targets = torch.empty((2, count), dtype=torch.int64, device=labels.device)
+    rows = torch.empty(count, dtype=torch.int64, device=labels.device)
+    targets = torch.empty_like(rows)
     visits = torch.empty(1 + count, dtype=torch.int32, device=labels.device)
     packed = sample_ids is not None and sample_ids.dim() == 2
     id_b = sample_ids.stride(0) if sample_ids is not None else 0
     id_s = sample_ids.stride(1) if sample_ids is not None and packed else 0
-    _scored_rows_kernel[(1,)](
+    args = (
         *(labels, *labels.stride(), sample_ids, id_b, id_s, labels.shape[1], ignore_index, count, vocab),
         *(rows, targets, visits),
-        SHIFT=shift,
-        PACKED=packed,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
     )
+    ids = None if sample_ids is None else sample_ids.data_ptr() % 16
+    key = (labels.get_device(), labels.data_ptr() % 16, ids, packed, shift)
+    _launch_scored(key, 1, args, {"SHIFT": shift, "PACKED": packed, "BLOCK": BLOCK}, WARPS)
     return rows, targets, visits
 
 
-def kept_rows_(coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int) -> Tensor:
+def kept_rows_(
+    coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int, start: int, count: int
+) -> Tensor:
     """See `reference_rows.kept_rows_`. One launch."""
     end = torch.empty((), dtype=torch.int32, device=rows.device)
-    where = (coeff, rows, positions, sources, end, rows.numel(), held)
-    _kept_rows_kernel[(1,)](*where, BLOCK=BLOCK, num_warps=WARPS)
+    args = (coeff, rows, positions, sources, end, start, count, held)
+    _launch_kept((rows.get_device(), rows.data_ptr() % 16), 1, args, {"BLOCK": BLOCK}, WARPS)
     return end

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-PROGRAMS = 2048  # several a multiprocessor; all leave at once where the factor is 1
+from geko_kernels.kernels.launch import cdiv
+from geko_kernels.kernels.linear_launch import KeyedLaunch, programs_for
+
+BLOCK, PROGRAMS = 4096, 8  # elements at a time, programs a multiprocessor; all leave at once where the factor is 1
 
 
 @triton.jit
@@ -20,9 +22,12 @@ def _rescale_kernel(values_ptr, factor_ptr, count, BLOCK: tl.constexpr):
             tl.store(values_ptr + at, (values.to(tl.float32) * factor).to(values.dtype), mask=at < count)
 
 
+_launch = KeyedLaunch(_rescale_kernel)
+
+
 def rescale_(values: Tensor, factor: Tensor) -> None:
     """See `reference_rows.rescale_`; `values` contiguous. One launch."""
     count = values.numel()
     if count:
-        programs = min(triton.cdiv(count, BLOCK), PROGRAMS)
-        _rescale_kernel[(programs,)](values, factor, count, BLOCK=BLOCK, num_warps=8)
+        key = (values.get_device(), values.dtype, count, values.data_ptr() % 16, factor.dtype, factor.data_ptr() % 16)
+        _launch(key, programs_for(cdiv(count, BLOCK), PROGRAMS, values), (values, factor, count), {"BLOCK": BLOCK}, 8)

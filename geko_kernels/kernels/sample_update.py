@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from geko_kernels import reference
 from geko_kernels.kernels.addressing import BATCH_INTS, id_strides, token_sample, visit_starts
 from geko_kernels.kernels.claims import writers
-from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
+from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
 from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
@@ -227,6 +229,9 @@ def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
     return block, max(min(512 // block, 128), 1), max(block // 128, 4)
 
 
+_launches: dict[Hashable, tuple[Launch, Launch]] = {}
+
+
 def sample_update_(
     tokens: Tensor,
     labels: Tensor,
@@ -261,8 +266,18 @@ def sample_update_(
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
     table_rows = -1 if q_value is None else q_value.shape[0]
-    prepare = visit_prep_launch(labels, sample_ids, table_rows, vocab, ignore_index, shift, update)
-    prepare(labels, sample_ids, q_value, loss_history, times_seen, bucket, claim, error, scratch)
-    launch = update_launch(labels, sample_ids, table_rows, vocab, *rest)
-    launch(tokens, labels, sample_ids, rules, weights, num_items, *columns, scratch, *outputs)
+    prepared = (labels, sample_ids, q_value, loss_history, times_seen, bucket, claim, error, scratch)
+    updated = (tokens, labels, sample_ids, rules, weights, num_items, *columns, scratch)
+    places = [None if pointer is None else pointer.data_ptr() % 16 for pointer in (error, *updated)]
+    ids = None if sample_ids is None else sample_ids.stride()
+    # all that the binaries, the grids and the numbers depend on
+    key = (labels.get_device(), labels.shape, labels.stride(), ids, table_rows, vocab, *rest, *places)
+    launches = _launches.get(key)
+    if launches is None:
+        if len(_launches) >= MOST:
+            _launches.clear()
+        prepare = visit_prep_launch(labels, sample_ids, table_rows, vocab, ignore_index, shift, update)
+        launches = _launches[key] = prepare, update_launch(labels, sample_ids, table_rows, vocab, *rest)
+    launches[0](*prepared)
+    launches[1](*updated, *outputs)
     return outputs

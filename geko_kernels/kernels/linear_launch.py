@@ -1,0 +1,45 @@
+"""Launches of the linear path: numbers differ from call to call, the binary seldom does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geko_kernels.kernels.launch import MOST, Launch
+
+
+class KeyedLaunch:
+    """`kernel[(programs,)](*args, **constants, num_warps=warps)`, a `Launch` for each key.
+
+    Here pointers and numbers both change from call to call, so a key settles what Triton would look at: types,
+    alignments, Nones, and whether a number is 1 or a multiple of 16, but for those the kernel does not specialize.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: dict[Hashable, Launch] = {}
+
+    def __call__(
+        self, key: Hashable, programs: int, args: tuple[Any, ...], constants: dict[str, Any], warps: int
+    ) -> None:
+        """Args: constants in the kernel's order, settled by the key, as is warps."""
+        launch = self.launches.get((key, programs))
+        if launch is None:
+            if len(self.launches) >= MOST:
+                self.launches.clear()
+            launch = self.launches[key, programs] = Launch(self.kernel, programs, (), constants, warps)
+        launch(*args)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_for(work: int, each: int, tensor: Tensor) -> int:
+    """Programs of a kernel that loops over `work` items: `each` a multiprocessor of the tensor's device, or fewer."""
+    return min(work, each * _multiprocessors(tensor.get_device())) if tensor.is_cuda else work
