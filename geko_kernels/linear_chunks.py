@@ -29,7 +29,7 @@ CHUNK_MIB = 1024
 class Head:
     """`logits = hidden @ weight[:vocab].T + bias[:vocab]`; rows of the weight beyond `vocab` are zeros."""
 
-    hidden: Tensor  # (T, H)
+    hidden: Tensor  # (T, H), contiguous
     weight: Tensor  # (ld, H)
     bias: Tensor | None  # (ld,)
     vocab: int

@@ -106,7 +106,7 @@ def gradient_rows_(
     pieces = cdiv(row_stride, STEPS * block)
     programs = programs_for(max(1, (last - first) * pieces), PROGRAMS, logits)
     constants = {"SHIFT": shift, "SOFTCAP": softcap != 0, "BLOCK": block, "STEPS": STEPS}
-    places = (positions.data_ptr() % 16, labels.data_ptr() % 16, sources is not None and sources.data_ptr() % 16)
+    places = (positions.data_ptr() % 16, labels.data_ptr() % 16, None if sources is None else sources.data_ptr() % 16)
     key = (logits.get_device(), logits.dtype, row_stride, *places, end is None, *constants.values())
     args = (
         *(logits, row_stride, positions, sources, end, labels, *labels.stride(), labels.shape[1]),
