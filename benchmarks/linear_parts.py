@@ -19,6 +19,9 @@ from geko_kernels.kernels import score_rows
 
 DEVICE = torch.device("cuda")
 ROWS = (1024, 2048, 4096, 8192)
+# elements and warps of a program, programs a multiprocessor, loads on their way; the last is the one in use
+READS = ((8192, 16, 4, 2), (4096, 8, 6, 3), (4096, 8, 8, 2), (4096, 8, 8, 1))
+FUSED = ((16384, 32, 1, 3), (8192, 16, 2, 5), (8192, 16, 2, 1), (4096, 8, 8, 1), (8192, 16, 4, 1))
 
 
 def report(name: str, step: Callable[[], object], flops: float = 0.0, moved: float = 0.0) -> None:
@@ -57,34 +60,25 @@ def gemms(columns: int, vocab: int, ld: int) -> None:
 
 
 def passes(tokens: int, vocab: int) -> None:
-    """Statistics, gradients, and both in one pass by several shapes of its programs; bytes as each has to move them."""
+    """Statistics, gradients, and both in one launch by shapes of its programs; bytes as each has to move them."""
     logits, targets = random(tokens, vocab), torch.randint(vocab, (tokens,), device=DEVICE)
     rows, stats = torch.arange(tokens, device=DEVICE), torch.zeros(5, tokens, device=DEVICE)
     size, name = logits.numel() * 2.0, f"{tokens} x {vocab}"
-    other, yes = torch.empty_like(logits), torch.ones((), dtype=torch.int32, device=DEVICE)
+    other = torch.empty_like(logits)
 
-    def score(fused: Tensor | None) -> None:
+    def score(fused: bool) -> None:
         ops.score_rows_(other, rows, targets, stats, fused, 0, 0, tokens, vocab, 0.0)
 
     report(f"{name} copy", lambda: other.copy_(logits), moved=2 * size)
-    report(f"{name} score_rows_ without gradients", lambda: score(None), moved=size)
-    for share in (1.0, 0.1, 0.0):
+    for score_rows.READ in READS:
+        report(f"{name} score_rows_ {score_rows.READ}", lambda: score(False), moved=size)
+    for score_rows.FUSED in FUSED:
+        report(f"{name} score_rows_ with gradients {score_rows.FUSED}", lambda: score(True), moved=2 * size)
+    for share, ready_from in ((1.0, tokens), (0.33, tokens), (0.0, tokens), (1.0, 0)):
         end = torch.tensor(int(share * tokens), dtype=torch.int32, device=DEVICE)
-        for ready in (None, yes):
-            where = (rows, rows, end, ready, targets[:, None], stats, 0, tokens, 0, vocab, False, 0.0)
-            step = f"{name} gradient_rows_ of {share}" + (", ready" if ready is not None else "")
-            report(step, lambda where=where: ops.gradient_rows_(other, *where), moved=2 * size * share)
-    shapes = [
-        *((8192, 16, 2), (8192, 16, 4), (16384, 16, 2), (16384, 32, 1), (16384, 32, 2), (32768, 32, 1), (32768, 32, 2)),
-    ]
-    for score_rows.BLOCK, score_rows.WARPS, score_rows.PROGRAMS in shapes:
-        shape = f"{score_rows.BLOCK} {score_rows.WARPS} warps {score_rows.PROGRAMS} a multiprocessor"
-
-        def both() -> None:
-            other.copy_(logits)
-            score(yes)
-
-        report(f"{name} copy, score_rows_ {shape}", both, moved=4 * size)
+        where = (rows, rows, end, targets[:, None], stats, 0, tokens, ready_from, vocab, False, 0.0)
+        step = f"{name} gradient_rows_ of {share}" + ("" if ready_from else ", all ready")
+        report(step, lambda where=where: ops.gradient_rows_(other, *where), moved=2 * size * share)
     coeff, sources = torch.ones(tokens, device=DEVICE), rows.clone()
     keep = (coeff, rows, rows.clone(), sources, 0, 0, tokens)
     report(f"{name} kept_rows_", lambda: ops.kept_rows_(*keep), moved=tokens * 28)
