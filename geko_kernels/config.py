@@ -27,7 +27,7 @@ class GEKOConfig:
         freeze_quality: and only above this quality, in (0, 1].
         min_q_for_freeze: and only at this Q-value or above, in [0, 1]; 0 switches the gate off.
         focus_confidence: a wrong sample is FOCUS up to this confidence and HARD above it.
-        bucket_weights: loss weights of (HARD, FOCUS, LIGHT); the GEKO document's (3, 1, 0) is in `seed()`.
+        bucket_weights: loss weights of (HARD, FOCUS, LIGHT).
         freeze_weight: loss weight of FREEZE; 0 except for `uniform()`.
     Learning state
         correctness: "loss" calls a sample correct below `correct_loss` (nats a token),
@@ -54,7 +54,7 @@ class GEKOConfig:
     freeze_confidence: float = 0.85
     freeze_quality: float = 0.80
     focus_confidence: float = 0.60
-    bucket_weights: tuple[float, float, float] = (1, 1, 1)
+    bucket_weights: tuple[float, float, float] = (3, 1, 0)
     freeze_weight: float = 0.0
     correctness: str = "loss"
     correct_loss: float = 0.5
@@ -63,7 +63,7 @@ class GEKOConfig:
     q_value_lr: float = 0.1
     q_value_loss_scale: float = 10.0
     min_q_for_freeze: float = 0.0
-    use_curriculum: bool = False
+    use_curriculum: bool = True
     selection: bool = True
     probes: bool = True
     spend_saved: bool = False
@@ -128,7 +128,7 @@ class GEKOConfig:
     @classmethod
     def seed(cls) -> GEKOConfig:
         """The GEKO document to the letter: its buckets, weights and curriculum, and nothing that it does not name."""
-        return cls(bucket_weights=(3, 1, 0), use_curriculum=True, probes=False, uniform_finish=0.0, noise_guard=False)
+        return cls(probes=False, uniform_finish=0.0, noise_guard=False)
 
     @classmethod
     def aggressive(cls) -> GEKOConfig:
@@ -148,7 +148,7 @@ class GEKOConfig:
     @classmethod
     def gekolib(cls) -> GEKOConfig:
         """The rules of the reference package gekolib 0.3.1: quality by standard deviation, Q gate at 0.8."""
-        return cls(quality="std", min_q_for_freeze=0.8, bucket_weights=(3, 1, 0), use_curriculum=True)
+        return cls(quality="std", min_q_for_freeze=0.8)
 
     @classmethod
     def uniform(cls) -> GEKOConfig:

@@ -21,10 +21,10 @@ def test_bucket_codes():
 def test_defaults():
     config = gk.GEKOConfig()
     assert (config.freeze_confidence, config.freeze_quality, config.focus_confidence) == (0.85, 0.80, 0.60)
-    assert config.bucket_weights == (1, 1, 1) and config.freeze_weight == 0
+    assert config.bucket_weights == (3, 1, 0) and config.freeze_weight == 0
     assert (config.correctness, config.correct_loss, config.correct_accuracy) == ("loss", 0.5, 1.0)
     assert (config.quality, config.q_value_lr, config.q_value_loss_scale) == ("rise", 0.1, 10.0)
-    assert config.min_q_for_freeze == 0 and not config.use_curriculum and not config.spend_saved
+    assert config.min_q_for_freeze == 0 and config.use_curriculum and not config.spend_saved
 
 
 def test_presets():
@@ -35,9 +35,7 @@ def test_presets():
     assert gk.GEKOConfig.conservative() == gk.GEKOConfig(
         freeze_confidence=0.8, freeze_quality=0.75, bucket_weights=(2, 2, 1)
     )
-    assert gk.GEKOConfig.gekolib() == gk.GEKOConfig(
-        quality="std", min_q_for_freeze=0.8, bucket_weights=(3, 1, 0), use_curriculum=True
-    )
+    assert gk.GEKOConfig.gekolib() == gk.GEKOConfig(quality="std", min_q_for_freeze=0.8)
     uniform = gk.GEKOConfig.uniform()
     assert uniform.bucket_weights == (1, 1, 1) and uniform.freeze_weight == 1
     assert not (uniform.use_curriculum or uniform.selection or uniform.probes or uniform.noise_guard)
@@ -62,7 +60,7 @@ def test_a_config_is_frozen_and_hashable():
     config = gk.GEKOConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.quality = "std"
-    assert len({config, gk.GEKOConfig(), gk.GEKOConfig(bucket_weights=[1, 1, 1])}) == 1
+    assert len({config, gk.GEKOConfig(), gk.GEKOConfig(bucket_weights=[3, 1, 0])}) == 1
 
 
 @pytest.mark.parametrize(

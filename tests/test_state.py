@@ -42,7 +42,7 @@ def test_a_new_state():
     assert state.q_value.tolist() == [0.5] * 3 and state.bucket.tolist() == [gk.Bucket.FOCUS] * 3
     assert state.quality.tolist() == [1.0] * 3 and state.last_loss.isinf().all() and not state.times_seen.any()
     assert state.bucket_counts().tolist() == [0, 0, 3, 0] and len(state) == 3
-    assert state.bucket_weights.tolist() == [1, 1, 1] and state.freeze_weight == 0
+    assert state.bucket_weights.tolist() == [3, 1, 0] and state.freeze_weight == 0
     assert repr(state) == "SampleState(num_samples=3, device='cpu')"
 
 
