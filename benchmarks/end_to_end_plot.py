@@ -1,0 +1,41 @@
+"""Pictures of the end-to-end runs: quality over time on each task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from end_to_end_report import MEASURES, Rows
+from end_to_end_tasks import TASKS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_COLORS = {"A": "0.45", "B": "tab:blue", "H": "tab:red"}
+_NAMES = {"A": "uniform", "B": "uniform at GEKO's budget", "H": "GEKO"}
+
+
+def draw(tasks: dict[str, Rows], folder: Path) -> None:
+    """`end_to_end.png`: held-out quality (recall in R1) over seconds of training, one line a seed."""
+    shown = [name for name in TASKS if tasks.get(name, {}).get("A")]
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, shown, strict=False):
+        measure = MEASURES[name]
+        key = measure.key.replace("test", "train") if name == "R1" else measure.key
+        for arm, color in _COLORS.items():
+            for i, row in enumerate(tasks[name].get(arm, {}).values()):
+                seconds = [entry["seconds"] for entry in row["history"]]
+                values = [entry[key] * measure.scale for entry in row["history"]]
+                axis.plot(seconds, values, color=color, alpha=0.7, marker=".", label=_NAMES[arm] if i == 0 else None)
+        axis.set_title(f"{name}: {TASKS[name].what}", fontsize=9)
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel("recall, %" if name == "R1" else "accuracy, %" if measure.scale == 100 else "held-out loss")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "end_to_end.png", dpi=110)
+    plt.close(figure)

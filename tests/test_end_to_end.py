@@ -1,0 +1,122 @@
+"""The end-to-end benchmark on a tiny random model: every arm runs, rows are whole, tables come out of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+import end_to_end
+import end_to_end_data as data
+import end_to_end_report as report
+from end_to_end_arms import ARMS
+from end_to_end_run import batches, learning_rate
+from end_to_end_targets import targets
+from end_to_end_tasks import TASKS, make_data
+
+GLOSS = '{:08d} {:02d} n 01 {}_thing 0 000 @ 0000 n 0000 | {} of the {} kind; "an example"'
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    words = "red blue tall small wide round bitter loud calm strange old new".split()
+    lines = ["  1 This software is a notice"]
+    lines += [GLOSS.format(i, 3 + i % 26, words[i % 12], f"something {i}", words[i % 7]) for i in range(500)]
+    path = tmp_path / "data.noun"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(monkeypatch, tmp_path, wordnet, *arguments):
+    out = tmp_path / "end_to_end.jsonl"
+    command = ["end_to_end.py", "--quick", "--wordnet", str(wordnet), "--out", str(out), "--done", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    end_to_end.main()
+    return out, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_arm_runs_and_a_second_start_goes_on(monkeypatch, tmp_path, wordnet):
+    pytest.importorskip("geko")
+    arms = ["--tasks", "R2-30", "--arms", *(arm for arm in ARMS if arm != "G")]
+    assert len(run(monkeypatch, tmp_path, wordnet, *arms)[1]) == len(ARMS) - 1
+    out, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R2-30")
+    assert [row["arm"] for row in rows].count("H") == 1 and {row["arm"] for row in rows} == set(ARMS)
+    for row in rows:
+        assert row["rows_forward"] >= row["rows_trained"] > 0 and row["alone"] and row["history"]
+        assert row["history"][-1]["progress"] == pytest.approx(1.0, abs=0.02)
+    cost = {row["arm"]: row["cost"] for row in rows}
+    assert cost["A"] == 1.0 and cost["B"] == pytest.approx(cost["H"], abs=0.05) and cost["D"] < 1.0
+
+
+@pytest.mark.parametrize("task", ["R1", "R3", "R4", "R5", "R6"])
+def test_the_other_tasks_run(monkeypatch, tmp_path, wordnet, task):
+    _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", task, "--arms", "H", "A", "B")
+    assert [row["arm"] for row in rows] == ["H", "A", "B"]
+    assert all(torch.isfinite(torch.tensor(row["final"]["test_loss"])) for row in rows)
+
+
+def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, wordnet):
+    out, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R2-0", "R3", "--arms", "H", "A", "B")
+    for row in rows:  # a second seed, 3 points better with GEKO, in half the time
+        row["seed"], row["final"] = 1, {**row["final"], "test_accuracy": 0.53 if row["arm"] == "H" else 0.5}
+        row["seconds"]["total"] = 1.0 if row["arm"] == "H" else 2.0
+    with out.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    tasks = report.load(out)
+    text = "\n".join(report.table("R2-0", tasks["R2-0"]))
+    assert "| H: GEKO, flat weights | 2 |" in text and "| B: uniform at H's budget | 2 |" in text
+    del tasks["R2-0"]["H"][0]
+    found = {target.what: target for target in targets(tasks)}
+    assert found["R2-0: time / A's at most 0.55"].hit and found["R2-0: no worse than A, margin 0.5 points"].hit
+    monkeypatch.setattr(sys, "argv", ["end_to_end_report.py", str(out)])
+    report.main()
+    assert (tmp_path / "end_to_end.png").exists()
+
+
+def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_path, wordnet):
+    _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R3", "--arms", "H", "A", "--tune", "1", "100")
+    ends = {row["lr"]: row["final"]["test_loss"] for row in rows if row["arm"] == "A"}
+    assert len(ends) == 2 and [row["lr"] for row in rows if row["arm"] == "H"] == [min(ends, key=ends.get)]
+
+
+def test_wrong_labels_are_as_many_as_asked(wordnet):
+    encode = lambda texts: [[len(word) for word in text.split()] for text in texts]  # noqa: E731
+    for name in ("R2-10", "R2-30", "R2-pairs"):
+        made = make_data(TASKS[name], encode, wordnet, 200)
+        share = made.train.wrong.float().mean().item()
+        assert share == pytest.approx(TASKS[name].noise) and not made.test.wrong.any()
+
+
+def test_additions_add_up_and_the_test_set_is_unseen():
+    made = data.additions(300)
+    code = {i + 1: c for i, c in enumerate("0123456789+=;")}
+    seen = []
+    for split in made[:2]:
+        texts = ["".join(code[t] for t in row[:n]) for row, n in zip(split.tokens.tolist(), split.lengths, strict=True)]
+        for text in texts:
+            a, b, c = (part[::-1] for part in text.rstrip(";").replace("=", "+").split("+"))
+            assert int(a) + int(b) == int(c)
+        seen.append(set(texts))
+    assert not seen[0] & seen[1]
+
+
+def test_batches_hold_each_sample_once_and_like_lengths():
+    lengths = torch.randint(5, 40, (500,))
+    ids = torch.randperm(500)[:333]
+    found = batches(ids, lengths, 16, seed=0)
+    assert sorted(torch.cat(found).tolist()) == list(range(333))
+    spread = [int(lengths[ids[part]].max() - lengths[ids[part]].min()) for part in found]
+    assert sum(spread) / len(spread) < 6
+
+
+def test_the_learning_rate_decays_to_zero():
+    assert learning_rate(2.0, 0.0) == 0 and learning_rate(2.0, 0.03) == 2.0
+    assert learning_rate(2.0, 1.0) == pytest.approx(0, abs=1e-9)
