@@ -40,9 +40,20 @@ class Job(NamedTuple):
     lr: float | None  # None: the best that the uniform arm was tried at
 
 
-def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, rates: list[float]) -> Iterator[Job]:
+Rates = list[tuple[str, list[float]]]
+
+
+def tuned(text: str) -> tuple[str, list[float]]:
+    """ "R1=1e-4,3e-4" -> ("R1", [1e-4, 3e-4])."""
+    name, _, rates = text.partition("=")
+    if name not in TASKS:
+        raise argparse.ArgumentTypeError(f"{name} is no task")
+    return name, [float(rate) for rate in rates.split(",")]
+
+
+def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, tune: Rates) -> Iterator[Job]:
     """All runs in the order of their worth, those that tune the learning rate first."""
-    yield from (Job(name, "A", 0, TASKS[name].lr * rate) for name in tasks for rate in rates)
+    yield from (Job(name, "A", 0, rate) for name, rates in tune for rate in rates)
     most = max(TASKS[name].seeds for name in tasks) if seeds is None else seeds
     others = [arm for arm in ARMS if arm not in DECIDING]
     wanted = set(arms or ARMS)
@@ -100,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="(default: all)")
     parser.add_argument("--seeds", type=int, help="(default: the task's)")
-    parser.add_argument("--tune", nargs="+", type=float, default=[], help="first try A at these multiples of lr")
+    parser.add_argument("--tune", nargs="+", type=tuned, default=[], help="first try A at rates: R1=1e-4,3e-4")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th seed of a task, from the i-th on")
     parser.add_argument("--shared", action="store_true", help="others use this GPU meanwhile: no times")

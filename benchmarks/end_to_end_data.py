@@ -52,6 +52,10 @@ class Data(NamedTuple):
     group_names: Sequence[str]
 
 
+def _padded(rows: list[list[int]], width: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int32)
+
+
 def pack(
     prompts: list[list[int]],
     answers: list[list[int]],
@@ -60,14 +64,13 @@ def pack(
     wrong: Tensor | None = None,
 ) -> Split:
     """Prompt and answer as one row of `shape[0]` tokens; the answer's tokens, at most `shape[1]`, are the labels."""
-    lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
-    tokens = torch.zeros(len(prompts), shape[0], dtype=torch.int32)
-    positions = torch.zeros(len(prompts), shape[1], dtype=torch.int16)
-    labels = torch.full(positions.shape, -100, dtype=torch.int32)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[i, : lengths[i]] = torch.tensor(prompt + answer, dtype=torch.int32)
-        positions[i, : len(answer)] = torch.arange(len(answer)) + len(prompt) - 1
-        labels[i, : len(answer)] = torch.tensor(answer, dtype=torch.int32)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    starts = torch.tensor([[len(prompt) - 1] for prompt in prompts])
+    counts = torch.tensor([[len(answer)] for answer in answers])
+    places = torch.arange(shape[1])
+    positions = torch.where(places < counts, starts + places, 0).short()
+    tokens, labels = _padded(rows, shape[0], 0), _padded(answers, shape[1], -100)
+    lengths = torch.tensor([len(row) for row in rows])
     wrong = torch.zeros(len(prompts), dtype=torch.bool) if wrong is None else wrong
     return Split(tokens, positions, labels, lengths, torch.tensor(groups), wrong)
 

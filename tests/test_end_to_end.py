@@ -82,7 +82,7 @@ def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, w
 
 
 def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_path, wordnet):
-    _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R3", "--arms", "H", "A", "--tune", "1", "100")
+    _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R3", "--arms", "H", "A", "--tune", "R3=1e-4,1e-2")
     ends = {row["lr"]: row["final"]["test_loss"] for row in rows if row["arm"] == "A"}
     assert len(ends) == 2 and [row["lr"] for row in rows if row["arm"] == "H"] == [min(ends, key=ends.get)]
 
