@@ -1,15 +1,33 @@
-"""Builds `geko_kernels._C`, the CPU kernels in csrc/; everything else is in pyproject.toml.
+"""Builds csrc/: `geko_kernels._C`, the CPU kernels, and `_hopper`, the CUDA kernel; the rest is in pyproject.toml.
 
-Without torch at build time, or where the build fails (no C++ compiler), the package installs without the extension
-and uses its plain PyTorch reference, which is right but slow.
+Without torch at build time, or where the build fails (no C++ compiler), the package installs without `_C` and uses its
+plain PyTorch reference, which is right but slow; without nvcc it installs without `_hopper`, and Triton does its work.
 """
 
+import os
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+HOPPER = "geko_kernels._hopper"
+HOPPER_SOURCE = "csrc/cuda/predicted_rows.cu"
+NVCC_FLAGS = ["-gencode=arch=compute_90,code=sm_90", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-I."]
+
+
+def find_nvcc():
+    """The compiler in CUDA_HOME or on the path; None where there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) or shutil.which("nvcc")
+
+
+def hopper_extension():
+    """A plain C library that `geko_kernels.hopper` loads, no Python module: nothing of Python or torch goes in."""
+    return Extension(HOPPER, [], depends=["csrc/cuda/clusters.h", "csrc/cuda/vectors.h", HOPPER_SOURCE], optional=True)
 
 
 def cpu_extension(cpp_extension, torch_version):
@@ -40,6 +58,15 @@ def build_settings():
     class BuildOrSkip(cpp_extension.BuildExtension):
         """Builds with ninja; a failure is a warning, not the end of the install."""
 
+        def build_extension(self, ext):
+            if ext.name != HOPPER:
+                return super().build_extension(ext)
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done = subprocess.run([find_nvcc(), *NVCC_FLAGS, HOPPER_SOURCE, "-o", target], cwd=ROOT)
+            if done.returncode:
+                raise CompileError("nvcc failed")
+
         def run(self):
             try:
                 super().run()
@@ -48,7 +75,10 @@ def build_settings():
                 self.extensions = self.distribution.ext_modules = []
 
     return {
-        "ext_modules": [cpu_extension(cpp_extension, torch.__version__)],
+        "ext_modules": [
+            cpu_extension(cpp_extension, torch.__version__),
+            *([hopper_extension()] if find_nvcc() else []),
+        ],
         "cmdclass": {"build_ext": BuildOrSkip},
     }
 
