@@ -82,8 +82,9 @@ class _PlannedLoss(torch.autograd.Function):
     """`_LogitsLoss` of a call past the dispatcher, where nothing asks for `setup_context`, which costs two calls."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Tensor, Any, Tensor], inplace: bool) -> Tensor:
-        loss, ctx.plan, ctx.kept = outcome  # not saved but kept: see `_LogitsLoss`
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Any, ...], inplace: bool) -> Tensor:
+        # not saved but kept: see `_LogitsLoss`
+        loss, ctx.plan, ctx.kept, _entries, ctx.predicted, ctx.prediction = outcome
         ctx.inplace = inplace
         ctx.save_for_backward(logits, labels)
         return loss
@@ -92,7 +93,9 @@ class _PlannedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
         plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
-        grad = ops.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
+        predicted, ctx.predicted = ctx.predicted, None  # given away: a second backward computes anew
+        args = (logits, labels, plan, kept, grad_output, inplace)
+        grad = ops.planned_logits_grad(*args, predicted, ctx.prediction)
         if grad is None:
             saved = plan.saved(kept)
             grad = _logits_grad(grad_output, logits, labels, saved, plan.shift, plan.softcap, inplace)
@@ -190,7 +193,8 @@ def weighted_loss(
         softcap: c means `logits = c * tanh(logits / c)` first.
         update: False reads the state and leaves it as it is; so does a call under `torch.no_grad`.
         return_stats: also return `SampleStats`.
-        inplace: let the backward write the gradient over the logits, which nothing else may need then.
+        inplace: let the gradient be written over the logits, in the backward or already in this call; nothing else may
+            need them from now on.
 
     Returns:
         The loss, float32: () or, for "none", one entry a visit; with `return_stats` a pair (loss, stats).
@@ -216,21 +220,24 @@ def weighted_loss(
     writes = state is not None and update and torch.is_grad_enabled()
     options = (code, ignore_index, shift, cap, writes)
     table = (rules, weights, items)
-    planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, columns, return_stats, *options)
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    prediction = prediction_of(state, logits.device) if differentiable and eager else None
+    foresight = (prediction and prediction[0], inplace)
+    planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, columns, return_stats, *foresight, *options)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
         visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *columns, *options))
         loss = visits.loss
     else:
-        loss, plan, kept, entries = planned
+        loss, plan, _, entries, _ = planned
     if eager:
         check_flag(columns[-1], state, logits.shape[-1])
-    if logits.requires_grad and torch.is_grad_enabled():
+    if differentiable:
         if planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = _apply(logits, labels, visits, shift, cap, overwrite)
         else:
-            loss = _apply_planned(logits, labels, planned[:3], inplace)
+            loss = _apply_planned(logits, labels, (*planned, prediction), inplace)
     if not return_stats:
         return loss
     return loss, visits.stats() if planned is None else _stats_of(*plan.entries_of(entries))
@@ -250,6 +257,17 @@ def table_of(
     return state.rules, state.weights, columns
 
 
+def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(upstream, predictions) of `state`, or those that all calls without a state share on `device`."""
+    if state is not None:
+        return state.upstream, state.predictions
+    if device not in _plain_prediction:
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        _plain_prediction[device] = torch.ones((), device=device), counts
+    return _plain_prediction[device]
+
+
+_plain_prediction: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 

@@ -228,8 +228,10 @@ def planned_loss_forward(
     num_items: Tensor | None,
     columns: tuple[Tensor | None, ...],
     stats: bool,
+    upstream: Tensor | None,
+    inplace: bool,
     *options: Any,
-) -> tuple[Tensor, Any, Tensor, Tensor | None] | None:
+) -> tuple[Tensor, Any, Tensor, Tensor | None, Tensor | None] | None:
     """`kernels.forward.planned_loss_forward` where it can stand in for `loss_forward_`, else None."""
     backend = _planning(logits, labels, sample_ids)
     if backend is None or not labels.numel():
@@ -237,8 +239,12 @@ def planned_loss_forward(
     update = options[-1]
     if update and recomputing():
         update, options = False, (*options[:-1], False)
+    if _override or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, stats)
-    outcome = backend.planned_loss_forward(*args, *options)
+    outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
+    if inplace and outcome[-1] is not None:
+        torch.autograd.graph.increment_version(logits)
     if update:
         *written, _quarantined, error = columns
         torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])
@@ -246,13 +252,28 @@ def planned_loss_forward(
 
 
 def planned_logits_grad(
-    logits: Tensor, labels: Tensor, plan: Any, kept: Tensor, grad_output: Tensor, inplace: bool
+    logits: Tensor,
+    labels: Tensor,
+    plan: Any,
+    kept: Tensor,
+    grad_output: Tensor,
+    inplace: bool,
+    predicted: Tensor | None,
+    prediction: tuple[Tensor, Tensor],
 ) -> Tensor | None:
-    """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None."""
+    """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None.
+
+    With `predicted`, `kernels.forward.predicted_logits_grad`: in place always, as the logits are gone.
+    """
     backend = _planning(logits, labels, grad_output)
-    if backend is None or not plan.fits(logits, labels):
+    if inplace and predicted is not None:
+        backend = _load("triton")
+    elif backend is None or not plan.fits(logits, labels):
         return None
-    grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
+    if predicted is None:
+        grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
+    else:
+        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, *prediction)
     if inplace:
         torch.autograd.graph.increment_version(logits)
     return grad

@@ -89,6 +89,10 @@ class SampleState:
             [*self.config.bucket_weights, self.config.freeze_weight], dtype=torch.float32, device=device
         )  # (HARD, FOCUS, LIGHT, FREEZE)
 
+        # for prediction: the last backward's upstream gradient; token gradients (predicted right, corrected) so far
+        self.upstream = torch.ones((), device=device)
+        self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
+
     def __len__(self) -> int:
         return self.num_samples
 
@@ -181,7 +185,11 @@ class SampleState:
         """Write a safetensors file, config included; a process killed meanwhile leaves the old file whole."""
         path = Path(path)
         columns = {name: column.detach().cpu().contiguous() for name, column in self.state_dict().items()}
-        metadata = {"format": _FORMAT, "config": json.dumps(self.config.to_dict())}
+        metadata = {
+            "format": _FORMAT,
+            "config": json.dumps(self.config.to_dict()),
+            "upstream": str(float(self.upstream)),
+        }
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.touch()
@@ -211,6 +219,7 @@ class SampleState:
         config = GEKOConfig.from_dict(json.loads(metadata["config"]))
         state = cls(columns["times_seen"].numel(), config, device)
         state.load_state_dict(columns)
+        state.upstream.fill_(float(metadata.get("upstream", 1)))
         return state
 
 

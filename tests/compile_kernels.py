@@ -80,6 +80,27 @@ def call(form: str, table: bool, dtype: torch.dtype, vocab: int, strided: bool, 
         kernels.logits_grad(upstream, padded, labels, tokens, coeff, scale, token_visit, shift, softcap)
 
 
+def call_predicted(form: str, table: bool, dtype: torch.dtype, vocab: int, **options: Any) -> None:
+    """The launches around the CUDA kernel, for such a call."""
+    from geko_kernels import SampleState
+    from geko_kernels.kernels.correct_rows import correct_launch
+    from geko_kernels.kernels.predict import predict_launch
+
+    reduction, shift, update = (options[k] for k in ("reduction", "shift", "update"))
+    logits, labels = torch.empty(2, 1000, vocab, dtype=dtype), torch.zeros(2, 1000, dtype=torch.int64)
+    ids = {"none": None, "row": labels[:, 0].clone(), "packed": labels}[form]
+    state = SampleState(3)
+    columns = (state.q_value, state.loss_history, state.times_seen, state.bucket, state.claim, state.quarantined)
+    columns = (*columns, state.error) if table else (None,) * 7
+    words, floats = labels.int(), logits.new_empty(5, 2000, dtype=torch.float32)
+    predict = predict_launch(labels, ids, 3, vocab, reduction, -100, shift, update)
+    predict(labels, ids, state.weights, *columns, words, words, floats, words)
+    one = torch.ones(())
+    for inplace in (False, True):
+        correct = correct_launch(logits, logits, labels, shift, inplace)
+        correct(logits, one, logits, labels, floats, floats[0], one, floats[1], state.upstream, state.predictions)
+
+
 def resources(kernel: Any) -> tuple[int, int]:
     """(registers, spilled bytes) as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +139,8 @@ def main(everything: bool) -> None:
     else:
         for i, options in enumerate(settings):
             call(*forms[i % 3], dtypes[i % 3], *shapes[i], **options)
+            if options["reduction"]:
+                call_predicted(*forms[i % 3], dtypes[i % 3], shapes[i % 2][0], **options)
     for name, kernel in compiled.values():
         print(name, *resources(kernel))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import geko_kernels
-from geko_kernels import ops
+from geko_kernels import hopper, ops
 
 _PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
 _VARIABLES = (
@@ -90,7 +90,15 @@ def _cpu_name() -> str:
 
 def _backends() -> list[tuple[str, str]]:
     cuda = _backend(torch.device("cuda")) if torch.cuda.is_available() else "none: no CUDA device to run on"
-    return [("cpu", _backend(torch.device("cpu"))), ("cuda", cuda)]
+    return [("cpu", _backend(torch.device("cpu"))), ("cuda", cuda), ("cuda, one pass", _one_pass())]
+
+
+def _one_pass() -> str:
+    """Whether large losses read the logits once, predicting their gradient, and why not."""
+    if os.environ.get("GEKO_BACKEND"):
+        return "off: GEKO_BACKEND is set"
+    reason = hopper.missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return f"off: {reason}" if reason else "on, for large batches"
 
 
 def _backend(device: torch.device) -> str:

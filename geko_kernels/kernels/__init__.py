@@ -38,6 +38,7 @@ sample_update_ = _on_own_device(_sample_update.sample_update_)
 loss_forward_ = _on_own_device(_forward.loss_forward_)
 planned_loss_forward = _on_own_device(_forward.planned_loss_forward)
 planned_logits_grad = _on_own_device(_forward.planned_logits_grad)
+predicted_logits_grad = _on_own_device(_forward.predicted_logits_grad)
 logits_grad = _on_own_device(_logits_grad.logits_grad)
 logits_grad_ = _on_own_device(_logits_grad.logits_grad_)
 scored_rows = _on_own_device(_linear_rows.scored_rows)
@@ -57,6 +58,7 @@ __all__ = [
     "loss_forward_",
     "planned_logits_grad",
     "planned_loss_forward",
+    "predicted_logits_grad",
     "rescale_",
     "sample_update_",
     "scatter_rows_",

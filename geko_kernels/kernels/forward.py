@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geko_kernels import reference
 from geko_kernels.kernels.plan import Columns, Plan, plan_of
+from geko_kernels.kernels.predicted_plan import PredictedPlan, predicted_plan
 from geko_kernels.kernels.sample_update import empty_outputs
 from geko_kernels.kernels.visit_prep import scratch_words
 
@@ -65,18 +66,46 @@ def planned_loss_forward(
     num_items: Tensor | None,
     columns: Columns,
     stats: bool,
+    upstream: Tensor | None,
+    inplace: bool,
     *options: Any,
-) -> tuple[Tensor, Plan, Tensor, Tensor | None]:
+) -> tuple[Tensor, Plan, Tensor, Tensor | None, Tensor | None]:
     """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
-    Args: columns (..., quarantined, error); options (reduction, ignore_index, shift, softcap, update).
+    Args: columns (..., quarantined, error); upstream () as the last backward had it, where a gradient may be predicted
+        (over the logits if `inplace`); options (reduction, ignore_index, shift, softcap, update).
     Returns: the loss; the plan; kept and, with `stats`, visits: the op's other outputs as `plan.saved` and
-        `plan.entries_of` see them.
+        `plan.entries_of` see them; the predicted gradient, which `predicted_logits_grad` corrects, or None.
     """
     plan = plan_of(logits, labels, sample_ids, num_items, columns, *options)
+    predicted = None
+    if upstream is not None:
+        predicted = _predicting(plan, inplace, logits, labels, sample_ids, columns, options)
     apart = stats or plan.packed  # packed there are as many entries as tokens: too many to keep for nothing
-    loss, kept, visits = plan.forward(logits, labels, sample_ids, rules, weights, num_items, columns, apart)
-    return loss, plan, kept, visits
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, apart)
+    if upstream is not None and predicted is not None:
+        grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        loss, kept, visits = predicted.forward(*args, grad, upstream)
+        return loss, predicted, kept, visits, grad
+    loss, kept, visits = plan.forward(*args)
+    return loss, plan, kept, visits, None
+
+
+def _predicting(
+    plan: Plan,
+    inplace: bool,
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    columns: Columns,
+    options: tuple[Any, ...],
+) -> PredictedPlan | None:
+    """The plan that predicts the gradient of calls of `plan`, where there is one."""
+    if inplace not in plan.predicting:
+        batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
+        table_rows = -1 if columns[0] is None else columns[0].shape[0]
+        plan.predicting[inplace] = predicted_plan(inplace, plan.layout, *batch, sample_ids, table_rows, *options)
+    return plan.predicting[inplace]
 
 
 def planned_logits_grad(
@@ -86,3 +115,18 @@ def planned_logits_grad(
     out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     plan.gradient(out, kept, grad_output, logits, labels, inplace)
     return out
+
+
+def predicted_logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    plan: PredictedPlan,
+    kept: Tensor,
+    grad_output: Tensor,
+    predicted: Tensor,
+    upstream: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    """The same of a forward that left `predicted`, which becomes it; see `reference_predicted.correct_rows_`."""
+    plan.correct(predicted, kept, grad_output, logits, labels, upstream, counts)
+    return predicted

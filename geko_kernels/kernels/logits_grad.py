@@ -62,7 +62,7 @@ def _write_part(out, x, position, inside, lead, target, top, log_sum, factor, ca
 
 
 @triton.jit
-def _contiguous_tile(
+def contiguous_tile(
     out_ptr,
     x_ptr,
     tile,
@@ -183,7 +183,7 @@ def _logits_grad_kernel(
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     if UNIT:
-        _contiguous_tile(out, x, tile, target, top, log_sum, factor, vocab, softcap, SOFTCAP, SAME, BLOCK)
+        contiguous_tile(out, x, tile, target, top, log_sum, factor, vocab, softcap, SOFTCAP, SAME, BLOCK)
     else:
         _strided_tile(out, out_v, x, stride_v, tile, target, top, log_sum, factor, live, vocab, softcap, SOFTCAP, BLOCK)
 

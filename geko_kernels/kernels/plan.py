@@ -54,11 +54,12 @@ class Plan:
             labels, sample_ids, table_rows, logits.shape[-1], reduction, ignore_index, shift, update
         )
         self.gradients: dict[Hashable, Launch] = {}
+        self.predicting: dict[bool, Any] = {}  # inplace -> `PredictedPlan` of the same calls, or None
         self.loss_shape = () if reduction else (self.entries,)
-        self.coeff, self.scale, self.token_visit, self.kept_words = _starts(
+        self.coeff, self.scale, self.token_visit, self.kept_words = starts(
             5 * self.count, self.count, 1, self.count if self.packed else 0
         )
-        self.floats, self.flags, self.scratch, self.visit_words = _starts(
+        self.floats, self.flags, self.scratch, self.visit_words = starts(
             4 * self.entries, 6 * self.entries, -(-self.entries // 2), scratch_words(labels, self.packed)
         )
 
@@ -72,8 +73,9 @@ class Plan:
         num_items: Tensor | None,
         columns: Columns,
         apart: bool,
+        *gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss, kept, visits); logits and labels also as (B, V) and (B,).
+        """(loss, kept, visits); logits and labels also as (B, V) and (B,); for `gradient` see `PredictedPlan`.
 
         Unless `apart` both lie in one piece of memory, which the backward then keeps, and visits is None.
         """
@@ -86,25 +88,32 @@ class Plan:
             ids = None if sample_ids is None else sample_ids.data_ptr()
             items = None if num_items is None else num_items.data_ptr()
             self._launch(
-                (logits.data_ptr(), labels.data_ptr(), ids),
+                (logits.data_ptr(), labels.data_ptr(), ids, *[tensor.data_ptr() for tensor in gradient]),
                 (rules.data_ptr(), weights.data_ptr(), items),
                 columns if columns[0] is None else [column.data_ptr() for column in columns if column is not None],
-                (at, by + 4 * self.scratch),
+                self._work_at(at, by),
                 (loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
                 (by + 4 * self.floats, by, by + 4 * self.flags),
             )
         else:
-            tokens, coeff, scale, token_visit = self.saved(kept)
+            _, coeff, scale, token_visit = self.saved(kept)
             rest = kept[self.kept_words :] if visits is None else visits
             self._launch(
-                (logits, labels, sample_ids),
+                (logits, labels, sample_ids, *gradient),
                 (rules, weights, num_items),
                 columns,
-                (tokens, rest[self.scratch :].view(torch.int32)),
+                self._work(kept, rest),
                 (loss, scale, coeff, token_visit),
                 self.entries_of(rest),
             )
         return loss, kept, visits
+
+    def _work(self, kept: Tensor, visits: Tensor) -> tuple[Tensor, ...]:
+        """What one launch leaves for the next: tokens, scratch."""
+        return self.saved(kept)[0], visits[self.scratch :].view(torch.int32)
+
+    def _work_at(self, kept: int, visits: int) -> tuple[int, ...]:
+        return kept, visits + 4 * self.scratch
 
     def _launch(self, batch: Any, rules: Any, columns: Any, work: Any, outputs: Any, entries: Any) -> None:
         """Both launches, with tensors or with addresses."""
@@ -155,7 +164,7 @@ class Plan:
             launch(out, grad_output, logits, labels, *self.saved(kept))
 
 
-def _starts(*words: int) -> list[int]:
+def starts(*words: int) -> list[int]:
     """Where each part but the first starts, and where the last ends."""
     ends, end = [], 0
     for size in words:

@@ -6,6 +6,9 @@
     samples_forward    samples that went through a forward pass, probes included
     samples_backward   samples that went through a backward pass: every sample of a training batch
     samples_idle       those among them whose weight was zero: their backward moved nothing
+    gradients_predicted, gradients_corrected
+                       tokens whose gradient the forward had right, and those that the backward had to correct; both 0
+                       where the loss does not predict gradients (it takes a large batch on a Hopper GPU)
     tokens_forward     tokens of the forward passes, padding left out
     tokens_backward    tokens of the backward passes
     saved_compute      1 - (samples_forward + 2 * samples_backward) / (3 * samples_standard): share of the standard
@@ -56,7 +59,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.loss import SampleStats
 
 REPORT_NAME = "geko_report.json"
-_COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits")
+_COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits", "predicted", "corrected")
 _PARTS = ("steps", "probes", "selection", "evaluation", "checkpoints", "other")
 
 
@@ -76,6 +79,7 @@ class Efficiency:
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.epochs: list[dict[str, Any]] = []
         self.samples_standard = 0
+        self.predictions: Tensor | None = None  # of the run's `SampleState`
         self.open_epoch: int | None = None
         self.mark = self._marked(0)  # totals when the open epoch began
         self._part: str | None = None  # what the wall time goes to now
@@ -93,7 +97,7 @@ class Efficiency:
             (loss * stats.num_tokens).sum(),
             (stats.accuracy.double() * stats.num_tokens).sum(),
         ]
-        self.sums[int(probe)] += torch.stack([part.double() for part in parts])
+        self.sums[int(probe), : len(parts)] += torch.stack([part.double() for part in parts])
 
     def switch(self, part: str | None) -> str | None:
         """From now on wall time goes to `part`; returns where it went before."""
@@ -114,6 +118,9 @@ class Efficiency:
 
     def collect(self) -> dict[str, float]:
         """Move the device's counts into the totals (all processes call it); returns the training share of them."""
+        if self.predictions is not None:
+            self.sums[0, -2:] += self.predictions
+            self.predictions.zero_()
         if self.reduce is not None:
             self.reduce(self.sums)
         train, probe = (dict(zip(_COUNTS, row, strict=True)) for row in self.sums.tolist())
@@ -167,6 +174,8 @@ class Efficiency:
             "samples_forward": forward,
             "samples_backward": backward,
             "samples_idle": round(self.train["idle"]),
+            "gradients_predicted": round(self.train["predicted"]),
+            "gradients_corrected": round(self.train["corrected"]),
             "tokens_forward": round(self.train["tokens"] + self.probe["tokens"]),
             "tokens_backward": round(self.train["tokens"]),
             "saved_compute": 1 - (forward + 2 * backward) / (3 * standard) if standard else 0.0,

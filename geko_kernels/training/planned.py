@@ -65,6 +65,8 @@ class PlannedTrainer(Trainer):
             self._load(resume_from_checkpoint)
         elif self.model_init is not None:
             self.sample_state = self._new_state()  # another model, nothing learnt yet
+        if self.sample_state is not None:
+            self.efficiency.predictions = self.sample_state.predictions
         self.efficiency.switch("other")
         output = super().train(resume_from_checkpoint, *rest, **named)
         self._end_epoch()
@@ -89,6 +91,7 @@ class PlannedTrainer(Trainer):
         if state.config != self.config:
             logger.warning("The checkpoint was written with another GEKOConfig; going on with the trainer's own.")
         self.sample_state.load_state_dict(state.state_dict())
+        self.sample_state.upstream.copy_(state.upstream)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)
