@@ -39,6 +39,8 @@ class Contender:
     inplace: bool = False
     cpu: bool = True
     package: str = "torch"
+    backend: str = ""  # GEKO_BACKEND for its calls; empty: the device's own choice
+    hit_rate: float | None = None  # share of the samples whose gradient is predicted right, where one is
 
     def package_version(self) -> str | None:
         try:
@@ -58,6 +60,21 @@ def _geko(case: Case, inplace: bool) -> LossOf:
         loss = gk.weighted_loss(logits, labels, case.sample_ids, state, inplace=inplace)
         assert isinstance(loss, Tensor)
         return loss
+
+    return loss_of
+
+
+def _geko_hopper(case: Case, hit_rate: float) -> LossOf:
+    """As `_geko`, each call with the state as it was when `hit_rate` of the samples were where this call puts them."""
+    labels, state = case.labels.view(case.shape.batch[:-1]), _state(case)
+    gk.weighted_loss(case.logits.view(case.shape.batch), labels, case.sample_ids, state)
+    order = torch.randperm(case.shape.samples, generator=torch.Generator().manual_seed(1)).to(case.device)
+    other = torch.where(state.bucket <= gk.Bucket.LIGHT, gk.Bucket.HARD, gk.Bucket.FREEZE)
+    before = torch.where(order < round(hit_rate * case.shape.samples), state.bucket, other.to(torch.uint8))
+
+    def loss_of(logits: Tensor) -> Tensor:
+        state.bucket.copy_(before)
+        return gk.weighted_loss(logits, labels, case.sample_ids, state)
 
     return loss_of
 
@@ -100,11 +117,18 @@ def _flash_attn(case: Case) -> LossOf:
     return lambda logits: cross_entropy_loss(logits, case.labels)[0].mean()
 
 
+_ours = partial(Contender, ours=True, package="geko_kernels")
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("geko", partial(_geko, inplace=False), ours=True, package="geko_kernels"),
-        Contender("geko-inplace", partial(_geko, inplace=True), ours=True, inplace=True, package="geko_kernels"),
+        _ours("geko", partial(_geko, inplace=False), backend="triton"),
+        _ours("geko-inplace", partial(_geko, inplace=True), backend="triton", inplace=True),
+        _ours("geko-hopper", partial(_geko_hopper, hit_rate=1.0), cpu=False, hit_rate=1.0),
+        *(
+            _ours(f"geko-hopper-{rate}", partial(_geko_hopper, hit_rate=rate), cpu=False, hit_rate=rate)
+            for rate in (0.9, 0.5, 0.0)
+        ),
         Contender("torch", partial(_torch, upcast=False)),
         Contender("torch-fp32", partial(_torch, upcast=True)),
         Contender("compile", _compile),

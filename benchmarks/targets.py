@@ -41,10 +41,12 @@ class _Group:
         self.name = label(rows[0])
         self.large = rows[0]["size"] == "large"
 
-    def value(self, contender: str, key: str = "ms", zero_share: float = 0.0) -> float | None:
+    def value(
+        self, contender: str, key: str = "ms", zero_share: float = 0.0, hit_rate: float | None = None
+    ) -> float | None:
         """`key` of `contender`'s forward + backward, or None where it was not measured."""
         for row in self.rows:
-            same = row["contender"] == contender and row["mode"] == "full"
+            same = row["contender"] == contender and row["mode"] == "full" and row.get("hit_rate") == hit_rate
             if same and abs(row["zero_share"] - zero_share) < 1e-3:
                 return row.get(key)  # older rows lack some
         return None
@@ -67,6 +69,7 @@ def targets(rows: list[Row]) -> Iterator[Target]:
             yield from _faster_than(group, {"compile": 2.0, "torch-geko": 6.0})
         elif group.large:
             yield from _time(group)
+            yield from _predicted(group)
             yield from _faster_than(group, {"compile-geko": 3.5, "torch-geko": 9.0})
             yield from _cost(group)
         else:
@@ -94,6 +97,20 @@ def _time(group: _Group) -> Iterator[Target]:
     skipping = group.value("geko", zero_share=2 / 3)
     if ours and skipping:
         yield Target(f"{group.name}: time of geko at zero share 2/3 / at 0", skipping / ours, 0.75)
+
+
+def _predicted(group: _Group) -> Iterator[Target]:
+    """The forward that predicts its gradient, against the fastest plain loss."""
+    fastest = min((time for peer in PLAIN if (time := group.value(peer)) is not None), default=None)
+    if fastest is None or group.vocab not in (32000, 128256, 151936, 262144) or group.rows[0]["packed"]:
+        return
+    bars = ((1.0, 0.0, 0.8 if group.vocab == 32000 else 0.75), (0.9, 0.0, 0.85), (1.0, 2 / 3, 0.55))
+    for hit_rate, zero_share, bar in bars:
+        ours = group.value("geko-hopper", zero_share=zero_share, hit_rate=hit_rate)
+        if ours:
+            share = f", zero share {zero_share:.2f}" if zero_share else ""
+            what = f"{group.name}: time of geko-hopper / fastest plain loss at hit rate {hit_rate}{share}"
+            yield Target(what, ours / fastest, bar)
 
 
 def _cost(group: _Group) -> Iterator[Target]:
