@@ -2,7 +2,7 @@
 
 Bytes that each kernel reads and writes (the forward: at most 1.05 x and under 1 % of the logits' size, printed here):
 
-    ncu --launch-skip 3 --launch-count 3 --kernel-name 'regex:statistics|update|grad' \
+    GEKO_BACKEND=triton ncu --launch-skip 3 --launch-count 3 --kernel-name 'regex:statistics|update|grad' \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
         python benchmarks/profile_loss.py 8192 128256
 

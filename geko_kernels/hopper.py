@@ -34,7 +34,6 @@ class _Shape(ctypes.Structure):
 # struct Arguments: 9 pointers; strides of B and S of logits and grad; rows, length, vocab, parts, slice, chunk, slots,
 # clusters
 _ARGUMENTS = struct.Struct("@9Q 4q 8i")
-_POINTERS = struct.Struct("@9Q")
 
 
 class Tiling(NamedTuple):
@@ -124,15 +123,14 @@ class RowsLaunch:
         self._check(self._library.geko_shape(ctypes.byref(self._shape), ctypes.byref(clusters)))
         numbers = (*logits_strides, *grad_strides, batch * length, length, vocab, parts)
         sizes = (tiling.slice, tiling.chunk, tiling.slots, clusters.value)
-        self._arguments = ctypes.create_string_buffer(_ARGUMENTS.pack(*[0] * 9, *numbers, *sizes))
-        self._shape_at, self._arguments_at = ctypes.addressof(self._shape), ctypes.addressof(self._arguments)
+        self._numbers, self._shape_at = (*numbers, *sizes), ctypes.addressof(self._shape)
         self._launch = self._library.geko_predicted_rows
 
     def __call__(self, *pointers: Tensor | int | None) -> None:
         """On the current stream. Pointers: logits, grad, target, coeff, counts, num_items, upstream, tokens, factor."""
         at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
-        _POINTERS.pack_into(self._arguments, 0, *at)
-        error = self._launch(self._shape_at, self._arguments_at, torch._C._cuda_getCurrentRawStream(self._device))
+        arguments = _ARGUMENTS.pack(*at, *self._numbers)
+        error = self._launch(self._shape_at, arguments, torch._C._cuda_getCurrentRawStream(self._device))
         if error:
             self._check(error)
 
