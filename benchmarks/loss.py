@@ -161,13 +161,13 @@ def describe(name: str, case: Case) -> Row:
 def attempt(contender: Contender, case: Case, spent: dict[str, float]) -> Iterator[Row]:
     """`bench` with every failure turned into rows without times and with a `reason`."""
     base = describe(contender.name, case) | {"version": contender.package_version()}
-    if contender.hit_rate is not None:
-        base |= {"contender": "geko-hopper", "hit_rate": contender.hit_rate}
     chosen = ops._override
     if case.device.type == "cuda":
         ops._override = contender.backend
     if contender.ours:
         base["backend"] = ops.backend_name(case.device, case.logits.dtype)
+    if contender.hit_rate is not None:
+        base |= {"contender": "geko-hopper", "hit_rate": contender.hit_rate, "backend": "hopper"}
     missing = list(_MODES)
     start = time.perf_counter()
     try:

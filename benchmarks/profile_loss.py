@@ -6,7 +6,14 @@ Bytes that each kernel reads and writes (the forward: at most 1.05 x and under 1
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
         python benchmarks/profile_loss.py 8192 128256
 
-Memory errors and races, on a small case:
+The same for the Hopper path, which takes 128 MiB of logits or more, and what its CUDA kernel waits for:
+
+    ncu --launch-skip 4 --launch-count 4 --kernel-name 'regex:predict|update|correct' \
+        --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats \
+        --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+        python benchmarks/profile_loss.py 8192 128256
+
+Memory errors and races, on a small case (1056 128256 without --packed is one for the Hopper path):
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck python benchmarks/profile_loss.py 64 1027 --packed
