@@ -19,7 +19,7 @@ demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
 	$(PYTHON) examples/demo.py
 
-# two cores: 4.5 minutes instead of 8 (2026-11-22)
+# on two cores 4 minutes instead of 8 (2026-11-22)
 test: export OMP_WAIT_POLICY = PASSIVE
 test: lint
 	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8
