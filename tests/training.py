@@ -69,3 +69,21 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     """All parameters in one vector, those that FSDP shards included."""
     whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.Tensor.detach, model.parameters()))
     return torch.cat([parameter.flatten() for parameter in whole])
+
+
+class MapDataset:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def trainer_of(folder, data=None, config=None, model=None, **fields) -> gk.GEKOTrainer:
+    named = {name: fields.pop(name) for name in ("data_collator", "eval_dataset", "callbacks") if name in fields}
+    data = sentences(24) if data is None else data
+    model = tiny_llama() if model is None else model
+    return gk.GEKOTrainer(model, arguments(folder, **fields), train_dataset=data, config=config, **named)

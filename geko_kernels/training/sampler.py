@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
 from geko_kernels.training.guard import update_quarantine_
+from geko_kernels.training.orders import Orders, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
-_CHUNK = 1 << 16  # ids turned into Python integers at a time
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
 
@@ -30,57 +29,6 @@ class Plan(NamedTuple):
     start: float  # progress of the run at the first sample,
     turn: float  # where the head ends
     end: float  # and after the last one
-
-
-class PaddedIds(Sampler[int]):
-    """`ids` (n,) in their order, filled up to a multiple of `pad_to` with marked repeats, see `GEKOSampler`."""
-
-    def __init__(self, ids: Tensor, pad_to: int) -> None:
-        self.ids, self.pad_to = ids, pad_to
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.ids) / self.pad_to) * self.pad_to
-
-    def __iter__(self) -> Iterator[int]:
-        return iterate_padded(self.ids, len(self))
-
-
-def iterate_padded(ids: Tensor, length: int, start: int = 0) -> Iterator[int]:
-    """`ids[start:]` as integers, a chunk at a time, then `~ids[0], ~ids[1], ...` up to `length` in all."""
-    for chunk in ids[start:].split(_CHUNK):
-        yield from chunk.tolist()
-    for place in range(max(start, len(ids)), length):
-        yield ~int(ids[(place - len(ids)) % len(ids)])
-
-
-class Orders:
-    """`torch.randperm(total, generator=torch.Generator().manual_seed(seed + epoch))` of each epoch as int32."""
-
-    def __init__(self, total: int, seed: int) -> None:
-        self.total, self.seed = total, seed
-        self._ahead: tuple[int, Thread, Tensor] | None = None
-
-    def of(self, epoch: int) -> Tensor:
-        """(N,) int32, the caller's to change."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == epoch:
-            ahead[1].join()
-            return ahead[2]
-        order = torch.empty(self.total, dtype=torch.int32)
-        self._fill_(order, epoch)
-        return order
-
-    def prepare(self, epoch: int) -> None:
-        """Make that epoch's in a thread: of 10 million samples it takes most of a plan's time."""
-        if self._ahead is None:
-            order = torch.empty(self.total, dtype=torch.int32)
-            thread = Thread(target=self._fill_, args=(order, epoch))
-            self._ahead = epoch, thread, order
-            thread.start()
-
-    def _fill_(self, order: Tensor, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        torch.randperm(self.total, generator=generator, dtype=torch.int32, out=order)
 
 
 class GEKOSampler(Sampler[int]):

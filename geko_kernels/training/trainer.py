@@ -23,8 +23,9 @@ from geko_kernels.training.data import CausalCollator, IdCollator, IdDataset
 from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_json
 from geko_kernels.training.head import check_head, find_head
 from geko_kernels.training.loss_call import auxiliary_loss, forward_loss
+from geko_kernels.training.orders import PaddedIds
 from geko_kernels.training.planned import PlannedTrainer
-from geko_kernels.training.sampler import GEKOSampler, PaddedIds
+from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
 
 logger = logging.get_logger(__name__)
