@@ -78,13 +78,13 @@ class Bench:
         if not self.given.quick:
             return task
         samples = 96 if name == "R1" else 192
-        return replace(task, samples=samples, epochs=min(task.epochs, 3), batch=32)
+        return replace(task, samples=samples, test=min(task.test, samples), epochs=min(task.epochs, 3), batch=32)
 
     def ready(self, task: Task) -> tuple[Engine, Data]:
         kind = {"smollm2": "tiny", "adder": "tiny adder"}[task.network] if self.given.quick else task.network
         network, encode = self.networks.get(kind) or self.networks.setdefault(kind, load_network(kind))
         if task.name not in self.data:
-            made = make_data(task, encode, self.given.wordnet, task.samples)
+            made = make_data(task, encode, self.given.wordnet)
             train = made.train.to(self.device)
             test = train if made.test is made.train else made.test.to(self.device)
             self.data[task.name] = Data(train, test, made.group_names)

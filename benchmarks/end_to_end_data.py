@@ -23,7 +23,6 @@ _PAIRS = (
     "feeling motive, group person, location shape, phenomenon process, possession quantity, relation substance"
 )
 _FIRST_NUMBER = 3  # lexicographer file of noun.Tops
-_TEST = 3000
 _GLOSS = (40, 2)  # tokens of a sample, and of its class's name
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -92,9 +91,10 @@ def read_wordnet(path: Path) -> list[tuple[str, int, str]]:
     return shuffled
 
 
-def gloss_classes(rows: list[tuple[str, int, str]], encode: Encode, size: int, noise: float, kind: str) -> Data:
+def gloss_classes(
+    rows: list[tuple[str, int, str]], encode: Encode, size: int, test_size: int, noise: float, kind: str
+) -> Data:
     """Gloss -> class; a share `noise` of the training labels is wrong: any other class, or the confusable one."""
-    test_size = min(_TEST, size)
     rows = rows[: test_size + size]
     names = encode([f" {name}" for name in CLASSES])
     prompts = [tokens[2 - _GLOSS[0] :] for tokens in encode([f"{gloss}\nCategory:" for _, _, gloss in rows])]
@@ -115,33 +115,6 @@ def gloss_classes(rows: list[tuple[str, int, str]], encode: Encode, size: int, n
         pack(prompts[:test_size], answers[:test_size], true[:test_size].tolist(), _GLOSS),
         CLASSES,
     )
-
-
-def definitions(rows: list[tuple[str, int, str]], encode: Encode, size: int) -> Data:
-    """Word -> gloss: 60 % of the training samples are near-duplicates, ten of a kind, the others have none.
-
-    A near-duplicate lacks one word of the gloss, another one each time.
-    """
-    draw = random.Random(7)
-    test_size = min(_TEST, size)
-    kinds = round(0.06 * size)
-    test, copied, single = rows[:test_size], rows[test_size : test_size + kinds], rows[test_size + kinds :]
-    train = [(word, c, _without_a_word(gloss, draw)) for word, c, gloss in copied for _ in range(10)]
-    train += single[: size - len(train)]
-
-    def split(part: list[tuple[str, int, str]]) -> Split:
-        prompts = [tokens[:8] for tokens in encode([f"{word}:" for word, _, _ in part])]
-        answers = [tokens[:24] for tokens in encode([f" {gloss}\n" for _, _, gloss in part])]
-        return pack(prompts, answers, [c for _, c, _ in part], (32, 24))
-
-    return Data(split(train), split(test), CLASSES)
-
-
-def _without_a_word(gloss: str, draw: random.Random) -> str:
-    words = gloss.split()
-    if len(words) > 3:
-        del words[draw.randrange(len(words))]
-    return " ".join(words)
 
 
 def facts(encode: Encode, size: int) -> Data:
@@ -166,7 +139,7 @@ def _number(digits: int, draw: random.Random) -> str:
     return str(draw.randint(10 ** (digits - 1), 10**digits - 1))
 
 
-def additions(size: int) -> Data:
+def additions(size: int, test_size: int) -> Data:
     """a + b = c, digits reversed: 1 to 3 digits in 70 % of the training and half of the test samples, else 6 to 8."""
     draw = random.Random(7)
     code = {character: i + 1 for i, character in enumerate("0123456789+=;")}
@@ -185,6 +158,6 @@ def additions(size: int) -> Data:
             hard.append(int(not easy))
         return pack(prompts, answers, hard, (32, 10)), seen
 
-    test, taken = split(min(4000, size), 0.5, set())
+    test, taken = split(test_size, 0.5, set())
     train, _ = split(size, 0.7, taken)
     return Data(train, test, ("short", "long"))

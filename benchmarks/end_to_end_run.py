@@ -17,8 +17,9 @@ import geko_kernels as gk
 
 _WARM_UP = 0.03  # of the run
 _WINDOW = 16  # batches whose samples are sorted by length
-_SUBSET = 4000  # training samples evaluated after each epoch
+_SUBSET = 2000  # training samples evaluated after each epoch
 _RARE = 20  # groups of fewer test samples are left out of the worst
+_FEW = 12  # groups that are reported one by one
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -71,7 +72,7 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
     ]
     named[f"{prefix}_worst_loss"] = max(loss for loss, _ in per_group)
     named[f"{prefix}_worst_accuracy"] = min(accuracy for _, accuracy in per_group)
-    if len(per_group) <= 8:
+    if len(per_group) <= _FEW:
         named[f"{prefix}_groups"] = per_group
     return named
 

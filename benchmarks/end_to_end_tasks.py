@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end_data as data
+from end_to_end_instructions import instructions
 
 
 @dataclass(frozen=True)
 class Task:
     """One task.
 
+    samples, test: training and held-out samples; R1 is measured on the training samples.
     lr: the learning rate where none has been tuned.
     sizes: lengths in tokens that batches are padded to.
     measure: what it is judged by at the end, "test_accuracy" (exact match) or "test_loss".
@@ -22,6 +24,7 @@ class Task:
     what: str
     network: str  # "smollm2", all its layers trained, or "adder", from scratch
     samples: int
+    test: int
     epochs: int
     batch: int
     lr: float
@@ -35,21 +38,32 @@ class Task:
 def _noisy(share: float, kind: str = "uniform", name: str = "") -> Task:
     what = f"gloss -> class, {share:.0%} wrong labels" + (", of confusable classes" if kind == "pairs" else "")
     name = name or f"R2-{share:.0%}".rstrip("%")
-    return Task(name, what, "smollm2", 20_000, 10, 256, 1e-4, (16, 24, 40), share, kind)
+    return Task(name, what, "smollm2", 20_000, 6000, 10, 256, 1e-4, (16, 24, 40), share, kind)
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("R1", "made-up name -> number, recall", "smollm2", 8_000, 20, 128, 3e-4, (24,)),
+        Task("R1", "made-up name -> number, recall", "smollm2", 8_000, 0, 20, 128, 3e-4, (24,)),
         _noisy(0.0),
         _noisy(0.1),
         _noisy(0.3),
         _noisy(0.3, "pairs", "R2-pairs"),
-        Task("R3", "word -> gloss, 60 % near-duplicates", "smollm2", 20_000, 6, 256, 1e-4, (32,), measure="test_loss"),
-        Task("R4", "gloss -> class, clean and saturating", "smollm2", 75_000, 4, 256, 1e-4, (16, 24, 40)),
-        Task("R5", "addition from scratch, short and long", "adder", 200_000, 10, 512, 1e-3, (32,), seeds=10),
-        Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 1, 256, 1e-4, (16, 24, 40)),
+        Task(
+            "R3",
+            "instructions on word lists, 60 % near-duplicates, a long tail of operations",
+            "smollm2",
+            20_000,
+            3000,
+            8,
+            256,
+            1e-4,
+            (32,),
+            measure="test_loss",
+        ),
+        Task("R4", "gloss -> class, clean and saturating", "smollm2", 75_000, 3000, 4, 256, 1e-4, (16, 24, 40)),
+        Task("R5", "addition from scratch, short and long", "adder", 200_000, 4000, 10, 512, 1e-3, (32,), seeds=10),
+        Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 3000, 1, 256, 1e-4, (16, 24, 40)),
     )
 }
 
@@ -61,14 +75,14 @@ def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     return max(ends, key=lambda lr: ends[lr]) if len(ends) > 1 else task.lr
 
 
-def make_data(task: Task, encode: data.Encode | None, wordnet: Path, samples: int) -> data.Data:
-    """The task's samples, `samples` of them to train on."""
+def make_data(task: Task, encode: data.Encode | None, wordnet: Path) -> data.Data:
+    """The task's samples."""
     if task.network == "adder":
-        return data.additions(samples)
+        return data.additions(task.samples, task.test)
     assert encode is not None
     if task.name == "R1":
-        return data.facts(encode, samples)
+        return data.facts(encode, task.samples)
     rows: list[Any] = data.read_wordnet(wordnet)
     if task.name == "R3":
-        return data.definitions(rows, encode, samples)
-    return data.gloss_classes(rows, encode, samples, task.noise, task.noise_kind)
+        return instructions(rows, encode, task.samples, task.test)
+    return data.gloss_classes(rows, encode, task.samples, task.test, task.noise, task.noise_kind)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,13 +20,14 @@ pytest.importorskip("matplotlib")
 
 import end_to_end
 import end_to_end_data as data
+import end_to_end_instructions as instructions
 import end_to_end_report as report
 from end_to_end_arms import ARMS
 from end_to_end_run import batches, learning_rate
 from end_to_end_targets import targets
 from end_to_end_tasks import TASKS, make_data
 
-GLOSS = '{:08d} {:02d} n 01 {}_thing 0 000 @ 0000 n 0000 | {} of the {} kind; "an example"'
+GLOSS = '{:08d} {:02d} n 01 {} 0 000 @ 0000 n 0000 | {} of the {} kind; "an example"'
 
 
 @pytest.fixture
@@ -90,13 +95,82 @@ def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_pat
 def test_wrong_labels_are_as_many_as_asked(wordnet):
     encode = lambda texts: [[len(word) for word in text.split()] for text in texts]  # noqa: E731
     for name in ("R2-10", "R2-30", "R2-pairs"):
-        made = make_data(TASKS[name], encode, wordnet, 200)
+        made = make_data(replace(TASKS[name], samples=200, test=100), encode, wordnet)
+        assert (len(made.train), len(made.test)) == (200, 100)
         share = made.train.wrong.float().mean().item()
         assert share == pytest.approx(TASKS[name].noise) and not made.test.wrong.any()
 
 
+def is_right(name, words, task, answer):
+    """Whether `answer` is what the operation `name` asks of `words`, told otherwise than the benchmark does."""
+    places = [words.index(word) for word in answer if word in words]
+    letter = next(iter(re.findall(r"\b[a-z]\b", task)), "")
+    ordinals = "first second third fourth fifth sixth seventh".split()
+    asked = [place for place, ordinal in enumerate(ordinals) if ordinal in task]
+    same = Counter(answer) == Counter(words)
+    return {
+        "sort": lambda: same and all(a <= b for a, b in pairwise(answer)),
+        "reverse": lambda: [words[-1 - i] for i in range(len(words))] == answer,
+        "sort by length": lambda: same and all((len(words[i]), i) < (len(words[j]), j) for i, j in pairwise(places)),
+        "first letters": lambda: all(w.startswith(a) for w, a in zip(words, answer, strict=True)) and not places,
+        "drop repeats": lambda: (
+            set(answer) == set(words) and places == sorted(places) and len(words) > len(answer) == len(set(answer))
+        ),
+        "starting with": lambda: (
+            all((word[0] == letter) == (word in answer) for word in words) and places == sorted(places) and answer
+        ),
+        "k-th": lambda: places == asked and len(answer) == 1,
+        "count": lambda: answer[0] == ["three", "four", "five", "six", "seven"][sum(1 for _ in words) - 3],
+        "every second": lambda: answer == [word for i, word in enumerate(words, 1) if i % 2 == 0],
+        "rotate": lambda: [answer[-1], *answer[:-1]] == words,
+        "first and last": lambda: answer == [words.copy().pop(0), words.copy().pop()],
+        "swap": lambda: (answer[1], answer[0], answer[2:]) == (words[0], words[1], words[2:]),
+    }[name]()
+
+
+def made_up_words():
+    return [a + b + c for a in ("ba", "cru", "do", "fle", "gi") for b in "mnrst" for c in ("a", "el", "in", "o", "")]
+
+
+def test_answers_to_instructions_are_right():
+    test, train = instructions.samples(made_up_words(), 1000, 600)
+    for sample in test + train:
+        task, _, rest = sample.prompt.partition(": ")
+        words, equals = rest.split(" ")[:-1], rest.split(" ")[-1]
+        name = instructions.OPERATIONS[sample.operation].name
+        assert words == list(sample.words) and equals == "=" and sample.answer.endswith("\n")
+        assert is_right(name, words, task, sample.answer.split()), sample
+
+
+def test_instructions_have_near_duplicates_a_long_tail_and_unseen_lists():
+    test, train = instructions.samples(made_up_words(), 20_000, 3000)
+    asked = defaultdict(set)
+    for sample in train:
+        asked[sample.operation, sample.words].add(sample.prompt)
+    assert Counter(len(prompts) for prompts in asked.values()) == {10: 1200, 1: 8000}
+    lists = [{frozenset(sample.words) for sample in part} for part in (test, train)]
+    assert len(lists[0]) == 3000 and len(lists[1]) == len(asked) and not lists[0] & lists[1]
+    assert set(Counter(sample.operation for sample in test).values()) == {250}
+    counts = Counter(sample.operation for sample in train)
+    law = [(rank + 1) ** -1.5 for rank in range(12)]
+    for rank, value in enumerate(law):
+        assert counts[rank] / 20_000 == pytest.approx(value / sum(law), rel=0.15, abs=0.01)
+
+
+def test_labels_of_instructions_are_the_tokens_that_follow(wordnet):
+    ids = defaultdict(lambda: len(ids) + 1)
+    encode = lambda texts: [[ids[piece] for piece in re.findall(r" ?\w+|\W", text)] for text in texts]  # noqa: E731
+    made = make_data(replace(TASKS["R3"], samples=100, test=48), encode, wordnet)
+    for split in made[:2]:
+        there = split.labels >= 0
+        following = split.tokens.gather(1, split.positions.long() + 1)
+        assert (following == split.labels)[there].all() and there.any(1).all()
+        assert split.labels[torch.arange(len(split)), there.sum(1) - 1].eq(ids["\n"]).all()
+    assert made.test.groups.bincount().tolist() == [4] * 12
+
+
 def test_additions_add_up_and_the_test_set_is_unseen():
-    made = data.additions(300)
+    made = data.additions(300, 300)
     code = {i + 1: c for i, c in enumerate("0123456789+=;")}
     seen = []
     for split in made[:2]:
