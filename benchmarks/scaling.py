@@ -1,17 +1,16 @@
 """Weak scaling: `GEKOTrainer` beside `transformers.Trainer` under torchrun, DDP and FSDP2, constant batch per GPU.
 
-`python benchmarks/scaling.py` on a host with one or more GPUs (about 8 minutes for one and two): random Llamas of
+`python benchmarks/scaling.py` on a host with one or more GPUs (about 4 minutes for one and two): random Llamas of
 SmolLM2-135M's size (compiled) and of about 1B parameters in bf16, fixed-length samples. GEKOTrainer runs with all
-weights 1, so every run is the same work. What it takes to synchronise the learning state of 10 million samples and
-to draw their plan is measured apart, with as many changed rows as the run has trained. Rows go to
-results/scaling.jsonl, the picture to results/scaling.png. `--cpu` tries it out with gloo and tiny sizes, and writes
-nothing.
+weights 1, so every run is the same work; both arms take turns in the same processes (`scaling_run.py`). What it takes
+to synchronise the learning state of 10 million samples, to draw their plans and to probe is measured apart. Launches
+on one GPU run at the same time, each on a GPU of its own. Rows go to results/scaling.jsonl; exits with 1 if a launch
+failed. `--cpu` tries it out with gloo and tiny sizes, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -21,224 +20,110 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from epoch_time import SMOLLM2_135M, TINY, Samples
-from matplotlib.figure import Figure
-from results import RESULTS, Row, append, environment, runs
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
-from transformers.utils import logging
+from results import RESULTS, Row, append, environment
+from scaling_rows import targets, with_ratios
 
-import geko_kernels as gk
-
-ONE_BILLION = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "135M": {"sizes": SMOLLM2_135M, "compile": True, "batch": 32},
-    "1B": {"sizes": ONE_BILLION, "compile": False, "batch": 16},
-    "tiny": {"sizes": TINY, "compile": False, "batch": 4},
-}
-LENGTH, STEPS, WARM_UP, TABLE = 512, 30, 10, 10_000_000
-ARMS, KINDS = ("standard", "geko"), ("ddp", "fsdp2")
+KINDS = ("ddp", "fsdp2")
+LIMIT_S = 180  # of a launch: a hang must not cost the rest
 
 
-class StepClock(TrainerCallback):
-    """When each optimizer step had ended on the device."""
+class Launch(NamedTuple):
+    model: str
+    gpus: int
+    kind: str
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+    def __str__(self) -> str:
+        return f"{self.model}, {self.gpus} GPU{'s' if self.gpus > 1 else ''}, {self.kind}"
 
 
-def trainer_of(arm: str, kind: str, model: str, folder: str, cpu: bool) -> Trainer:
-    world, settings = int(os.environ.get("WORLD_SIZE", "1")), MODELS[model]
-    length = 16 if cpu else LENGTH
-    fields: dict[str, Any] = {
-        "per_device_train_batch_size": settings["batch"],
-        "num_train_epochs": 1,
-        "learning_rate": 1e-5,
-        "bf16": not cpu,
-        "torch_compile": settings["compile"],
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": cpu,
-    }
-    if world > 1 and cpu:
-        fields["ddp_backend"] = "gloo"
-    if kind == "fsdp2" and world > 1:
-        wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-        fields.update(fsdp=True, fsdp_config={**wrap, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
-    torch.manual_seed(0)
-    network = LlamaForCausalLM(LlamaConfig(**settings["sizes"], max_position_embeddings=2048))
-    count = (STEPS + WARM_UP) * settings["batch"] * world
-    common = {
-        "train_dataset": Samples(count, length, settings["sizes"]["vocab_size"]),
-        "data_collator": default_data_collator,
-    }
-    args = gk.GEKOTrainingArguments(folder, **fields)
-    if arm == "standard":
-        return Trainer(network, args, **common)
-    return gk.GEKOTrainer(network, args, config=gk.GEKOConfig.uniform(), **common)
+def stages(models: list[str], gpus: list[int], kinds: list[str], there: int) -> Iterator[list[Launch]]:
+    """Launches that run at the same time, on `there` GPUs; one GPU has nothing to shard or to reduce."""
+    singles = [Launch(model, 1, "single") for model in models] if 1 in gpus else []
+    for first in range(0, len(singles), there):
+        yield singles[first : first + there]
+    for count in gpus:
+        for model in models if count > 1 else ():
+            for kind in kinds:
+                yield [Launch(model, count, kind)]
 
 
-def train(arm: str, kind: str, model: str, out: Path, cpu: bool) -> None:
-    """One process; rank 0 writes out/run.json."""
-    logging.set_verbosity_error()
-    trainer, clock = trainer_of(arm, kind, model, str(out / "trainer"), cpu), StepClock()
-    trainer.add_callback(clock)
-    trainer.train()
-    world = trainer.args.world_size
-    steps = [later - earlier for earlier, later in zip(clock.ends[WARM_UP:], clock.ends[WARM_UP + 1 :], strict=False)]
-    batch = trainer.args.per_device_train_batch_size
-    values: Row = {
-        "step_ms": 1e3 * median(steps),
-        "steps_per_second": len(steps) / sum(steps),
-        "tokens_per_second": len(steps) / sum(steps) * batch * world * (16 if cpu else LENGTH),
-        "batch": batch,
-        "sharded": kind == "fsdp2" and world > 1,
-    }
-    if isinstance(trainer, gk.GEKOTrainer):
-        seconds = trainer.get_efficiency_report()["seconds"]
-        values["probe_share"] = seconds["probes"] / seconds["total"]
-        values |= plan_of_many(trainer.args.device, changed=batch * (STEPS + WARM_UP), cpu=cpu)
-        trained = (STEPS + WARM_UP) * values["step_ms"] / 1e3
-        values["selection_share"] = values["sync_and_plan_seconds"] / (trained + values["sync_and_plan_seconds"])
-        full_epoch = values["table"] / (batch * world) * values["step_ms"] / 1e3
-        values["selection_share_full_epoch"] = values["sync_and_plan_seconds"] / full_epoch
-    if trainer.is_world_process_zero():
-        (out / "run.json").write_text(json.dumps(values))
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down
+def start(launch: Launch, gpu: str | None, out: Path, cpu: bool) -> subprocess.Popen:
+    """`gpu` is the one that the launch sees; None lets it see all."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch.gpus)]
+    script = str(Path(__file__).with_name("scaling_run.py"))
+    command = [sys.executable, *(torchrun if launch.gpus > 1 else []), script, launch.model, launch.kind, str(out)]
+    environ = {**os.environ, "NCCL_NVLS_ENABLE": "0"}  # without NVLink multicast
+    if gpu is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = gpu
+    with (out / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            [*command, *(["--cpu"] if cpu else [])], stdout=subprocess.DEVNULL, stderr=log, env=environ
+        )
 
 
-def plan_of_many(device: torch.device, changed: int, cpu: bool) -> Row:
-    """Seconds of one epoch's sync and plan over a big table, each rank having changed other rows; do plans agree?"""
-    table = 100_000 if cpu else TABLE
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    state = gk.SampleState(table, gk.GEKOConfig(), device)
-    state.times_seen.fill_(1), state.bucket[::2].fill_(gk.Bucket.FREEZE)
-    sampler, seconds = gk.GEKOSampler(state, num_epochs=20), []
-    for epoch in range(5):
-        mine = torch.arange(changed, device=device) * world + rank
-        state.times_seen[mine] += 1
-        state.bucket[mine] = int(gk.Bucket.LIGHT if epoch % 2 else gk.Bucket.HARD)
-        state.changed[mine] = True
-        if dist.is_initialized():
-            dist.barrier()
-        start = time.perf_counter()
-        sampler.probed(sampler.due_probes(epoch), epoch)
-        sampler.set_epoch(epoch)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        next(iter(sampler))
-        time.sleep(0 if cpu else 1)  # the epoch's training, while which the next order is made
-    assert sampler.plan is not None
-    parts = (sampler.plan.ids, state.bucket.cpu())
-    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-    digests: list[Any] = [digest]
-    if dist.is_initialized():
-        digests = [None] * world
-        dist.all_gather_object(digests, digest)
-    return {
-        "table": table,
-        "changed_rows": changed * world,
-        "sync_and_plan_seconds": median(seconds[1:]),
-        "plans_equal": len(set(digests)) == 1,
-    }
+def finish(process: subprocess.Popen, out: Path, deadline: float) -> tuple[dict[str, Row], str]:
+    """The arms' rows, as far as the launch came, and why it failed, or ""."""
+    try:
+        code = process.wait(max(deadline - time.monotonic(), 0))
+        reason = f"exit status {code}\n{(out / 'log.txt').read_text()[-4000:]}" if code else ""
+    except subprocess.TimeoutExpired:
+        reason = f"longer than {LIMIT_S} s\n{(out / 'log.txt').read_text()[-4000:]}"
+        process.terminate()  # torchrun ends its processes, which are in sessions of their own
+        process.wait()
+    rows = out / "rows.json"
+    return json.loads(rows.read_text()) if rows.exists() else {}, reason
 
 
-def launches(given: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]:
-    """(model, GPUs, kind, arm) of each run; one GPU has nothing to shard."""
-    for model in given.models:
-        for count in given.gpus:
-            for kind in given.kinds if count > 1 else ("ddp",):
-                for arm in given.arms:
-                    yield model, count, kind, arm
-
-
-def efficiencies(rows: list[Row]) -> list[Row]:
-    """The rows with `efficiency`: tokens a second and GPU, over the same arm's on one GPU."""
-    single = {(row["model"], row["arm"]): row["tokens_per_second"] for row in rows if row["gpus"] == 1}
-    for row in rows:
-        base = single.get((row["model"], row["arm"]))
-        row["efficiency"] = row["tokens_per_second"] / row["gpus"] / base if base else None
-    return rows
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """One panel a model: tokens a second over GPUs, a line for each arm and kind."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(5.2 * len(models), 3.8), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for kind, style in (("ddp", "o-"), ("fsdp2", "s--")):
-            for arm, color in (("standard", "#9aa5b1"), ("geko", "#0b7a75")):
-                line = [
-                    r for r in rows if (r["model"], r["arm"]) == (model, arm) and (r["kind"] == kind or r["gpus"] == 1)
-                ]
-                line.sort(key=lambda row: row["gpus"])
-                values = [row["tokens_per_second"] / 1e3 for row in line]
-                axes.plot([row["gpus"] for row in line], values, style, color=color, label=f"{arm}, {kind}")
-        axes.set(title=model, xlabel="GPUs", ylabel="thousand tokens a second", xlim=(0, None), ylim=(0, None))
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+def run(stage: list[Launch], gpus: list[str], cpu: bool) -> Iterator[tuple[Launch, dict[str, Row], str]]:
+    """The launches of a stage at the same time, each with its arms' rows and why it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / str(place) for place in range(len(stage))]
+        for out in outs:
+            out.mkdir()
+        alone = [gpus[place] if launch.gpus == 1 and gpus else None for place, launch in enumerate(stage)]
+        processes = [start(*values, cpu) for values in zip(stage, alone, outs, strict=True)]
+        deadline = time.monotonic() + LIMIT_S
+        for launch, process, out in zip(stage, processes, outs, strict=True):
+            yield launch, *finish(process, out, deadline)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4, ... as many as there are")
-    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--models", nargs="+", choices=("135M", "1B", "tiny"))
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what the rows name as the commit, where there is no git")
     parser.add_argument("--cpu", action="store_true", help="gloo on the CPU, tiny sizes; nothing is written")
-    parser.add_argument("--worker", nargs=4, metavar=("ARM", "KIND", "MODEL", "DIR"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.worker:
-        arm, kind, model, folder = given.worker
-        train(arm, kind, model, Path(folder), given.cpu)
-        return
     there = 2 if given.cpu else torch.cuda.device_count()
-    given.gpus = given.gpus or [count for count in (1, 2, 4, 8) if count <= there]
-    given.models = given.models or (["tiny"] if given.cpu else ["135M", "1B"])
-    device = torch.device("cpu" if given.cpu else "cuda")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))
+    counts = given.gpus or [count for count in (1, 2, 4, 8) if count <= there]
+    models = given.models or (["tiny"] if given.cpu else ["135M", "1B"])
     packages = {name: version(name) for name in ("transformers", "accelerate")}
-    shared = {**environment(device, given.commit), **packages, "length": LENGTH, "command": " ".join(sys.argv)}
+    device = torch.device("cpu" if given.cpu else "cuda")
+    shared = {**environment(device, given.commit), **packages, "command": " ".join(sys.argv)}
     rows: list[Row] = []
-    for model, count, kind, arm in launches(given):
-        if kind == "fsdp2" and given.cpu:
-            continue  # accelerate takes CPUs for DDP only
-        with tempfile.TemporaryDirectory() as folder:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            extra = ["--cpu"] if given.cpu else []
-            command = [sys.executable, *torchrun, __file__, "--worker", arm, kind, model, folder, *extra]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            values = json.loads((Path(folder) / "run.json").read_text())
-        rows.append({"model": model, "gpus": count, "kind": kind, "arm": arm, **values})
-        efficiencies(rows)
-        print(rows[-1], flush=True)
-        if not given.cpu:
-            append(given.results / "scaling.jsonl", {**rows[-1], **shared})
-    if not given.cpu:
-        draw(runs(given.results / "scaling.jsonl")[-1], given.results / "scaling.png")
+    failed = False
+    for stage in stages(models, counts, given.kinds, there):
+        begin = time.monotonic()
+        for launch, arms, reason in run(stage, [] if given.cpu else visible.split(","), given.cpu):
+            print(f"{launch}: {time.monotonic() - begin:.0f} s", flush=True)
+            if reason:
+                failed = True
+                print(f"FAILED  {launch}: {reason}", flush=True)
+            rows += [{**launch._asdict(), "arm": arm, **row} for arm, row in arms.items()]
+            rows = with_ratios(rows)
+            for row in rows[len(rows) - len(arms) :]:
+                figures = ("step_ms", "tokens_per_second", "efficiency", "of_standard", "probe_share")
+                print(row["arm"], {key: float(f"{row[key]:.5g}") for key in figures if row.get(key)}, flush=True)
+                if not given.cpu:
+                    append(given.results / "scaling.jsonl", {**row, **shared})
+    print(*targets(rows), sep="\n")
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss benchmark at tiny shapes: contenders agree, the rows are complete, targets and pictures come out of them."""
+"""The benchmarks at tiny shapes: contenders agree, the rows are complete, targets and pictures come out of them."""
 
 import dataclasses
 import sys
@@ -13,6 +13,8 @@ import contenders
 import loss
 import loss_cases
 import results
+import scaling
+import scaling_rows
 import targets
 import timing
 
@@ -103,3 +105,59 @@ def test_gpu_targets_know_a_hit_from_a_miss():
         "speed of geko / copy, odd V": (0.875, True),
         "time of geko at zero share 2/3 / at 0": (0.8, False),
     }
+
+
+def scaling_row(gpus, kind, arm, step_ms, **more):
+    steps = scaling_rows.step_row([[step_ms - 1, step_ms, step_ms + 2]], samples=4 * gpus, length=8)
+    return {"model": "tiny", "gpus": gpus, "kind": kind, "arm": arm, **steps, **more}
+
+
+def test_scaling_rows_and_targets():
+    found = {"table": 100, "plans_equal": True, "buckets_equal": False}
+    selection = {**found, "selection_seconds": [1.0, 2.0], "planned": [40, 60], "probed": [50, 0]}
+    selected = scaling_rows.selection_row(selection, step_ms=1000.0, probe_step_ms=600.0, samples=8)
+    # 100 samples trained in 12.5 s, 50 probed in 3.75 s, selection 3 s
+    assert (selected["selection_share"], selected["probe_share"]) == pytest.approx((3 / 19.25, 3.75 / 19.25))
+    rows = scaling_rows.with_ratios(
+        [
+            scaling_row(1, "single", "standard", 100.0),
+            scaling_row(1, "single", "geko", 102.0),
+            scaling_row(2, "ddp", "standard", 125.0),
+            scaling_row(2, "ddp", "geko", 136.0, **selected),
+            scaling_row(4, "ddp", "geko", 102.0),  # its standard arm was lost
+        ]
+    )
+    assert rows[0]["tokens_per_second"] == pytest.approx(4 * 8 / 0.1)
+    assert [row["efficiency"] for row in rows] == pytest.approx([1.0, 1.0, 0.8, 0.75, 1.0])
+    assert [row["of_standard"] for row in rows] == [1.0, 1.02, 1.0, 136 / 125, None]
+    measured = {target.what: (target.measured, target.hit) for target in scaling_rows.targets(rows)}
+    assert measured == {
+        "tiny, 2 GPUs, ddp: efficiency of geko - standard's (points)": (pytest.approx(-5.0), False),
+        "tiny, 2 GPUs, ddp: share of sync and planning, 100 samples (%)": (pytest.approx(300 / 19.25), False),
+        "tiny, 2 GPUs, ddp: same plans on every rank": (1.0, True),
+        "tiny, 2 GPUs, ddp: same buckets on every rank": (0.0, False),
+    }
+
+
+def test_scaling_launches_share_the_gpus_and_fail_alone(tmp_path, monkeypatch):
+    stages = list(scaling.stages(["135M", "1B"], [1, 2], ["ddp", "fsdp2"], there=2))
+    assert [[str(launch) for launch in stage] for stage in stages] == [
+        ["135M, 1 GPU, single", "1B, 1 GPU, single"],
+        *([f"{model}, 2 GPUs, {kind}"] for model in ("135M", "1B") for kind in ("ddp", "fsdp2")),
+    ]
+    assert [len(stage) for stage in scaling.stages(["135M", "1B"], [1], [], there=1)] == [1, 1]
+    script = tmp_path / "scaling_run.py"
+    script.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "seen = [os.environ[name] for name in ('CUDA_VISIBLE_DEVICES', 'NCCL_NVLS_ENABLE')]\n"
+        "pathlib.Path(sys.argv[3], 'rows.json').write_text(json.dumps({'geko': {'seen': seen}}))\n"
+        "time.sleep(60 * (sys.argv[1] == 'slow'))\n"
+        "sys.exit('wrong' if sys.argv[1] == 'bad' else 0)\n"
+    )
+    monkeypatch.setattr(scaling, "__file__", str(tmp_path / "scaling.py"))
+    monkeypatch.setattr(scaling, "LIMIT_S", 2)
+    stage = [scaling.Launch(model, 1, "single") for model in ("good", "bad", "slow")]
+    good, bad, slow = scaling.run(stage, ["3", "5", "6"], cpu=False)
+    assert good == (stage[0], {"geko": {"seen": ["3", "0"]}}, "")
+    assert bad[1] == {"geko": {"seen": ["5", "0"]}} and bad[2] == "exit status 1\nwrong\n"
+    assert slow[1] == {"geko": {"seen": ["6", "0"]}} and slow[2].startswith("longer than 2 s")
