@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -162,17 +163,15 @@ class Geko(Arm):
         while drawn < whole if self.config.spend_saved else epoch < self.epochs:
             begin = drawn / whole if self.config.spend_saved else None
             start = engine.wait()
-            due = self.sampler.due_probes(epoch, begin)
-            middle = engine.wait()
-            if len(due):
+            looking = self.seconds["probes"]
+            while len(due := self.sampler.due_probes(epoch, begin)):
                 self.look(due.long())
                 self.sampler.probed(due, epoch, begin)
-            looked = engine.wait()
             self.sampler.set_epoch(epoch, begin)
             plan = self.sampler.plan
             assert plan is not None
             ids, head = plan.ids.long()[: whole - drawn if self.config.spend_saved else None], plan.head
-            self.seconds["selection"] += engine.wait() - looked + middle - start
+            self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
             segments = [
                 Segment(ids[:head], plan.start, plan.turn),
                 Segment(ids[head:], plan.turn, plan.end, None, head),
@@ -186,9 +185,8 @@ class Geko(Arm):
 
 
 def _geko(**fields: Any) -> type[Geko]:
-    """GEKO with flat weights, and these settings."""
-    flat = {"bucket_weights": (1, 1, 1), "use_curriculum": False}
-    return type("Geko", (Geko,), {"config": gk.GEKOConfig(**{**flat, **fields})})
+    """GEKO as recommended, but for these settings."""
+    return type("Geko", (Geko,), {"config": replace(gk.GEKOConfig.recommended(), **fields)})
 
 
 class Seed(Geko):
@@ -212,7 +210,7 @@ ARMS: dict[str, type[Arm]] = {
     "H-guard": _geko(noise_guard=False),
     "H+weights": _geko(bucket_weights=(3, 1, 0)),
     "H+curriculum": _geko(use_curriculum=True),
-    "H+freeze95": _geko(freeze_confidence=0.95),
+    "H+freeze85": _geko(freeze_confidence=0.85),
 }
 BUDGETED = ("B", "C", "E")  # run at the budget that H was measured to take
 WHAT = {
@@ -223,7 +221,7 @@ WHAT = {
     "E": "highest losses at H's budget",
     "F": "Selective Backprop",
     "G": "gekolib 0.3.1",
-    "H": "GEKO, flat weights",
+    "H": "GEKO",
     "H-spend": "GEKO, the samples saved spent",
     "H-seed": "GEKO, the document's settings",
     "H-selection": "GEKO without selection",
@@ -232,5 +230,5 @@ WHAT = {
     "H-guard": "GEKO without the noise guard",
     "H+weights": "GEKO, bucket weights 3, 1, 0",
     "H+curriculum": "GEKO, mountain curriculum",
-    "H+freeze95": "GEKO, freezing above confidence 0.95",
+    "H+freeze85": "GEKO, freezing above confidence 0.85",
 }

@@ -67,10 +67,10 @@ class GEKOConfig:
     selection: bool = True
     probes: bool = True
     spend_saved: bool = False
-    uniform_finish: float = 0.0625
+    uniform_finish: float = 0.03125
     noise_guard: bool = True
     noise_guard_visits: int = 2
-    noise_guard_margin: float = 1.5
+    noise_guard_margin: float = 1.0
     noise_guard_min_share: float = 0.05
     noise_guard_share: float = 0.4
 
@@ -124,6 +124,11 @@ class GEKOConfig:
         if len(weights) != 3 or not all(math.isfinite(w) and w >= 0 for w in weights):
             raise ValueError(f"bucket_weights must be three finite numbers >= 0 (HARD, FOCUS, LIGHT), got {weights}")
         object.__setattr__(self, "bucket_weights", tuple(weights))
+
+    @classmethod
+    def recommended(cls) -> GEKOConfig:
+        """What `GEKOTrainer` takes: all samples weigh 1 until they freeze, which they do late; see docs/evidence.md."""
+        return cls(freeze_confidence=0.95, bucket_weights=(1, 1, 1), use_curriculum=False)
 
     @classmethod
     def seed(cls) -> GEKOConfig:

@@ -144,22 +144,54 @@ def test_probes_double_their_interval_and_a_forgotten_sample_thaws():
     sampler, probed = gk.GEKOSampler(state, num_epochs=40), {}
     visit(state, torch.arange(8), margin=9.0)
     assert (state.bucket == FREEZE).all()
-    for epoch in range(16):
+    for epoch in range(14):
         ids = sampler.due_probes(epoch)
         visit(state, ids, margin=9.0)
         sampler.probed(ids, epoch)
         probed[epoch] = ids.tolist()
         assert plan_of(sampler, epoch) == []
-    assert [epoch for epoch, ids in probed.items() if 0 in ids] == [1, 3, 7, 15]
-    assert [epoch for epoch, ids in probed.items() if 1 in ids] == [2, 4, 8]
+    assert [epoch for epoch, ids in probed.items() if 0 in ids] == [1, 5, 13]
+    assert [epoch for epoch, ids in probed.items() if 1 in ids] == [2, 6]
     forgotten = torch.tensor([1])
-    due = next(epoch for epoch in range(16, 40) if 1 in sampler.due_probes(epoch).tolist() or plan_of(sampler, epoch))
-    assert due == 16
+    due = next(epoch for epoch in range(14, 40) if 1 in sampler.due_probes(epoch).tolist() or plan_of(sampler, epoch))
+    assert due == 14
     visit(state, forgotten, margin=-5.0)
     sampler.probed(forgotten, due)
     assert plan_of(sampler, due) == [1]
     assert sampler.forgotten.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert int(sampler.lost) == 1
+
+
+@pytest.mark.parametrize(("lost", "rest"), [(0, 0), (1, 60)])
+def test_where_probes_find_many_forgotten_all_are_probed(lost, rest):
+    """More than 2 % of the 20 that are due: the other 60 are looked at before the epoch is drawn, and once only."""
+    state = state_of([FREEZE] * 80)
+    sampler = gk.GEKOSampler(state, num_epochs=40)
+    sampler.set_epoch(0)
+    due = sampler.due_probes(1)
+    assert due.tolist() == list(range(0, 80, 4))
+    visit(state, due, margin=9.0)
+    visit(state, due[:lost], margin=-5.0)
+    sampler.probed(due, 1)
+    others = sampler.due_probes(1)
+    assert len(others) == rest and not set(others.tolist()) & set(due.tolist())
+    visit(state, others, margin=-5.0)
+    sampler.probed(others, 1)
+    assert len(sampler.due_probes(1)) == 0
+    assert len(plan_of(sampler, 1)) == rest + lost
+
+
+def test_in_the_first_epoch_freeze_weighs_what_light_does():
+    """A run of one epoch is the standard run, and one visit says nothing of how steady a sample is."""
+    for weights, freeze in (((1, 1, 1), 1), ((3, 1, 0), 0)):
+        sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig(**{**PLAIN, "bucket_weights": weights})), num_epochs=3)
+        sampler.set_epoch(0)
+        assert sampler.weights(0) == (*weights, freeze)
+        sampler.set_epoch(1)
+        assert sampler.weights(0) == (*weights, 0)
+    sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig.seed()), num_epochs=3)
+    sampler.set_epoch(0)
+    assert sampler.weights(0) == (1, 2, 3, 0)
 
 
 def test_probes_can_be_switched_off():
@@ -219,6 +251,24 @@ def test_quarantine_is_bounded_and_can_be_switched_off():
     assert not off.quarantined.any()
 
 
+def test_who_may_be_mislabelled_is_looked_at_before_trained_again():
+    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    visit(state, torch.arange(10), -5.0)
+    visit(state, torch.arange(10, 100), 9.0)
+    sampler = gk.GEKOSampler(state, num_epochs=20)
+    due = sampler.due_probes(1)
+    assert due.tolist() == list(range(10))
+    visit(state, due, -5.0)
+    visit(state, due[:2], 9.0)
+    sampler.probed(due, 1)
+    assert len(sampler.due_probes(1)) == 0
+    plan_of(sampler, 1)
+    assert state.quarantined.nonzero()[:, 0].tolist() == list(range(2, 10))
+    unlearnt = gk.SampleState(100, state.config)  # and where hardly anything is right, nobody is
+    visit(unlearnt, torch.arange(90), -5.0)
+    assert len(gk.GEKOSampler(unlearnt, num_epochs=20).due_probes(1)) == 0
+
+
 def test_quarantine_spares_what_is_not_learnt_yet():
     """Wrong and unsure is a sample whose time has not come, not one with a wrong label."""
     state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
@@ -250,7 +300,7 @@ def test_probes_of_a_budget_of_samples_count_passes_not_epochs():
         sampler.probed(due, epoch, start=epoch / 100)
         sampler.set_epoch(epoch, start=epoch / 100)
         assert len(list(sampler)) == 10
-    assert probed == 90 * 3  # due after 1, 3 and 7 passes, or after 2, 4 and 8
+    assert probed == 90 * 2  # due after 1 to 4 and 5 to 8 passes
 
 
 def test_resume_in_the_middle_of_an_epoch():

@@ -180,10 +180,12 @@ class PlannedTrainer(Trainer):
             self._end_epoch()
             counts.begin_epoch(epoch, self.state.global_step)
             due = sampler.due_probes(epoch, start)
-        if len(due):
+        while len(due):
             with counts.timed("probes"):
                 self._probe(model, due)
-            sampler.probed(due, epoch, start)
+            with counts.timed("selection"):
+                sampler.probed(due, epoch, start)
+                due = sampler.due_probes(epoch, start)
         with counts.timed("selection"):
             sampler.set_epoch(epoch, start)
 

@@ -13,10 +13,12 @@ from torch.utils.data import Sampler
 from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
-from geko_kernels.training.guard import update_quarantine_
+from geko_kernels.training.guard import nearly_suspects, update_quarantine_
 from geko_kernels.training.orders import Orders, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
+ALARM = 0.02  # share of probed samples that were forgotten, from which on all are probed
+_FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
 
@@ -44,8 +46,9 @@ class GEKOSampler(Sampler[int]):
         sampler = GEKOSampler(state, num_epochs=3)
         loader = DataLoader(dataset, batch_size=B, sampler=sampler)
         for epoch in range(3):
-            probes = sampler.due_probes(epoch)     # ids to run forward-only through weighted_loss, then
-            sampler.probed(probes, epoch)
+            while len(probes := sampler.due_probes(epoch)):
+                ...                                # run them forward-only through weighted_loss, then
+                sampler.probed(probes, epoch)
             sampler.set_epoch(epoch)               # draws the plan: len(loader) is this epoch's
             for step, batch in enumerate(loader):
                 sampler.advance(step * B)          # moves the weights along the curriculum
@@ -91,6 +94,7 @@ class GEKOSampler(Sampler[int]):
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
+        self._hurried = -1  # when all left-out samples were last made due
         self.epoch = 0
         self.position = 0  # ids of the plan handed out
         self.plan: Plan | None = None
@@ -175,9 +179,9 @@ class GEKOSampler(Sampler[int]):
 
     @staticmethod
     def _cut_after(kept: Tensor, budget: int) -> int:
-        """How many slots to pass until `budget` kept samples are drawn; none if nothing is kept."""
+        """How many slots to pass until `budget` kept samples are drawn; none if next to nothing is kept."""
         count = int(kept.count_nonzero())
-        if budget <= 0 or count == 0:
+        if budget <= 0 or count <= _FEW * len(kept):
             return 0
         if count <= budget:
             return len(kept)
@@ -205,10 +209,14 @@ class GEKOSampler(Sampler[int]):
         return (*config.bucket_weights, config.freeze_weight)
 
     def weights(self, consumed: float) -> Row:
-        """Weights of (HARD, FOCUS, LIGHT, FREEZE) after `consumed` samples of the plan: the phase's, or 1 for all."""
+        """Weights of (HARD, FOCUS, LIGHT, FREEZE) after `consumed` samples of the plan: the phase's, or 1 for all.
+
+        In the first epoch FREEZE weighs what LIGHT does, unless a curriculum says otherwise: one visit proves nothing.
+        """
         if self.plan is not None and consumed >= self.plan.head and len(self.plan.ids) > self.plan.head:
             return (1.0, 1.0, 1.0, 1.0)
-        return self._weights_at(self.progress(consumed))
+        row = self._weights_at(self.progress(consumed))
+        return row if self.epoch or self.state.config.use_curriculum else (*row[:3], row[2])
 
     def advance(self, consumed: float) -> None:
         """Give the state the weights that hold after `consumed` samples of the plan; launches nothing in between."""
@@ -219,20 +227,33 @@ class GEKOSampler(Sampler[int]):
             self._row = row
 
     def due_probes(self, epoch: int, start: float | None = None) -> Tensor:
-        """ids (n,) int32 on the CPU that `epoch` leaves out and that are due for a look before it is drawn.
+        """ids (n,) int32 on the CPU that are due for a look, forward only, before `epoch` is drawn.
 
-        None where the uniform finish makes up most of the epoch and so looks at them anyway.
+        Those are samples that it leaves out, and samples that one more wrong visit would send to quarantine. None
+        where the uniform finish makes up most of the epoch and so looks at all of them anyway.
         """
         self.state.sync()
         begin, end = self._span(epoch, start)
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
             return torch.empty(0, dtype=torch.int32)
         self.note_forgotten_()
-        return self.probes.due(~self._keep(epoch, start), self._clock(epoch, start)).cpu()
+        due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
+        return torch.cat([due, nearly_suspects(self.state).int()]).cpu()
 
     def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
-        """`ids` have been run forward-only: their next probe is twice as far off, unless they came back."""
-        self.probes.probed_(ids.to(self.state.device), self._clock(epoch, start))
+        """`ids` have been run forward-only: their next probe is twice as far off, unless they came back.
+
+        Were more than 2 % of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
+        """
+        self.state.sync()
+        clock = self._clock(epoch, start)
+        ids = ids.to(self.state.device)
+        frozen = ids[(self.probes.interval[ids.long()] > 0) & ~self.state.quarantined[ids.long()]]
+        lost = int((self.state.bucket[frozen.long()] > Bucket.LIGHT).count_nonzero())
+        if lost > ALARM * len(frozen) and self._hurried < clock:
+            self.probes.hurry_(clock)
+            self._hurried = clock
+        self.probes.probed_(ids, clock)
 
     def _clock(self, epoch: int, start: float | None) -> int:
         """Passes over the dataset that the run could have made by now: what the intervals between probes count."""

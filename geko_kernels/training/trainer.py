@@ -46,7 +46,7 @@ class GEKOTrainer(PlannedTrainer):
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 
     Args: those of Trainer, and
-        config: a GEKOConfig; `GEKOConfig.uniform()` trains as Trainer does.
+        config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.
         tokenizer: another name of `processing_class`.
 
     Attributes:
@@ -80,7 +80,7 @@ class GEKOTrainer(PlannedTrainer):
             named["processing_class"] = tokenizer
         args = args or GEKOTrainingArguments(output_dir="tmp_trainer")
         super().__init__(model, args, data_collator, train_dataset, *rest, **named)
-        self.config = config or GEKOConfig()
+        self.config = config or GEKOConfig.recommended()
         self._check_arguments()
         causal = self._loss_shifts_labels
         if data_collator is None and causal:
