@@ -12,6 +12,7 @@ with its own CUDA_VISIBLE_DEVICES, `--part i/n` and `--out`. Times count only if
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -29,7 +30,6 @@ from end_to_end_run import run
 from end_to_end_tasks import TASKS, Task, best_lr, make_data
 from results import RESULTS, append, environment
 
-DECIDING = ("H", "A", "B")  # H first: its cost is B's budget
 FILE = RESULTS / "end_to_end.jsonl"
 
 
@@ -55,13 +55,13 @@ def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, tune: Rate
     """All runs in the order of their worth, those that tune the learning rate first."""
     yield from (Job(name, "A", 0, rate) for name, rates in tune for rate in rates)
     most = max(TASKS[name].seeds for name in tasks) if seeds is None else seeds
-    others = [arm for arm in ARMS if arm not in DECIDING]
-    wanted = set(arms or ARMS)
-    rounds = [(seed, DECIDING) for seed in range(most)] + [(seed, tuple(others)) for seed in range(most)]
-    for seed, group in rounds:
+    wanted = [arm for arm in ARMS if arms is None or arm in arms]
+    for first, seed in itertools.product((True, False), range(most)):
         for name in tasks:
+            deciding = TASKS[name].deciding
+            group = [arm for arm in deciding if arm in wanted] if first else [a for a in wanted if a not in deciding]
             if seed < (TASKS[name].seeds if seeds is None else seeds):
-                yield from (Job(name, arm, seed, None) for arm in group if arm in wanted)
+                yield from (Job(name, arm, seed, None) for arm in group)
 
 
 class Bench:

@@ -32,6 +32,7 @@ class Task:
     noise: float = 0.0
     noise_kind: str = "uniform"
     seeds: int = 5
+    deciding: tuple[str, ...] = ("H", "A", "B")  # arms run first; H before B, whose budget is H's cost
     measure: str = "test_accuracy"
 
 
@@ -62,7 +63,19 @@ TASKS = {
             measure="test_loss",
         ),
         Task("R4", "gloss -> class, clean and saturating", "smollm2", 75_000, 3000, 4, 256, 1e-4, (16, 24, 40)),
-        Task("R5", "addition from scratch, short and long", "adder", 200_000, 4000, 10, 512, 1e-3, (32,), seeds=10),
+        Task(
+            "R5",
+            "addition from scratch, short and long",
+            "adder",
+            200_000,
+            4000,
+            10,
+            512,
+            1e-3,
+            (32,),
+            seeds=10,
+            deciding=("H-spend", "A", "H", "B"),
+        ),
         Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 3000, 1, 256, 1e-4, (16, 24, 40)),
     )
 }

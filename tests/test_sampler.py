@@ -184,7 +184,9 @@ def test_where_probes_find_many_forgotten_all_are_probed(lost, rest):
 def test_in_the_first_epoch_freeze_weighs_what_light_does():
     """A run of one epoch is the standard run, and one visit says nothing of how steady a sample is."""
     for weights, freeze in (((1, 1, 1), 1), ((3, 1, 0), 0)):
-        sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig(**{**PLAIN, "bucket_weights": weights})), num_epochs=3)
+        sampler = gk.GEKOSampler(
+            gk.SampleState(10, gk.GEKOConfig(**{**PLAIN, "bucket_weights": weights})), num_epochs=3
+        )
         sampler.set_epoch(0)
         assert sampler.weights(0) == (*weights, freeze)
         sampler.set_epoch(1)

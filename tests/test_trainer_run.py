@@ -50,9 +50,9 @@ def test_a_forgotten_sample_thaws_at_its_next_probe(tmp_path):
     frozen(trainer, slice(0, 12))  # an untrained model: every probe finds them wrong
     trainer.train()
     report = trainer.get_efficiency_report()
-    assert [epoch["probes"] for epoch in report["epochs"]] == [0, 6, 6]  # even ids, then odd ones
-    assert [epoch["samples"] for epoch in report["epochs"]] == [12, 18, 24]
-    assert [epoch["forgotten"] for epoch in report["epochs"]] == [0, 6, 6]
+    assert [epoch["probes"] for epoch in report["epochs"]] == [0, 12, 0]  # a quarter, found forgotten; so all
+    assert [epoch["samples"] for epoch in report["epochs"]] == [12, 24, 24]
+    assert [epoch["forgotten"] for epoch in report["epochs"]] == [0, 12, 0]
     assert trainer.sampler.forgotten.tolist() == [1] * 12 + [0] * 12
     assert report["samples_forward"] - report["samples_backward"] == 12
 
