@@ -38,10 +38,10 @@ def times(rows: list[Row]) -> Figure:
     for axes, group in panels:
         full, forward = _by_contender(group, "full"), _by_contender(group, "forward")
         shown = [row for row in full if row["contender"] != "copy"]
-        ahead = {row["contender"]: row["ms"] for row in forward}
+        ahead = {_name(row): row["ms"] for row in forward}
         _bars(axes, shown, [row["ms"] for row in shown], "ms", [row["ms_p80"] for row in shown])
         for position, row in enumerate(shown):
-            axes.barh(position, ahead[row["contender"]], height=0.7, color="black", alpha=0.25)
+            axes.barh(position, ahead[_name(row)], height=0.7, color="black", alpha=0.25)
         for position, row in enumerate(shown):
             axes.plot([row["ms_p20"], row["ms_p80"]], [position, position], color="black", linewidth=1)
     return figure
@@ -52,8 +52,10 @@ def zero_shares(rows: list[Row]) -> Figure:
     rows = [row for row in rows if row["size"] == "large" or row["gpu"].startswith("cpu")]
     figure, panels = _panels(rows, "What zero-weight rows save, forward + backward", width=4.6, height=3.2)
     for axes, group in panels:
-        for name, style in (("geko", "-o"), ("geko-inplace", "--s")):
-            ours = [row for row in group if row["contender"] == name and row["mode"] == "full" and row["ms"]]
+        for name, style in (("geko", "-o"), ("geko-inplace", "--s"), ("geko-hopper, hit rate 1", ":^")):
+            ours = [row for row in group if _name(row) == name and row["mode"] == "full" and row["ms"]]
+            if not ours:
+                continue
             ours.sort(key=lambda row: row["zero_rows"])
             axes.plot([r["zero_rows"] for r in ours], [r["ms"] for r in ours], style, color=_OURS, label=name, ms=4)
         peers = [row for row in _by_contender(group, "full") if _color(row) == _PEER]
@@ -117,7 +119,7 @@ def _panels(rows: list[Row], title: str, width: float, height: float) -> tuple[F
 
 def _bars(axes: Axes, shown: list[Row], values: list[float], unit: str, ends: list[float] | None = None) -> None:
     """A bar a row, its value written beyond the bar, or beyond `ends` where a whisker reaches further."""
-    axes.barh([row["contender"] for row in shown], values, height=0.7, color=[_color(row) for row in shown])
+    axes.barh([_name(row) for row in shown], values, height=0.7, color=[_color(row) for row in shown])
     for position, (value, end) in enumerate(zip(values, ends or values, strict=True)):
         text = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         axes.annotate(text, (end, position), (5, 0), textcoords="offset points", va="center", fontsize=8)
@@ -129,6 +131,12 @@ def _bars(axes: Axes, shown: list[Row], values: list[float], unit: str, ends: li
 def _by_contender(group: list[Row], mode: str) -> list[Row]:
     """The measured rows of `mode` without zero-weight rows, in the order they ran."""
     return [row for row in group if row["mode"] == mode and row["zero_share"] == 0 and row["ms"] is not None]
+
+
+def _name(row: Row) -> str:
+    """The contender, and the hit rate where it predicts."""
+    rate = row.get("hit_rate")  # older rows lack it
+    return row["contender"] if rate is None else f"{row['contender']}, hit rate {rate:g}"
 
 
 def _color(row: Row) -> str:

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("tokens", type=int, help=f"a multiple of {ROWS}")
     parser.add_argument("vocab", type=int)
     parser.add_argument("--packed", action="store_true", help="one id a token instead of one a row")
+    parser.add_argument("--zero", type=int, default=0, help=f"how many of the first samples ({ROWS} rows) weigh 0")
     args = parser.parse_args()
     shape = (ROWS, args.tokens // ROWS)
     logits = torch.randn(*shape, args.vocab, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -44,6 +45,7 @@ def main() -> None:
     if args.packed:
         ids = (torch.arange(args.tokens, device="cuda") // 5).view(shape)
     state = gk.SampleState(args.tokens, device="cuda")
+    state.quarantined[: args.zero] = True
     for _ in range(2):  # the first call compiles: skip its three launches
         loss, _ = gk.weighted_loss(logits, labels, ids, state, return_stats=True)
         loss.backward()

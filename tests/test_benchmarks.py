@@ -84,6 +84,10 @@ def test_targets_and_pictures_come_from_the_rows(tmp_path):
         "loss_zero_share_cpu.png",
         "loss_bandwidth_cpu.png",
     }
+    predicted = [row | {"contender": "geko-hopper", "hit_rate": rate} for rate in (1.0, 0.5) for row in rows[:2]]
+    first = plot.times([row for row in rows + predicted if row["T"] == rows[0]["T"]]).axes[0]
+    names = [name.get_text() for name in first.get_yticklabels()]
+    assert names[-2:] == ["geko-hopper, hit rate 1", "geko-hopper, hit rate 0.5"]
 
 
 def test_gpu_targets_know_a_hit_from_a_miss():
