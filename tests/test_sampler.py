@@ -162,9 +162,9 @@ def test_probes_double_their_interval_and_a_forgotten_sample_thaws():
     assert int(sampler.lost) == 1
 
 
-@pytest.mark.parametrize(("lost", "rest"), [(0, 0), (1, 60)])
+@pytest.mark.parametrize(("lost", "rest"), [(1, 0), (2, 60)])
 def test_where_probes_find_many_forgotten_all_are_probed(lost, rest):
-    """More than 2 % of the 20 that are due: the other 60 are looked at before the epoch is drawn, and once only."""
+    """More than 5 % of the 20 that are due: the other 60 are looked at before the epoch is drawn, and once only."""
     state = state_of([FREEZE] * 80)
     sampler = gk.GEKOSampler(state, num_epochs=40)
     sampler.set_epoch(0)
@@ -244,6 +244,27 @@ def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
     assert not state.quarantined.any()
 
 
+def test_quarantine_is_for_tasks_that_generalise():
+    """Facts, random labels, a task that takes many epochs: sure and wrong is what the model is of anything new."""
+    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    sampler = gk.GEKOSampler(state, num_epochs=20)
+    sampler.set_epoch(0)
+    visit(state, torch.arange(55), -5.0)
+    visit(state, torch.arange(55, 100), 9.0)
+    for epoch in (1, 2, 3):
+        assert all(sample >= 55 for sample in sampler.due_probes(epoch))
+        assert set(range(55 if epoch < 3 else 20)) <= set(plan_of(sampler, epoch))
+        visit(state, torch.arange(20, 55), 9.0 if epoch == 2 else -5.0)
+        visit(state, torch.arange(20), -5.0)
+    assert not state.quarantined.any()
+    resumed = gk.GEKOSampler(state, num_epochs=20)  # the verdict stands, though most are right now
+    resumed.load_state_dict(sampler.state_dict())
+    resumed.set_epoch(4)
+    assert not state.quarantined.any()
+    plan_of(gk.GEKOSampler(state, num_epochs=20), 4)  # another run cannot tell any more
+    assert state.quarantined.any()
+
+
 def test_quarantine_is_bounded_and_can_be_switched_off():
     state = noisy(40, noise_guard_share=0.1)
     update_quarantine_(state)
@@ -266,9 +287,6 @@ def test_who_may_be_mislabelled_is_looked_at_before_trained_again():
     assert len(sampler.due_probes(1)) == 0
     plan_of(sampler, 1)
     assert state.quarantined.nonzero()[:, 0].tolist() == list(range(2, 10))
-    unlearnt = gk.SampleState(100, state.config)  # and where hardly anything is right, nobody is
-    visit(unlearnt, torch.arange(90), -5.0)
-    assert len(gk.GEKOSampler(unlearnt, num_epochs=20).due_probes(1)) == 0
 
 
 def test_quarantine_spares_what_is_not_learnt_yet():

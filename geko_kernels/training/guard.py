@@ -1,4 +1,4 @@
-"""The noise guard: samples that look mislabelled are quarantined, relative to how far the run has come."""
+"""The noise guard: samples that look mislabelled are quarantined, where the model's opinion counts for something."""
 
 from __future__ import annotations
 
@@ -13,8 +13,23 @@ SURE = 0.4  # of the median confidence of correct samples: below it the model ha
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
+def generalises(state: SampleState) -> bool:
+    """Was the model, where it was sure, more often right than wrong about samples that it saw for the first time?
+
+    To be asked when most samples have had one visit. What is learnt by heart (facts, random labels) or only after many
+    epochs is not: there a sure and wrong answer says nothing about the label. With 30 % wrong labels in a task that
+    is learnt in an epoch 21 % were right and 11 % HARD; of made-up facts 0 and 6 %. A state that earlier runs have
+    filled cannot tell any more, and is trusted.
+    """
+    first = state.times_seen == 1
+    if int(first.count_nonzero()) <= 0.5 * len(state):
+        return int((state.times_seen > 1).count_nonzero()) > 0
+    right = int((first & (state.bucket <= Bucket.LIGHT)).count_nonzero())
+    return right > int((first & (state.bucket == Bucket.HARD)).count_nonzero())
+
+
 def update_quarantine_(state: SampleState) -> None:
-    """Set `state.quarantined`: weight 0 until the sample is found correct.
+    """Set `state.quarantined`: weight 0 until the sample is found correct. For runs that generalise.
 
     A mislabelled sample is one where the model is sure of another answer. A sample that it has not learnt yet, rare,
     hard or random as it may be, leaves it unsure. So a sample is suspect that
@@ -54,9 +69,6 @@ def nearly_suspects(state: SampleState) -> Tensor:
     of these were found after one epoch, and 88 % after two where the second visit was a training step.
     """
     config = state.config
-    correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
-    if not config.noise_guard or int(correct.count_nonzero()) <= KNOWN / 2 * len(state):
-        return torch.empty(0, dtype=torch.int64, device=state.device)
     near = (state.wrong_streak == config.noise_guard_visits - 1) & ~state.quarantined & (state.times_seen > 0)
     for losses in state.loss_history[:, -(config.noise_guard_visits - 1) :].unbind(1):
         near &= losses > config.noise_guard_margin

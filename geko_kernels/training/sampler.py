@@ -13,11 +13,11 @@ from torch.utils.data import Sampler
 from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
-from geko_kernels.training.guard import nearly_suspects, update_quarantine_
+from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.orders import Orders, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
-ALARM = 0.02  # share of probed samples that were forgotten, from which on all are probed
+ALARM = 0.05  # share of probed samples that were forgotten, from which on all are probed
 _FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
@@ -95,6 +95,7 @@ class GEKOSampler(Sampler[int]):
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
         self._hurried = -1  # when all left-out samples were last made due
+        self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
         self.epoch = 0
         self.position = 0  # ids of the plan handed out
         self.plan: Plan | None = None
@@ -126,7 +127,8 @@ class GEKOSampler(Sampler[int]):
         if self.plan is not None and epoch == self.epoch and not self._finished:
             return
         self.state.sync()
-        update_quarantine_(self.state)
+        if self._guards():
+            update_quarantine_(self.state)
         self.note_forgotten_()
         self.plan = None  # frees its ids first
         self.plan = self._draw(epoch, start)
@@ -238,12 +240,18 @@ class GEKOSampler(Sampler[int]):
             return torch.empty(0, dtype=torch.int32)
         self.note_forgotten_()
         due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
-        return torch.cat([due, nearly_suspects(self.state).int()]).cpu()
+        return (torch.cat([due, nearly_suspects(self.state).int()]) if self._guards() else due).cpu()
+
+    def _guards(self) -> bool:
+        """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
+        if self._guarded is None and self.state.config.noise_guard and bool(self.state.times_seen.any()):
+            self._guarded = generalises(self.state)
+        return bool(self._guarded)
 
     def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back.
 
-        Were more than 2 % of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
+        Were more than 5 % of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
         """
         self.state.sync()
         clock = self._clock(epoch, start)
@@ -281,6 +289,7 @@ class GEKOSampler(Sampler[int]):
             "epoch": self.epoch,
             "position": self.position if consumed is None else consumed,
             "finished": self._finished,
+            "guarded": self._guarded,
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
@@ -293,6 +302,7 @@ class GEKOSampler(Sampler[int]):
         self.lost.fill_(values["lost"])
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
         self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
+        self._guarded = values["guarded"]
         self._row = None
 
     def _owner(self, column: str) -> Any:
