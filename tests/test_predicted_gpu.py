@@ -197,3 +197,31 @@ def test_a_second_backward_computes_anew():
     (second,) = torch.autograd.grad(loss, leaf)
     assert first.data_ptr() != second.data_ptr()
     torch.testing.assert_close(first, second, rtol=2e-2, atol=1e-8)
+
+
+def rows_of(logits, target, coeff, most):
+    """Gradient, statistics and factors by `hopper.RowsLaunch`, at most `most` rows a launch."""
+    rows, vocab = logits.shape
+    grad, one, outputs = torch.full_like(logits, 7.0), torch.ones(1, device="cuda"), []
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        inputs = (each[first : first + count] for each in (logits, grad, target, coeff))
+        launch = hopper.RowsLaunch(CUDA, logits.dtype, (1, count, vocab), (0, vocab), (0, vocab), 0)
+        outputs.append((torch.empty(5, count, device="cuda"), torch.empty(count, device="cuda")))
+        launch(*inputs, None, None, one, *outputs[-1])
+    return grad, *(torch.cat(parts, -1) for parts in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(5280, 20000), (2640, 50257), (1320, 128256), (330, 600_000)])
+def test_a_row_does_not_see_what_its_slots_held_before(rows, vocab):
+    # some twenty rows a cluster, against one launch a row, in which no slot of the ring and no sum is used twice
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    logits *= torch.linspace(0.1, 4, rows, device="cuda", dtype=torch.bfloat16)[:, None]
+    target = torch.randint(0, vocab, (rows,), device="cuda", dtype=torch.int32)
+    target[::10] = -1
+    coeff = torch.tensor([0.0, 0.5, 2.0], device="cuda")[torch.randint(0, 3, (rows,), device="cuda")]
+    coeff[::10] = 0
+    want = rows_of(logits, target, coeff, 1)
+    for _ in range(20):
+        for ours, theirs in zip(rows_of(logits, target, coeff, rows), want, strict=True):
+            assert torch.equal(ours, theirs)
