@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from end_to_end_data import Data
 from end_to_end_engine import Engine, load_network
 from end_to_end_run import run
 from end_to_end_tasks import TASKS, Task, best_lr, make_data
-from results import RESULTS, append, environment
+from results import RESULTS, append, environment, read
 
 FILE = RESULTS / "end_to_end.jsonl"
 
@@ -102,7 +101,7 @@ class Bench:
 
 
 def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+    return [row for path in paths if path.exists() for row in read(path)]
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ Differences are paired by seed; their intervals are 95 % bootstrap intervals of 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from end_to_end_arms import WHAT
 from end_to_end_tasks import TASKS, best_lr
-from results import RESULTS
+from results import RESULTS, read
 
 Row = dict[str, Any]
 Rows = dict[str, dict[int, Row]]  # of one task: arm -> seed -> row
@@ -41,7 +40,7 @@ MEASURES = {
 
 def load(path: Path) -> dict[str, Rows]:
     """The rows at each task's best learning rate; of a run done twice the newest."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read(path)
     tasks: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
     for name, task in TASKS.items():
         of_task = [row for row in rows if row["task"] == name]

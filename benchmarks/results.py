@@ -37,11 +37,15 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a file, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def runs(path: Path) -> list[list[Row]]:
     """The rows of each run (one date on one machine), oldest first."""
     by_run: dict[tuple[str, str], list[Row]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read(path):
         by_run.setdefault((row["date"], row["gpu"]), []).append(row)
     return [by_run[key] for key in sorted(by_run)]
 

@@ -1,4 +1,4 @@
-"""`python benchmarks/scaling_plot.py [DIR]`: DIR/scaling.png of the last run in DIR/scaling.jsonl."""
+"""`python benchmarks/scaling_plot.py [DIR]`: DIR/scaling.png of the newest rows in DIR/scaling.jsonl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from results import RESULTS, Row, runs
+from results import RESULTS, Row, read
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -28,4 +28,5 @@ def draw(rows: list[Row], path: Path) -> None:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    draw(runs(directory / "scaling.jsonl")[-1], directory / "scaling.png")
+    newest = {(row["model"], row["gpus"], row["kind"], row["arm"]): row for row in read(directory / "scaling.jsonl")}
+    draw(list(newest.values()), directory / "scaling.png")
