@@ -26,19 +26,20 @@ def probe(
     model: Any, data: IdDataset, collator: IdCollator, sampler: gk.GEKOSampler, epoch: int, accelerator: Accelerator
 ) -> int:
     """Look again, forward only, at left-out samples that are due: what was forgotten comes back into the plan."""
-    due = sampler.due_probes(epoch)
-    mine = due[accelerator.process_index :: accelerator.num_processes]
+    looked = 0
     model.eval()
-    for ids in mine.split(64) if len(mine) else ():
-        batch = {
-            name: tensor.to(accelerator.device) for name, tensor in collator([data[i] for i in ids.tolist()]).items()
-        }
-        with torch.no_grad():
-            logits = forward(model, batch)
-        gk.weighted_loss(logits, batch["labels"], batch["sample_ids"], sampler.state, shift=True)
+    while len(due := sampler.due_probes(epoch)):
+        mine = due[accelerator.process_index :: accelerator.num_processes]
+        for ids in mine.split(64) if len(mine) else ():
+            items = collator([data[i] for i in ids.tolist()])
+            batch = {name: tensor.to(accelerator.device) for name, tensor in items.items()}
+            with torch.no_grad():
+                logits = forward(model, batch)
+            gk.weighted_loss(logits, batch["labels"], batch["sample_ids"], sampler.state, shift=True)
+        sampler.probed(due, epoch)
+        looked += len(due)
     model.train()
-    sampler.probed(due, epoch)
-    return len(due)
+    return looked
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     data = IdDataset(gloss_items(tokenizer, "train", args.samples))
     collator = IdCollator(CausalCollator(tokenizer.pad_token_id))  # adds the sample_ids to a batch
 
-    state = gk.SampleState(len(data), gk.GEKOConfig(), device=accelerator.device)
+    state = gk.SampleState(len(data), gk.GEKOConfig.recommended(), device=accelerator.device)
     global_batch = args.batch_size * accelerator.num_processes
     sampler = gk.GEKOSampler(state, args.epochs, pad_to=global_batch)  # so accelerate repeats no sample
     loader: Any = DataLoader(data, args.batch_size, sampler=sampler, collate_fn=collator)

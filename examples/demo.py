@@ -23,7 +23,7 @@ import geko_kernels as gk
 from geko_kernels.training.report import write_report
 
 TRAINED_LAYERS = 6
-CONFIG = gk.GEKOConfig(bucket_weights=(1, 1, 1), use_curriculum=False)  # nothing but leaving out what is learnt
+CONFIG = gk.GEKOConfig.recommended()
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes: all samples weigh 1 until they freeze, which they do late; see docs/evidence.md."""
+        """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, and that late (docs/evidence.md)."""
         return cls(freeze_confidence=0.95, bucket_weights=(1, 1, 1), use_curriculum=False)
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 from geko_kernels.cli.errors import UsageError
 
-PRESETS = ("default", "seed", "aggressive", "balanced", "conservative", "gekolib")
+PRESETS = ("recommended", "seed", "aggressive", "balanced", "conservative", "gekolib")
 LAST_CHECKPOINT = "last"
 
 
@@ -35,7 +35,7 @@ class TrainOptions:
     eval_data: str = _option("", "held-out data in the same form, evaluated after each epoch")
     output_dir: str = _option("", "directory for checkpoints, the model and the report (required)")
     loss: str = _option("geko", "standard: every sample weighs 1 and none is left out", choices=("geko", "standard"))
-    preset: str = _option("default", "GEKOConfig preset for --loss geko", choices=PRESETS)
+    preset: str = _option("recommended", "GEKOConfig preset for --loss geko", choices=PRESETS)
     epochs: float = _option(3.0, "length of the run, in epochs of the standard run", float)
     batch_size: int = _option(8, "samples per device and forward pass", int)
     gradient_accumulation_steps: int = _option(1, "forward passes per optimizer step", int)

@@ -83,10 +83,10 @@ def _checkpoint(options: TrainOptions) -> str | None:
 
 def _config(options: TrainOptions) -> GEKOConfig:
     if options.loss == "standard":
-        if options.geko or options.preset != "default":
+        if options.geko or options.preset != "recommended":
             raise UsageError("`geko` settings and --preset need --loss geko; the standard loss has no use for them")
         return GEKOConfig.uniform()
-    preset = GEKOConfig() if options.preset == "default" else getattr(GEKOConfig, options.preset)()
+    preset = getattr(GEKOConfig, options.preset)()
     known = preset.to_dict()
     unknown = sorted(set(options.geko) - set(known))
     if unknown:

@@ -17,7 +17,7 @@ from geko_kernels.training.guard import generalises, nearly_suspects, update_qua
 from geko_kernels.training.orders import Orders, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
-ALARM = 0.05  # share of probed samples that were forgotten, from which on all are probed
+ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 _FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
@@ -251,7 +251,7 @@ class GEKOSampler(Sampler[int]):
     def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back.
 
-        Were more than 5 % of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
+        Were more than a tenth of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
         """
         self.state.sync()
         clock = self._clock(epoch, start)
