@@ -67,7 +67,7 @@ class GEKOConfig:
     selection: bool = True
     probes: bool = True
     spend_saved: bool = False
-    uniform_finish: float = 0.03125
+    uniform_finish: float = 0.015625
     noise_guard: bool = True
     noise_guard_visits: int = 2
     noise_guard_margin: float = 1.0
@@ -127,7 +127,7 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, and that late (docs/evidence.md)."""
+        """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, late; see docs/evidence.md."""
         return cls(freeze_confidence=0.95, bucket_weights=(1, 1, 1), use_curriculum=False)
 
     @classmethod

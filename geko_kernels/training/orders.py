@@ -34,6 +34,12 @@ def iterate_padded(ids: Tensor, length: int, start: int = 0) -> Iterator[int]:
         yield ~int(ids[(place - len(ids)) % len(ids)])
 
 
+def by_length(ids: Tensor, lengths: Tensor, window: int) -> Tensor:
+    """`ids` with each `window` of them sorted by `lengths[ids]`, longest first."""
+    windows = [part[lengths[part.long()].argsort(descending=True, stable=True)] for part in ids.split(window)]
+    return torch.cat(windows) if windows else ids
+
+
 class Orders:
     """`torch.randperm(total, generator=torch.Generator().manual_seed(seed + epoch))` of each epoch as int32."""
 

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 MAX_INTERVAL = 64  # epochs
-STAGGER = 4  # epochs that the first probes of a crowd are spread over
+STAGGER = 8  # epochs that the first probes of a crowd are spread over
 _PART = 1 << 20  # samples whose ids are held as int64 at a time
 
 
 class ProbeSchedule:
     """Re-check times of the samples that an epoch's plan leaves out; 5 bytes a sample, on the state's device.
 
-    A sample left out at epoch e is due at e + 1, e + 2, e + 3 or e + 4, by its id modulo 4: of a crowd that froze
-    together a quarter is looked at each epoch. While it stays left out the time to the next probe doubles, from 4
-    epochs on (up to 64). `hurry_` makes all due at once.
+    A sample left out at epoch e is due at one of e + 1 to e + 8, by its id modulo 8: of a crowd that froze together an
+    eighth is looked at each epoch. While it stays left out the time to the next probe doubles, from 8 epochs on (up
+    to 64). `hurry_` makes all due at once.
 
     Columns: interval (N,) uint8, 0 for a sample that takes part; next_probe (N,) int32, an epoch.
     """

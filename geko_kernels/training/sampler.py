@@ -14,7 +14,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
 from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
-from geko_kernels.training.orders import Orders, iterate_padded
+from geko_kernels.training.orders import Orders, by_length, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
@@ -94,6 +94,7 @@ class GEKOSampler(Sampler[int]):
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
+        self._looked = -1  # the epoch before which `probed` was last called
         self._hurried = -1  # when all left-out samples were last made due
         self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
         self.epoch = 0
@@ -176,7 +177,8 @@ class GEKOSampler(Sampler[int]):
             turn = begin + head / (self.num_epochs * total)
             end = begin + len(ids) / (self.num_epochs * total)
         self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
-        ids = torch.cat([self._grouped(ids[:head]), self._grouped(ids[head:])]) if self.lengths is not None else ids
+        if self.lengths is not None:
+            ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         return Plan(ids, head, begin, min(turn, 1.0), min(end, 1.0))
 
     @staticmethod
@@ -188,11 +190,6 @@ class GEKOSampler(Sampler[int]):
         if count <= budget:
             return len(kept)
         return int(torch.searchsorted(kept.cumsum(0, dtype=torch.int32), budget)) + 1
-
-    def _grouped(self, ids: Tensor) -> Tensor:
-        assert self.lengths is not None
-        windows = [w[self.lengths[w.long()].argsort(descending=True, stable=True)] for w in ids.split(self.window)]
-        return torch.cat(windows) if windows else ids
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
@@ -240,7 +237,9 @@ class GEKOSampler(Sampler[int]):
             return torch.empty(0, dtype=torch.int32)
         self.note_forgotten_()
         due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
-        return (torch.cat([due, nearly_suspects(self.state).int()]) if self._guards() else due).cpu()
+        if self._guards() and self._looked < epoch:
+            due = torch.cat([due, nearly_suspects(self.state).int()])
+        return due.cpu()
 
     def _guards(self) -> bool:
         """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
@@ -254,6 +253,7 @@ class GEKOSampler(Sampler[int]):
         Were more than a tenth of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
         """
         self.state.sync()
+        self._looked = epoch
         clock = self._clock(epoch, start)
         ids = ids.to(self.state.device)
         frozen = ids[(self.probes.interval[ids.long()] > 0) & ~self.state.quarantined[ids.long()]]
