@@ -44,7 +44,8 @@ class GEKOConfig:
         noise_guard: quarantine samples that look mislabelled; see `training/guard.py` for the rule.
         noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
         noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0.
-        noise_guard_min_share: share of the samples, in [0, 1), that has to look so before any is quarantined.
+        noise_guard_min_share: share of the samples, in [0, 1), that has to look so before any is quarantined; with
+            three times that, wrong labels are so many that a third of the margin will do.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
 
     Raises:
@@ -70,7 +71,7 @@ class GEKOConfig:
     uniform_finish: float = 0.015625
     noise_guard: bool = True
     noise_guard_visits: int = 2
-    noise_guard_margin: float = 1.0
+    noise_guard_margin: float = 3.0
     noise_guard_min_share: float = 0.05
     noise_guard_share: float = 0.4
 

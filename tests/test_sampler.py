@@ -312,6 +312,17 @@ def test_quarantine_spares_what_is_not_learnt_yet():
     assert not state.quarantined.any()
 
 
+def test_where_wrong_labels_are_common_a_third_of_the_margin_is_enough():
+    for num_wrong, held in ((14, 14), (16, 25)):
+        state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, "noise_guard_margin": 3.0}))
+        for _ in range(2):
+            visit(state, torch.arange(num_wrong), -5.0)
+            visit(state, torch.arange(num_wrong, 25), -2.0)
+            visit(state, torch.arange(25, 100), 9.0)
+        update_quarantine_(state)
+        assert state.quarantined.sum() == held
+
+
 def test_quarantine_spares_a_few():
     """Where wrong labels are rare, what looks like one is as often a rare sample."""
     for num_wrong in (4, 5):

@@ -9,6 +9,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 
 KNOWN = 0.2  # share of correct samples from which on being wrong says something about the label
+LENIENT = 1 / 3  # of the margin, where wrong labels are common
 SURE = 0.4  # of the median confidence of correct samples: below it the model has no answer of its own yet
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
@@ -40,8 +41,9 @@ def update_quarantine_(state: SampleState) -> None:
     - met a confidence of at least `SURE` times what correct samples have.
 
     Suspects go in once they and those inside make up `noise_guard_min_share` of all samples (fewer may as well be
-    rare and right), highest loss first, up to `noise_guard_share`. A sample comes out when a probe finds it correct.
-    All come out, and none goes in, while no more than `KNOWN` of the samples are correct.
+    rare and right), highest loss first, up to `noise_guard_share`. Where they make up three times that, wrong labels
+    are so common that a third of the margin is enough. A sample comes out when a probe finds it correct. All come out,
+    and none goes in, while no more than `KNOWN` of the samples are correct.
 
     Several processes: call it on synced states; all decide the same.
     """
@@ -51,10 +53,13 @@ def update_quarantine_(state: SampleState) -> None:
         held.fill_(False)
         return
     held &= ~correct
-    suspects = _suspects(state, correct)
+    suspects = _suspects(state, correct, config.noise_guard_margin)
     inside = int(held.count_nonzero())
-    if inside + len(suspects) < config.noise_guard_min_share * len(state):
+    share = (inside + len(suspects)) / len(state)
+    if share < config.noise_guard_min_share:
         return
+    if share >= 3 * config.noise_guard_min_share:
+        suspects = _suspects(state, correct, LENIENT * config.noise_guard_margin)
     room = max(int(config.noise_guard_share * len(state)) - inside, 0)
     if len(suspects) > room:
         worst_first = torch.argsort(state.loss_history[suspects, -1], descending=True, stable=True)
@@ -71,13 +76,13 @@ def nearly_suspects(state: SampleState) -> Tensor:
     config = state.config
     near = (state.wrong_streak == config.noise_guard_visits - 1) & ~state.quarantined & (state.times_seen > 0)
     for losses in state.loss_history[:, -(config.noise_guard_visits - 1) :].unbind(1):
-        near &= losses > config.noise_guard_margin
+        near &= losses > LENIENT * config.noise_guard_margin
     return near.nonzero()[:, 0]
 
 
-def _suspects(state: SampleState, correct: Tensor) -> Tensor:
+def _suspects(state: SampleState, correct: Tensor, margin: float) -> Tensor:
     """ids (n,) int64 of samples not held that are more likely mislabelled than not yet learnt."""
-    margin, visits = state.config.noise_guard_margin, state.config.noise_guard_visits
+    visits = state.config.noise_guard_visits
     suspect = (state.wrong_streak >= visits) & ~correct & ~state.quarantined
     for losses in state.loss_history[:, -visits:].unbind(1):
         suspect &= losses > margin
