@@ -211,6 +211,7 @@ ARMS: dict[str, type[Arm]] = {
     "H+weights": _geko(bucket_weights=(3, 1, 0)),
     "H+curriculum": _geko(use_curriculum=True),
     "H+freeze85": _geko(freeze_confidence=0.85),
+    "H+freeze95": _geko(freeze_confidence=0.95),
 }
 BUDGETED = ("B", "C", "E")  # run at the budget that H was measured to take
 WHAT = {
@@ -231,4 +232,5 @@ WHAT = {
     "H+weights": "GEKO, bucket weights 3, 1, 0",
     "H+curriculum": "GEKO, mountain curriculum",
     "H+freeze85": "GEKO, freezing above confidence 0.85",
+    "H+freeze95": "GEKO, freezing above confidence 0.95",
 }

@@ -129,7 +129,7 @@ class GEKOConfig:
     @classmethod
     def recommended(cls) -> GEKOConfig:
         """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, late; see docs/evidence.md."""
-        return cls(freeze_confidence=0.95, bucket_weights=(1, 1, 1), use_curriculum=False)
+        return cls(freeze_confidence=0.99, bucket_weights=(1, 1, 1), use_curriculum=False)
 
     @classmethod
     def seed(cls) -> GEKOConfig:
