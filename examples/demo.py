@@ -37,7 +37,7 @@ def main() -> None:
 
     with console.status("Loading the model (the first time it is unpacked, which takes half a minute) ..."):
         model, encode = tiny_llama() if options.smoke else load_smollm2()
-    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (512, 320)
+    sizes = (64, 32) if options.smoke else (4096, 512) if device.type == "cuda" else (448, 256)
     model.to(device).requires_grad_(False)
     frozen_layers = model.config.num_hidden_layers - TRAINED_LAYERS
     prefix, tail = Prefix(model, frozen_layers), Tail(model, frozen_layers)
