@@ -15,12 +15,10 @@ endif
 
 .PHONY: demo test test-gpu bench lint
 
-# threads that wait asleep: beside other work a step took 330 ms instead of 610 (2 cores, 2026-11-22)
-demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
 	$(PYTHON) examples/demo.py
 
-# on two cores 4 minutes instead of 8 (2026-11-22)
+# threads that wait asleep, as the processes share the cores: on two 4 minutes instead of 8 (2026-11-22)
 test: export OMP_WAIT_POLICY = PASSIVE
 test: lint
 	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8
