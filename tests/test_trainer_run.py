@@ -136,7 +136,8 @@ def test_evaluation_leaves_the_state_alone(tmp_path):
 
 
 def test_report_and_logs(tmp_path):
-    trainer = trainer_of(tmp_path, sentences(24, ragged=True), num_train_epochs=30, logging_steps=5)
+    config = gk.GEKOConfig()  # freezes early
+    trainer = trainer_of(tmp_path, sentences(24, ragged=True), config, num_train_epochs=30, logging_steps=5)
     trainer.train()
     written = json.loads((tmp_path / "geko_report.json").read_text())
     report = trainer.get_efficiency_report()
