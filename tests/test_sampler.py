@@ -1,4 +1,4 @@
-"""GEKOSampler: plans, probes, noise guard, uniform finish, resume, cost."""
+"""GEKOSampler: plans, weights, uniform finish, resume, cost; see also test_probes.py and test_guard.py."""
 
 from __future__ import annotations
 
@@ -8,26 +8,10 @@ import textwrap
 
 import pytest
 import torch
+from sampling import FOCUS, FREEZE, HARD, LIGHT, PLAIN, plan_of, state_of
 from torch.utils.data import DataLoader
 
 import geko_kernels as gk
-from geko_kernels.training.guard import update_quarantine_
-
-FREEZE, LIGHT, FOCUS, HARD = range(4)
-PLAIN = {"use_curriculum": False, "uniform_finish": 0.0, "noise_guard": False}
-
-
-def state_of(buckets: list[int], **fields) -> gk.SampleState:
-    """A state whose samples have been seen once and are in `buckets`."""
-    state = gk.SampleState(len(buckets), gk.GEKOConfig(**{**PLAIN, **fields}))
-    state.bucket.copy_(torch.tensor(buckets))
-    state.times_seen.fill_(1)
-    return state
-
-
-def plan_of(sampler: gk.GEKOSampler, epoch: int, **kwargs) -> list[int]:
-    sampler.set_epoch(epoch, **kwargs)
-    return list(sampler)
 
 
 def test_a_fresh_epoch_is_what_the_standard_sampler_draws():
@@ -131,56 +115,6 @@ def test_every_sample_outside_freeze_keeps_receiving_weight():
     assert total.min() >= 28  # LIGHT: every epoch but PEAK's twelve
 
 
-def visit(state: gk.SampleState, ids: torch.Tensor, margin: float) -> None:
-    """One forward in which the samples have this margin for the right class, or against it for one of nine others."""
-    logits = torch.zeros(len(ids), 10)
-    logits[:, 0 if margin > 0 else 1] = abs(margin)
-    gk.weighted_loss(logits, torch.zeros(len(ids), dtype=torch.long), ids.long(), state)
-
-
-def test_probes_double_their_interval_and_a_forgotten_sample_thaws():
-    """In gekolib FREEZE is absorbing: a sample that is not drawn is never looked at again."""
-    state = gk.SampleState(8, gk.GEKOConfig(**PLAIN))
-    sampler, probed = gk.GEKOSampler(state, num_epochs=40), {}
-    visit(state, torch.arange(8), margin=9.0)
-    assert (state.bucket == FREEZE).all()
-    for epoch in range(26):
-        ids = sampler.due_probes(epoch)
-        visit(state, ids, margin=9.0)
-        sampler.probed(ids, epoch)
-        probed[epoch] = ids.tolist()
-        assert plan_of(sampler, epoch) == []
-    assert [epoch for epoch, ids in probed.items() if 0 in ids] == [1, 9, 25]
-    assert [epoch for epoch, ids in probed.items() if 1 in ids] == [2, 10]
-    forgotten = torch.tensor([1])
-    due = next(epoch for epoch in range(26, 40) if 1 in sampler.due_probes(epoch).tolist() or plan_of(sampler, epoch))
-    assert due == 26
-    visit(state, forgotten, margin=-5.0)
-    sampler.probed(forgotten, due)
-    assert plan_of(sampler, due) == [1]
-    assert sampler.forgotten.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
-    assert int(sampler.lost) == 1
-
-
-@pytest.mark.parametrize(("lost", "rest"), [(1, 0), (2, 70)])
-def test_where_probes_find_many_forgotten_all_are_probed(lost, rest):
-    """More than a tenth of the 10 that are due: the other 70 are looked at before the epoch is drawn, and once only."""
-    state = state_of([FREEZE] * 80)
-    sampler = gk.GEKOSampler(state, num_epochs=40)
-    sampler.set_epoch(0)
-    due = sampler.due_probes(1)
-    assert due.tolist() == list(range(0, 80, 8))
-    visit(state, due, margin=9.0)
-    visit(state, due[:lost], margin=-5.0)
-    sampler.probed(due, 1)
-    others = sampler.due_probes(1)
-    assert len(others) == rest and not set(others.tolist()) & set(due.tolist())
-    visit(state, others, margin=-5.0)
-    sampler.probed(others, 1)
-    assert len(sampler.due_probes(1)) == 0
-    assert len(plan_of(sampler, 1)) == rest + lost
-
-
 def test_in_the_first_epoch_freeze_weighs_what_light_does():
     """A run of one epoch is the standard run, and one visit says nothing of how steady a sample is."""
     for weights, freeze in (((1, 1, 1), 1), ((3, 1, 0), 0)):
@@ -194,157 +128,6 @@ def test_in_the_first_epoch_freeze_weighs_what_light_does():
     sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig.seed()), num_epochs=3)
     sampler.set_epoch(0)
     assert sampler.weights(0) == (1, 2, 3, 0)
-
-
-def test_probes_can_be_switched_off():
-    sampler = gk.GEKOSampler(state_of([FREEZE] * 8, probes=False), num_epochs=20)
-    for epoch in range(10):
-        assert len(sampler.due_probes(epoch)) == 0
-        sampler.set_epoch(epoch)
-
-
-def noisy(num_wrong: int, total: int = 100, **fields) -> gk.SampleState:
-    """A state with `num_wrong` samples that were sure and wrong three times, at a loss that rises."""
-    state = gk.SampleState(total, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, **fields}))
-    for margin in (-3.0, -4.0, -5.0):
-        visit(state, torch.arange(num_wrong), margin)
-        visit(state, torch.arange(num_wrong, total), 9.0)
-    return state
-
-
-def test_a_mislabelled_sample_is_quarantined_and_weighs_nothing():
-    state = noisy(10)
-    sampler = gk.GEKOSampler(state, num_epochs=20)
-    assert plan_of(sampler, 3) == []
-    assert state.quarantined.nonzero()[:, 0].tolist() == list(range(10))
-    logits = torch.zeros(1, 10, requires_grad=True)
-    _, stats = gk.weighted_loss(logits, torch.tensor([3]), torch.tensor([0]), state, return_stats=True)
-    assert stats.weight.item() == 0
-    assert 0 in sampler.due_probes(4).tolist()  # probed as a frozen sample is
-    visit(state, torch.tensor([0]), 9.0)
-    sampler.set_epoch(4)
-    assert not state.quarantined[0] and state.quarantined[1:10].all()  # and released once it is right
-
-
-def test_quarantine_lasts_through_the_uniform_finish():
-    state = noisy(10, uniform_finish=0.5)
-    plan = plan_of(gk.GEKOSampler(state, num_epochs=4), 3)
-    assert sorted(plan) == list(range(10, 100))
-
-
-def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
-    """Where nothing has been learnt every sample is wrong: quarantine would stop learning for good."""
-    state = noisy(100)
-    assert len(plan_of(gk.GEKOSampler(state, num_epochs=20), 3)) == 100
-    state = noisy(10)
-    update_quarantine_(state)
-    assert state.quarantined.sum() == 10
-    visit(state, torch.arange(10, 100), -5.0)
-    update_quarantine_(state)
-    assert not state.quarantined.any()
-
-
-def test_quarantine_is_for_tasks_that_generalise():
-    """Facts, random labels, a task that takes many epochs: sure and wrong is what the model is of anything new."""
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
-    sampler = gk.GEKOSampler(state, num_epochs=20)
-    sampler.set_epoch(0)
-    visit(state, torch.arange(55), -5.0)
-    visit(state, torch.arange(55, 100), 9.0)
-    for epoch in (1, 2, 3):
-        assert all(sample >= 55 for sample in sampler.due_probes(epoch))
-        assert set(range(55 if epoch < 3 else 20)) <= set(plan_of(sampler, epoch))
-        visit(state, torch.arange(20, 55), 9.0 if epoch == 2 else -5.0)
-        visit(state, torch.arange(20), -5.0)
-    assert not state.quarantined.any()
-    resumed = gk.GEKOSampler(state, num_epochs=20)  # the verdict stands, though most are right now
-    resumed.load_state_dict(sampler.state_dict())
-    resumed.set_epoch(4)
-    assert not state.quarantined.any()
-    plan_of(gk.GEKOSampler(state, num_epochs=20), 4)  # another run cannot tell any more
-    assert state.quarantined.any()
-
-
-def test_quarantine_is_bounded_and_can_be_switched_off():
-    state = noisy(40, noise_guard_share=0.1)
-    update_quarantine_(state)
-    assert state.quarantined.sum() == 10
-    off = noisy(10, noise_guard=False)
-    update_quarantine_(off)
-    assert not off.quarantined.any()
-
-
-def test_who_may_be_mislabelled_is_looked_at_before_trained_again():
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
-    visit(state, torch.arange(10), -5.0)
-    visit(state, torch.arange(10, 100), 9.0)
-    sampler = gk.GEKOSampler(state, num_epochs=20)
-    due = sampler.due_probes(1)
-    assert due.tolist() == list(range(10))
-    visit(state, due, -5.0)
-    visit(state, due[:2], 9.0)
-    sampler.probed(due, 1)
-    assert len(sampler.due_probes(1)) == 0
-    plan_of(sampler, 1)
-    assert state.quarantined.nonzero()[:, 0].tolist() == list(range(2, 10))
-
-
-def test_a_suspect_that_cannot_be_looked_at_is_not_asked_for_again():
-    """Where its loss is NaN the state keeps its old row."""
-    state = gk.SampleState(10, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
-    visit(state, torch.arange(2), -5.0)
-    visit(state, torch.arange(2, 10), 9.0)
-    sampler = gk.GEKOSampler(state, num_epochs=20)
-    due = sampler.due_probes(1)
-    assert due.tolist() == [0, 1]
-    gk.weighted_loss(torch.full((2, 10), torch.nan), torch.zeros(2, dtype=torch.long), due.long(), state)
-    sampler.probed(due, 1)
-    assert len(sampler.due_probes(1)) == 0
-
-
-def test_quarantine_spares_what_is_not_learnt_yet():
-    """Wrong and unsure is a sample whose time has not come, not one with a wrong label."""
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
-    for _ in range(4):
-        visit(state, torch.arange(30), -0.1)  # loss 2.3, confidence 0.1
-        visit(state, torch.arange(30, 100), 9.0)
-    update_quarantine_(state)
-    assert not state.quarantined.any()
-
-
-def test_where_wrong_labels_are_common_a_third_of_the_margin_is_enough():
-    for num_wrong, held in ((14, 14), (16, 25)):
-        state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, "noise_guard_margin": 3.0}))
-        for _ in range(2):
-            visit(state, torch.arange(num_wrong), -5.0)
-            visit(state, torch.arange(num_wrong, 25), -2.0)
-            visit(state, torch.arange(25, 100), 9.0)
-        update_quarantine_(state)
-        assert state.quarantined.sum() == held
-
-
-def test_quarantine_spares_a_few():
-    """Where wrong labels are rare, what looks like one is as often a rare sample."""
-    for num_wrong in (4, 5):
-        state = noisy(num_wrong)
-        update_quarantine_(state)
-        assert state.quarantined.sum() == (0 if num_wrong == 4 else 5)
-    visit(state, torch.arange(2), 9.0)
-    update_quarantine_(state)
-    assert state.quarantined.nonzero()[:, 0].tolist() == [2, 3, 4]  # those inside stay
-
-
-def test_probes_of_a_budget_of_samples_count_passes_not_epochs():
-    """Epochs of a tenth of the samples are ten times as many: probing each time would eat up what they save."""
-    state = state_of([FREEZE] * 90 + [FOCUS] * 10)
-    sampler, probed = gk.GEKOSampler(state, num_epochs=10), 0
-    for epoch in range(100):
-        due = sampler.due_probes(epoch, start=epoch / 100)
-        probed += len(due)
-        sampler.probed(due, epoch, start=epoch / 100)
-        sampler.set_epoch(epoch, start=epoch / 100)
-        assert len(list(sampler)) == 10
-    assert probed == 90 + 12  # due after 1 to 8 passes, and again 8 later
 
 
 def test_resume_in_the_middle_of_an_epoch():

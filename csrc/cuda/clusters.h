@@ -32,13 +32,6 @@ __device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// by each lane: what this warp has read of shared memory may be overwritten by a bulk copy
-__device__ void release(uint32_t barrier, int lane) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncwarp();
-  if (lane == 0) barrier_arrive(barrier);
-}
-
 // the same for what other blocks of the cluster have sent
 __device__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(

@@ -207,7 +207,10 @@ __global__ void __launch_bounds__(WARPS * 32 + 32) predicted_rows(const __grid_c
           }
           if (y_at >= from * kPer && y_at < (from + size) * kPer)
             sum.at_target = V::one(reinterpret_cast<const T*>(chunk)[y_at - from * kPer]);
-          if (!keep) release(empty + 8 * slot, lane);
+          if (!keep) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * slot);
+          }
           if (++slot == a.slots) slot = 0, parity ^= 1;
         }
         sum.join_warp();
@@ -266,7 +269,8 @@ __global__ void __launch_bounds__(WARPS * 32 + 32) predicted_rows(const __grid_c
               out[here] = V::pack(x);
             }
           }
-          release(empty + 8 * slot, lane);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(empty + 8 * slot);
           if (++slot == a.slots) slot = 0;
         }
       }

@@ -17,14 +17,14 @@ _SAMPLE = 1 << 20  # samples that the median is taken of
 def generalises(state: SampleState) -> bool:
     """Was the model, where it was sure, more often right than wrong about samples that it saw for the first time?
 
-    To be asked when most samples have had one visit. What is learnt by heart (facts, random labels) or only after many
+    To be asked once most samples have been seen. What is learnt by heart (facts, random labels) or only after many
     epochs is not: there a sure and wrong answer says nothing about the label. With 30 % wrong labels in a task that
     is learnt in an epoch 21 % were right and 11 % HARD; of made-up facts 0 and 6 %. A state that earlier runs have
     filled cannot tell any more, and is trusted.
     """
     first = state.times_seen == 1
     if int(first.count_nonzero()) <= 0.5 * len(state):
-        return int((state.times_seen > 1).count_nonzero()) > 0
+        return True
     right = int((first & (state.bucket <= Bucket.LIGHT)).count_nonzero())
     return right > int((first & (state.bucket == Bucket.HARD)).count_nonzero())
 

@@ -243,8 +243,8 @@ class GEKOSampler(Sampler[int]):
 
     def _guards(self) -> bool:
         """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
-        if self._guarded is None and self.state.config.noise_guard and bool(self.state.times_seen.any()):
-            self._guarded = generalises(self.state)
+        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * len(self.state):
+            self._guarded = self.state.config.noise_guard and generalises(self.state)
         return bool(self._guarded)
 
     def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
@@ -255,13 +255,13 @@ class GEKOSampler(Sampler[int]):
         self.state.sync()
         self._looked = epoch
         clock = self._clock(epoch, start)
-        ids = ids.to(self.state.device)
-        frozen = ids[(self.probes.interval[ids.long()] > 0) & ~self.state.quarantined[ids.long()]]
-        lost = int((self.state.bucket[frozen.long()] > Bucket.LIGHT).count_nonzero())
+        at = ids.to(self.state.device).long()
+        frozen = at[(self.probes.interval[at] > 0) & ~self.state.quarantined[at]]
+        lost = int((self.state.bucket[frozen] > Bucket.LIGHT).count_nonzero())
         if lost > ALARM * len(frozen) and self._hurried < clock:
             self.probes.hurry_(clock)
             self._hurried = clock
-        self.probes.probed_(ids, clock)
+        self.probes.probed_(at, clock)
 
     def _clock(self, epoch: int, start: float | None) -> int:
         """Passes over the dataset that the run could have made by now: what the intervals between probes count."""
@@ -290,6 +290,7 @@ class GEKOSampler(Sampler[int]):
             "position": self.position if consumed is None else consumed,
             "finished": self._finished,
             "guarded": self._guarded,
+            "hurried": self._hurried,
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
@@ -302,7 +303,7 @@ class GEKOSampler(Sampler[int]):
         self.lost.fill_(values["lost"])
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
         self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
-        self._guarded = values["guarded"]
+        self._guarded, self._hurried = values["guarded"], values["hurried"]
         self._row = None
 
     def _owner(self, column: str) -> Any:
