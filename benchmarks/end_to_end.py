@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from end_to_end_arms import ARMS, BUDGETED
+from end_to_end_arms import ARMS, BUDGETED, find_arm
 from end_to_end_data import Data
 from end_to_end_engine import Engine, load_network
 from end_to_end_run import run
@@ -50,11 +50,19 @@ def tuned(text: str) -> tuple[str, list[float]]:
     return name, [float(rate) for rate in rates.split(",")]
 
 
-def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, tune: Rates) -> Iterator[Job]:
+def known_arm(name: str) -> str:
+    try:
+        find_arm(name)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, tune: Rates, tune_seeds: int) -> Iterator[Job]:
     """All runs in the order of their worth, those that tune the learning rate first."""
-    yield from (Job(name, "A", 0, rate) for name, rates in tune for rate in rates)
+    yield from (Job(name, "A", s, rate) for s in range(tune_seeds) for name, rates in tune for rate in rates)
     most = max(TASKS[name].seeds for name in tasks) if seeds is None else seeds
-    wanted = [arm for arm in ARMS if arms is None or arm in arms]
+    wanted = list(ARMS) if arms is None else arms
     for first, seed in itertools.product((True, False), range(most)):
         for name in tasks:
             deciding = TASKS[name].deciding
@@ -108,9 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="(default: all)")
+    parser.add_argument("--arms", nargs="+", type=known_arm, help="(default: all) A, H, H:freeze_confidence=0.95, ...")
     parser.add_argument("--seeds", type=int, help="(default: the task's)")
     parser.add_argument("--tune", nargs="+", type=tuned, default=[], help="first try A at rates: R1=1e-4,3e-4")
+    parser.add_argument("--tune-seeds", type=int, default=1, help="seeds to try each rate with")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th seed of a task, from the i-th on")
     parser.add_argument("--shared", action="store_true", help="others use this GPU meanwhile: no times")
@@ -132,7 +141,7 @@ def main() -> None:
     }
     rows = read_rows([*given.done, given.out])
     took: dict[str, float] = {}
-    for name, arm, seed, tried in jobs(given.tasks, given.arms, given.seeds, given.tune):
+    for name, arm, seed, tried in jobs(given.tasks, given.arms, given.seeds, given.tune, given.tune_seeds):
         lr = tried or best_lr(TASKS[name], [row for row in rows if row["task"] == name])
         done = {(row["arm"], row["seed"]): row for row in rows if (row["task"], row["lr"]) == (name, lr)}
         mine = (given.tasks.index(name) + seed) % parts == part

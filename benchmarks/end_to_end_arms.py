@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -158,9 +160,10 @@ class Geko(Arm):
 
     def run(self) -> Iterator[list[Segment]]:
         engine, state = self.engine, self.engine.state
-        self.sampler = gk.GEKOSampler(state, self.epochs, seed=1000 * self.seed)
-        epoch, drawn, whole = 0, 0, self.epochs * self.total
-        while drawn < whole if self.config.spend_saved else epoch < self.epochs:
+        epochs = self.budget * self.epochs
+        self.sampler = gk.GEKOSampler(state, epochs, seed=1000 * self.seed)
+        epoch, drawn, whole = 0, 0, round(epochs * self.total)
+        while drawn < whole if self.config.spend_saved else epoch < epochs:
             begin = drawn / whole if self.config.spend_saved else None
             start = engine.wait()
             looking = self.seconds["probes"]
@@ -210,8 +213,6 @@ ARMS: dict[str, type[Arm]] = {
     "H-guard": _geko(noise_guard=False),
     "H+weights": _geko(bucket_weights=(3, 1, 0)),
     "H+curriculum": _geko(use_curriculum=True),
-    "H+freeze85": _geko(freeze_confidence=0.85),
-    "H+freeze95": _geko(freeze_confidence=0.95),
 }
 BUDGETED = ("B", "C", "E")  # run at the budget that H was measured to take
 WHAT = {
@@ -231,6 +232,19 @@ WHAT = {
     "H-guard": "GEKO without the noise guard",
     "H+weights": "GEKO, bucket weights 3, 1, 0",
     "H+curriculum": "GEKO, mountain curriculum",
-    "H+freeze85": "GEKO, freezing above confidence 0.85",
-    "H+freeze95": "GEKO, freezing above confidence 0.95",
 }
+
+
+def find_arm(name: str) -> tuple[type[Arm], float | None]:
+    """An arm and the budget that its name gives: "H", "B:budget=0.6", "H:freeze_confidence=0.95,probes=false".
+
+    After H stand fields of GEKOConfig that differ from the recommended ones, as JSON.
+    """
+    base, _, text = name.partition(":")
+    fields = json.loads(re.sub(r"(\w+)=", r'"\1": ', f"{{{text}}}"))
+    budget = fields.pop("budget", None)
+    if base not in ARMS or (fields and base != "H"):
+        raise ValueError(
+            f"{name} is none of {', '.join(ARMS)}, nor one of them with :budget=..., nor H:field=value,..."
+        )
+    return (_geko(**fields) if fields else ARMS[base]), budget

@@ -68,10 +68,15 @@ def paired(rows: Rows, arm: str, other: str, value: Callable[[Row], float]) -> l
 
 
 def time_ratios(rows: Rows, arm: str, other: str = "A") -> list[float]:
-    """Seconds of `arm` over those of `other`, for seeds at which both had the GPU to themselves."""
-    both = rows[arm].keys() & rows[other].keys()
-    alone = [s for s in sorted(both) if rows[arm][s]["alone"] and rows[other][s]["alone"]]
-    return [rows[arm][s]["seconds"]["total"] / rows[other][s]["seconds"]["total"] for s in alone]
+    """Seconds of `arm` over those of `other`, for seeds at which both had a GPU of the same kind to themselves."""
+    seeds = timed(rows, arm, other)
+    return [rows[arm][s]["seconds"]["total"] / rows[other][s]["seconds"]["total"] for s in seeds]
+
+
+def timed(rows: Rows, arm: str, other: str) -> list[int]:
+    """The seeds whose times can be compared."""
+    both = ((s, rows[arm][s], rows[other][s]) for s in sorted(rows[arm].keys() & rows[other].keys()))
+    return [s for s, a, b in both if a["alone"] and b["alone"] and a["gpu"] == b["gpu"]]
 
 
 def time_to(rows: Rows, arm: str, share: float = 1.0) -> list[float | None]:
@@ -80,7 +85,7 @@ def time_to(rows: Rows, arm: str, share: float = 1.0) -> list[float | None]:
     measure, found = MEASURES[task], []
     prefix = "train" if task == "R1" else "test"
     key = measure.key.replace("test", prefix)
-    for seed in sorted(rows[arm].keys() & rows["A"].keys()):
+    for seed in timed(rows, arm, "A"):
         goal = rows["A"][seed]["history"][-1][key] * share
         times = [_first(rows[name][seed], key, goal, measure.higher) for name in (arm, "A")]
         found.append(None if times[0] is None or times[1] is None else times[0] / times[1])
@@ -88,14 +93,22 @@ def time_to(rows: Rows, arm: str, share: float = 1.0) -> list[float | None]:
 
 
 def _first(row: Row, key: str, goal: float, higher: bool) -> float | None:
-    return next((e["seconds"] for e in row["history"] if (e[key] >= goal if higher else e[key] <= goal)), None)
+    """When `goal` was first crossed, on straight lines between the ends of epochs."""
+    before = None
+    for entry in row["history"]:
+        if entry[key] >= goal if higher else entry[key] <= goal:
+            if before is None:
+                return entry["seconds"]
+            part = (goal - before[key]) / (entry[key] - before[key])
+            return before["seconds"] + part * (entry["seconds"] - before["seconds"])
+        before = entry
+    return None
 
 
 def bound(rows: Rows) -> list[float]:
     """Measured T / (T_standard (1 - mean frozen share)) of GEKO; a share counts from the epoch after."""
     ratios = time_ratios(rows, "H")
-    seeds = sorted(s for s in rows["H"].keys() & rows["A"].keys() if rows["H"][s]["alone"] and rows["A"][s]["alone"])
-    frozen = [mean([0.0, *rows["H"][s]["frozen_share"][:-1]]) for s in seeds]
+    frozen = [mean([0.0, *rows["H"][s]["frozen_share"][:-1]]) for s in timed(rows, "H", "A")]
     return [ratio / (1 - share) for ratio, share in zip(ratios, frozen, strict=True)]
 
 
@@ -110,9 +123,7 @@ def table(task: str, rows: Rows) -> list[str]:
         "rows trained / A's | cost / A's | time / A's | frozen and forgotten | quarantined (precision, recall) |",
         "| --- | " + "--- | " * 11,
     ]
-    for arm, what in WHAT.items():
-        if not rows.get(arm):
-            continue
+    for arm in [*(arm for arm in WHAT if rows.get(arm)), *(arm for arm in rows if arm not in WHAT)]:
         seeds = list(rows[arm].values())
         values = [final(row, measure) for row in seeds]
         worst = min(values) if measure.higher else max(values)
@@ -126,7 +137,7 @@ def table(task: str, rows: Rows) -> list[str]:
         held = mean(row["quarantined_share"] for row in seeds)
         guard = f"{held:.1%} ({_mean(seeds, 'quarantine_precision')}, {_mean(seeds, 'quarantine_recall')})"
         cells = [
-            f"{arm}: {what}",
+            f"{arm}: {WHAT[arm]}" if arm in WHAT else arm,
             str(len(seeds)),
             f"{mean(values):.2f}",
             f"{worst:.2f}",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from end_to_end_arms import ARMS, Arm
+from end_to_end_arms import Arm, find_arm
 from end_to_end_data import Data, Split
 from end_to_end_engine import Engine, Network, new_adder
 from end_to_end_tasks import Task
@@ -78,18 +78,21 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
 
 
 def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float, budget: float) -> dict[str, Any]:
-    """The row of one run."""
-    arm = ARMS[name](engine, task.epochs, budget, seed)
+    """The row of one run; a budget in the arm's name goes before `budget`."""
+    kind, its_own = find_arm(name)
+    budget = budget if its_own is None else its_own
+    arm = kind(engine, task.epochs, budget, seed)
     if task.network == "adder":
         tiny = engine.network.tail.norm.weight.numel() < 256
         engine.reset(arm.config, Network(new_adder(seed, tiny)).state_dict())
     state, total = engine.state, len(engine.train)
-    subset = torch.randperm(total, generator=torch.Generator().manual_seed(99))[:_SUBSET]
+    recall = data.test is data.train  # then the training samples are what counts: all of them after each epoch
+    subset = torch.randperm(total, generator=torch.Generator().manual_seed(99))[: total if recall else _SUBSET]
     test = torch.arange(len(data.test))
     history: list[dict[str, Any]] = []
     for entry in train(engine, task, arm, lr):
         entry |= measure(engine, data.train, subset, "train")
-        if data.test is not data.train:
+        if not recall:
             entry |= measure(engine, data.test, test, "test")
         entry |= {"quarantined": int(state.quarantined.sum()), "buckets": state.bucket_counts().tolist()}
         history.append(entry)

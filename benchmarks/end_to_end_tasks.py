@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ TASKS = {
             (32,),
             measure="test_loss",
         ),
-        Task("R4", "gloss -> class, clean and saturating", "smollm2", 75_000, 3000, 4, 256, 1e-4, (16, 24, 40)),
+        Task("R4", "gloss -> class, clean and saturating", "smollm2", 75_000, 6000, 4, 256, 1e-4, (16, 24, 40)),
         Task(
             "R5",
             "addition from scratch, short and long",
@@ -76,16 +77,20 @@ TASKS = {
             seeds=10,
             deciding=("H-spend", "A", "H", "B"),
         ),
-        Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 3000, 1, 256, 1e-4, (16, 24, 40)),
+        Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 6000, 1, 256, 1e-4, (16, 24, 40)),
     )
 }
 
 
 def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
-    """The rate at which the uniform arm's seed 0 ended best among `rows`, the same for all arms."""
+    """The rate at which the uniform arm ended best, by the seeds that it ran at every rate; the same for all arms."""
     sign = 1 if task.measure == "test_accuracy" else -1
-    ends = {row["lr"]: sign * row["final"][task.measure] for row in rows if (row["arm"], row["seed"]) == ("A", 0)}
-    return max(ends, key=lambda lr: ends[lr]) if len(ends) > 1 else task.lr
+    ends: dict[float, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["arm"] == "A":
+            ends[row["lr"]][row["seed"]] = sign * row["final"][task.measure]
+    seeds = set.intersection(*(set(of) for of in ends.values())) if len(ends) > 1 else set()
+    return max(ends, key=lambda lr: sum(ends[lr][seed] for seed in seeds)) if seeds else task.lr
 
 
 def make_data(task: Task, encode: data.Encode | None, wordnet: Path) -> data.Data:
