@@ -37,6 +37,8 @@ class GEKOConfig:
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
         use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
+        light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take part
+            in an epoch and the others in the one after.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
             shorter epochs. False finishes sooner.
@@ -66,6 +68,7 @@ class GEKOConfig:
     min_q_for_freeze: float = 0.0
     use_curriculum: bool = True
     selection: bool = True
+    light_interval: int = 1
     probes: bool = True
     spend_saved: bool = False
     uniform_finish: float = 0.015625
@@ -96,12 +99,16 @@ class GEKOConfig:
         for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        visits = self.noise_guard_visits
-        if isinstance(visits, bool) or not isinstance(visits, int):
-            raise TypeError(f"noise_guard_visits must be an integer from 2 to 5, got {visits!r}")
-        if not 2 <= visits <= 5:
-            raise ValueError(f"noise_guard_visits must be from 2 to 5 (the losses kept per sample), got {visits}")
+        self._check_integer("noise_guard_visits", 2, 5, "from 2 to 5 (the losses kept per sample)")
+        self._check_integer("light_interval", 1, 64, "from 1 to 64")
         self._check_weights()
+
+    def _check_integer(self, name: str, low: int, high: int, allowed: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be {allowed}, got {value}")
 
     def _check_number(self, name: str, low: float, high: float, allowed: str, open_low: bool = False) -> None:
         value = getattr(self, name)

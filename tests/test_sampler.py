@@ -40,6 +40,20 @@ def test_light_follows_its_weight_in_the_phase():
     assert sizes == [10] * 7 + [5] * 6 + [10] * 7  # PEAK is [.35, .65): the middles of epochs 7 to 12
 
 
+@pytest.mark.parametrize("interval", [2, 3])
+def test_light_samples_take_turns(interval):
+    state = state_of([LIGHT] * 999 + [HARD] * 10, light_interval=interval, bucket_weights=(1, 1, 1))
+    sampler = gk.GEKOSampler(state, num_epochs=9)
+    plans = [set(plan_of(sampler, epoch)) for epoch in range(2 * interval)]
+    assert all(plan > set(range(999, 1009)) for plan in plans)
+    turns = [plan - set(range(999, 1009)) for plan in plans]
+    assert turns[:interval] == turns[interval:] and sum(map(len, turns[:interval])) == 999
+    assert set.union(*turns) == set(range(999))
+    even = sum(len(turn & set(range(0, 999, 2))) for turn in turns[::interval]) / 2
+    assert even == pytest.approx(500 / interval, rel=0.15)  # neighbours are not told apart by their ids
+    assert len(turns[0]) == pytest.approx(999 / interval, rel=0.1)
+
+
 def test_a_three_epoch_run_reaches_every_phase():
     """gekolib reads the phase once an epoch, so three epochs never see PEAK or CONSOLIDATE."""
     state = state_of([HARD] * 100, use_curriculum=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 _CHUNK = 1 << 16  # ids turned into Python integers at a time
+_SCATTER = -1640531527  # odd: the product's upper half scatters neighbouring ids
 
 
 class PaddedIds(Sampler[int]):
@@ -38,6 +39,12 @@ def by_length(ids: Tensor, lengths: Tensor, window: int) -> Tensor:
     """`ids` with each `window` of them sorted by `lengths[ids]`, longest first."""
     windows = [part[lengths[part.long()].argsort(descending=True, stable=True)] for part in ids.split(window)]
     return torch.cat(windows) if windows else ids
+
+
+def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tensor:
+    """(N,) bool: each sample is in turn every `interval` epochs; neighbouring ids in no pattern."""
+    turns = torch.arange(total, dtype=torch.int32, device=device).mul_(_SCATTER)
+    return turns.bitwise_right_shift_(16).bitwise_and_(0x7FFF).add_(epoch).remainder_(interval) == 0
 
 
 class Orders:

@@ -14,7 +14,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
 from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
-from geko_kernels.training.orders import Orders, by_length, iterate_padded
+from geko_kernels.training.orders import Orders, by_length, in_turn, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
@@ -39,7 +39,8 @@ class GEKOSampler(Sampler[int]):
     With `perm = torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` the plan is
     `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
     bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
-    those never seen. The last `uniform_finish` of the run takes every sample but the quarantined.
+    those never seen; of LIGHT each has its turn every `light_interval` epochs. The last `uniform_finish` of the run
+    takes every sample but the quarantined.
 
     In a loop of your own:
 
@@ -153,6 +154,9 @@ class GEKOSampler(Sampler[int]):
                 if row[3 - bucket] > 0:
                     taught |= state.bucket == bucket
             keep &= taught
+            if config.light_interval > 1:
+                resting = in_turn(len(state), config.light_interval, epoch, state.device).logical_not_()
+                keep &= ~resting.logical_and_(state.bucket == Bucket.LIGHT)
         return keep
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
