@@ -37,8 +37,8 @@ class GEKOConfig:
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
         use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
-        light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take part
-            in an epoch and the others in the one after.
+        light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
+            part in an epoch and the others in the one after.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
             shorter epochs. False finishes sooner.
@@ -136,7 +136,7 @@ class GEKOConfig:
     @classmethod
     def recommended(cls) -> GEKOConfig:
         """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, late; see docs/evidence.md."""
-        return cls(freeze_confidence=0.99, bucket_weights=(1, 1, 1), use_curriculum=False)
+        return cls(freeze_confidence=0.999, light_interval=2, bucket_weights=(1, 1, 1), use_curriculum=False)
 
     @classmethod
     def seed(cls) -> GEKOConfig:
