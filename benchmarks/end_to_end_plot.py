@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from end_to_end_report import MEASURES, Rows
+from end_to_end_rows import MEASURES, Rows
 from end_to_end_tasks import TASKS
 
 matplotlib.use("Agg")
@@ -15,8 +15,8 @@ _COLORS = {"A": "0.45", "B": "tab:blue", "H": "tab:red"}
 _NAMES = {"A": "uniform", "B": "uniform at GEKO's budget", "H": "GEKO"}
 
 
-def draw(tasks: dict[str, Rows], folder: Path) -> None:
-    """`end_to_end.png`: held-out quality (recall in R1) over seconds of training, one line a seed."""
+def draw(tasks: dict[str, Rows], path: Path) -> None:
+    """Held-out quality (recall in R1) over seconds of training, one line a seed."""
     shown = [name for name in TASKS if tasks.get(name, {}).get("A")]
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
@@ -37,5 +37,5 @@ def draw(tasks: dict[str, Rows], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(folder / "end_to_end.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -46,7 +46,7 @@ def _noisy(share: float, kind: str = "uniform", name: str = "") -> Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("R1", "made-up name -> number, recall", "smollm2", 8_000, 0, 20, 128, 3e-4, (24,)),
+        Task("R1", "facts by heart: made-up name -> number", "smollm2", 8_000, 0, 20, 128, 3e-4, (24,)),
         _noisy(0.0),
         _noisy(0.1),
         _noisy(0.3),

@@ -22,6 +22,7 @@ import end_to_end
 import end_to_end_data as data
 import end_to_end_instructions as instructions
 import end_to_end_report as report
+import end_to_end_rows
 from end_to_end_arms import ARMS
 from end_to_end_run import batches, learning_rate
 from end_to_end_targets import targets
@@ -75,7 +76,7 @@ def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, w
         row["seconds"]["total"] = 1.0 if row["arm"] == "H" else 2.0
     with out.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    tasks = report.load(out)
+    tasks = end_to_end_rows.load(out)
     text = "\n".join(report.table("R2-0", tasks["R2-0"]))
     assert "| H: GEKO | 2 |" in text and "| B: uniform at H's budget | 2 |" in text
     del tasks["R2-0"]["H"][0]
@@ -83,7 +84,7 @@ def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, w
     assert found["R2-0: time / A's at most 0.55"].hit and found["R2-0: no worse than A, margin 0.5 points"].hit
     monkeypatch.setattr(sys, "argv", ["end_to_end_report.py", str(out)])
     report.main()
-    assert (tmp_path / "end_to_end.png").exists()
+    assert (tmp_path / "end_to_end.png").exists() and text in (tmp_path / "end_to_end.md").read_text()
 
 
 def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_path, wordnet):
