@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py --wordnet /usr/share/wordnet/data.noun
     python benchmarks/end_to_end_report.py
+    python benchmarks/end_to_end.py --tasks R1-small R3-small --arms A H --out small.jsonl --done   # on a CPU
 
 Runs that `--done` or `--out` holds are skipped, so a broken-off benchmark goes on where it stood. Deciding runs come
 first: on each task H, A and B of seed 0, then of the other seeds, then the other arms. Several GPUs: one process each,
@@ -26,10 +27,11 @@ from end_to_end_arms import ARMS, BUDGETED, find_arm
 from end_to_end_data import Data
 from end_to_end_engine import Engine, load_network
 from end_to_end_run import run
-from end_to_end_tasks import TASKS, Task, best_lr, make_data
+from end_to_end_tasks import LARGE, TASKS, Task, best_lr, make_data
 from results import RESULTS, append, environment, read
 
 FILE = RESULTS / "end_to_end.jsonl"
+QUICK = {"smollm2": "tiny", "adder": "tiny adder", "small instructions": "tiny instructions"}
 
 
 class Job(NamedTuple):
@@ -84,11 +86,11 @@ class Bench:
         task = TASKS[name]
         if not self.given.quick:
             return task
-        samples = 96 if name == "R1" else 192
+        samples = 96 if name.startswith("R1") else 192
         return replace(task, samples=samples, test=min(task.test, samples), epochs=min(task.epochs, 3), batch=32)
 
     def ready(self, task: Task) -> tuple[Engine, Data]:
-        kind = {"smollm2": "tiny", "adder": "tiny adder"}[task.network] if self.given.quick else task.network
+        kind = QUICK.get(task.network, task.network) if self.given.quick else task.network
         network, encode = self.networks.get(kind) or self.networks.setdefault(kind, load_network(kind))
         if task.name not in self.data:
             made = make_data(task, encode, self.given.wordnet)
@@ -115,7 +117,7 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=LARGE, choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", type=known_arm, help="(default: all) A, H, H:freeze_confidence=0.95, ...")
     parser.add_argument("--seeds", type=int, help="(default: the task's)")
     parser.add_argument("--tune", nargs="+", type=tuned, default=[], help="first try A at rates: R1=1e-4,3e-4")

@@ -241,10 +241,11 @@ def find_arm(name: str) -> tuple[type[Arm], float | None]:
     After H stand fields of GEKOConfig that differ from the recommended ones, as JSON.
     """
     base, _, text = name.partition(":")
-    fields = json.loads(re.sub(r"(\w+)=", r'"\1": ', f"{{{text}}}"))
+    try:
+        fields = json.loads(re.sub(r"(\w+)=", r'"\1": ', f"{{{text}}}"))
+    except json.JSONDecodeError:
+        base, fields = "", {}
     budget = fields.pop("budget", None)
     if base not in ARMS or (fields and base != "H"):
-        raise ValueError(
-            f"{name} is none of {', '.join(ARMS)}, nor one of them with :budget=..., nor H:field=value,..."
-        )
+        raise ValueError(f"{name}: an arm is one of {', '.join(ARMS)}, one with :budget=0.5, or H:field=value,...")
     return (_geko(**fields) if fields else ARMS[base]), budget

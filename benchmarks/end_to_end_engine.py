@@ -36,7 +36,11 @@ class Network(nn.Module):
 
 
 def load_network(kind: str) -> tuple[Network, Encode | None]:
-    """In float32 on the CPU, and the tokenizer: kind "smollm2" or "adder", "tiny" or "tiny adder" for tests."""
+    """In float32 on the CPU, and the tokenizer: kind "smollm2", "adder" or a small one; "tiny ..." in tests."""
+    if kind in ("small facts", "small instructions", "tiny instructions"):
+        from end_to_end_small import small_network
+
+        return small_network(kind)
     if kind.endswith("adder"):
         return Network(new_adder(0, tiny=kind.startswith("tiny"))), None
     model, encode_one = load_smollm2() if kind == "smollm2" else tiny_llama()

@@ -76,7 +76,7 @@ def time_to(rows: Rows, arm: str, share: float = 1.0) -> list[float | None]:
     """Seconds until `arm` first has `share` of A's final value, over A's seconds until then; None if it never does."""
     task = next(iter(rows["A"].values()))["task"]
     measure, found = MEASURES[task], []
-    prefix = "train" if task == "R1" else "test"
+    prefix = "train" if task.startswith("R1") else "test"
     key = measure.key.replace("test", prefix)
     for seed in timed(rows, arm, "A"):
         goal = rows["A"][seed]["history"][-1][key] * share

@@ -94,6 +94,7 @@ def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float,
         entry |= measure(engine, data.train, subset, "train")
         if not recall:
             entry |= measure(engine, data.test, test, "test")
+        entry["cost"] = (entry["rows_trained"] + arm.looked / 3) / (task.epochs * total)
         entry |= {"quarantined": int(state.quarantined.sum()), "buckets": state.bucket_counts().tolist()}
         history.append(entry)
     state.check()
@@ -120,7 +121,7 @@ def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float,
         "seconds": seconds,
         "rows_trained": trained,
         "rows_forward": trained + arm.looked,
-        "cost": (trained + arm.looked / 3) / (task.epochs * total),
+        "cost": history[-1]["cost"],
         "final": final,
         "frozen_share": [entry["buckets"][gk.Bucket.FREEZE] / total for entry in history],
         "frozen_forgotten": (frozen & ~hit).sum().item() / max(int(frozen.sum()), 1),

@@ -23,7 +23,7 @@ class Task:
 
     name: str
     what: str
-    network: str  # "smollm2", all its layers trained, or "adder", from scratch
+    network: str  # "smollm2", all its layers trained, "adder", from scratch, or a small one, see end_to_end_small
     samples: int
     test: int
     epochs: int
@@ -78,8 +78,23 @@ TASKS = {
             deciding=("H-spend", "A", "H", "B"),
         ),
         Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 6000, 1, 256, 1e-4, (16, 24, 40)),
+        Task("R1-small", "facts by heart, a small network", "small facts", 1200, 0, 40, 24, 7e-4, (24,), seeds=3),
+        Task(
+            "R3-small",
+            "operations on lists of symbols, a small network",
+            "small instructions",
+            12_000,
+            1800,
+            8,
+            64,
+            3e-3,
+            (17,),
+            seeds=3,
+            measure="test_loss",
+        ),
     )
 }
+LARGE = [task.name for task in TASKS.values() if not task.name.endswith("-small")]
 
 
 def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
@@ -97,8 +112,12 @@ def make_data(task: Task, encode: data.Encode | None, wordnet: Path) -> data.Dat
     """The task's samples."""
     if task.network == "adder":
         return data.additions(task.samples, task.test)
+    if task.name == "R3-small":
+        from end_to_end_small import list_operations
+
+        return list_operations(task.samples, task.test)
     assert encode is not None
-    if task.name == "R1":
+    if task.name.startswith("R1"):
         return data.facts(encode, task.samples)
     rows: list[Any] = data.read_wordnet(wordnet)
     if task.name == "R3":

@@ -35,7 +35,7 @@ def print_report(console: Console, standard: Arm, geko: Arm) -> None:
     for i, epoch in enumerate(geko.epochs):
         shares = (f"{count / sum(epoch.buckets.values()):.0%}" for count in epoch.buckets.values())
         saved = 1 - (work[i + 1] - work[i]) / full
-        table.add_row(str(i + 1), *shares, f"{saved:.0%}", f"{epoch.accuracy:.3f}")
+        table.add_row(str(i + 1), *shares, f"{saved:z.0%}", f"{epoch.accuracy:.3f}")
     table.add_section()
     table.add_row("all", "", "", "", "", f"{1 - work[-1] / (full * len(geko.epochs)):.0%}", "")
     console.print(table)

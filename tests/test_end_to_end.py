@@ -23,10 +23,11 @@ import end_to_end_data as data
 import end_to_end_instructions as instructions
 import end_to_end_report as report
 import end_to_end_rows
-from end_to_end_arms import ARMS
+import end_to_end_small as small
+from end_to_end_arms import ARMS, find_arm
 from end_to_end_run import batches, learning_rate
 from end_to_end_targets import targets
-from end_to_end_tasks import TASKS, make_data
+from end_to_end_tasks import TASKS, best_lr, make_data
 
 GLOSS = '{:08d} {:02d} n 01 {} 0 000 @ 0000 n 0000 | {} of the {} kind; "an example"'
 
@@ -62,7 +63,7 @@ def test_every_arm_runs_and_a_second_start_goes_on(monkeypatch, tmp_path, wordne
     assert cost["A"] == 1.0 and cost["B"] == pytest.approx(cost["H"], abs=0.05) and cost["D"] < 1.0
 
 
-@pytest.mark.parametrize("task", ["R1", "R3", "R4", "R5", "R6"])
+@pytest.mark.parametrize("task", ["R1", "R3", "R4", "R5", "R6", "R1-small", "R3-small"])
 def test_the_other_tasks_run(monkeypatch, tmp_path, wordnet, task):
     _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", task, "--arms", "H", "A", "B")
     assert sorted(row["arm"] for row in rows) == ["A", "B", "H"]
@@ -87,10 +88,58 @@ def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, w
     assert (tmp_path / "end_to_end.png").exists() and text in (tmp_path / "end_to_end.md").read_text()
 
 
+def test_an_arm_may_be_given_other_settings_and_a_budget_by_name(monkeypatch, tmp_path, wordnet):
+    kind, budget = find_arm("H:freeze_confidence=0.95,bucket_weights=[2,2,1],spend_saved=true,budget=0.5")
+    assert (kind.config.freeze_confidence, kind.config.bucket_weights, budget) == (0.95, (2, 2, 1), 0.5)
+    assert find_arm("H") == (ARMS["H"], None) and find_arm("B:budget=0.5") == (ARMS["B"], 0.5)
+    for name in ("Z", "A:probes=false", "H:probes", "H:freeze_confidence=2"):
+        with pytest.raises(ValueError, match=r"an arm is one of|freeze_confidence must be in"):
+            find_arm(name)
+    arms = ["H:light_interval=1,budget=0.5", "B:budget=0.5"]
+    _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R4", "--arms", *arms)
+    assert [row["arm"] for row in rows] == arms and all(row["cost"] == pytest.approx(0.5, abs=0.05) for row in rows)
+
+
+def test_times_of_other_gpus_are_not_compared():
+    def row(seconds, gpu, accuracies):
+        history = [{"seconds": seconds * (i + 1) / 3, "test_accuracy": a} for i, a in enumerate(accuracies)]
+        return {"task": "R4", "seconds": {"total": seconds}, "gpu": gpu, "alone": True, "history": history}
+
+    uniform = {0: row(9.0, "one", [0.5, 0.6, 0.8]), 1: row(9.0, "other", [0.5, 0.6, 0.8])}
+    rows = {"A": uniform, "H": {seed: row(6.0, "one", [0.5, 0.7, 0.9]) for seed in (0, 1)}}
+    assert end_to_end_rows.time_ratios(rows, "H") == [pytest.approx(2 / 3)]
+    assert end_to_end_rows.time_to(rows, "H", 1.0) == [pytest.approx(5 / 9)]  # 0.8 between the second and third epoch
+
+
 def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_path, wordnet):
     _, rows = run(monkeypatch, tmp_path, wordnet, "--tasks", "R3", "--arms", "H", "A", "--tune", "R3=1e-4,1e-2")
     ends = {row["lr"]: row["final"]["test_loss"] for row in rows if row["arm"] == "A"}
     assert len(ends) == 2 and [row["lr"] for row in rows if row["arm"] == "H"] == [min(ends, key=ends.get)]
+
+
+def test_rates_are_compared_on_the_seeds_that_all_of_them_had():
+    rows = [
+        {"arm": "A", "lr": lr, "seed": seed, "final": {"test_accuracy": accuracy}}
+        for lr, seed, accuracy in [(1e-4, 0, 0.5), (1e-4, 1, 0.6), (1e-4, 2, 0.1), (2e-4, 0, 0.6), (2e-4, 1, 0.4)]
+    ]
+    assert best_lr(TASKS["R4"], rows) == 1e-4
+    assert best_lr(TASKS["R4"], rows[:3]) == TASKS["R4"].lr
+
+
+def test_lists_of_symbols_are_answered_and_unseen():
+    made = small.list_operations(400, 120)
+    seen = []
+    for split in made[:2]:
+        asked = set()
+        for tokens, labels, group in zip(
+            split.tokens.tolist(), split.labels.tolist(), split.groups.tolist(), strict=True
+        ):
+            end = tokens.index(small._ANSWER)
+            symbols, answer = [t - 1 for t in tokens[2:end]], labels[: labels.index(small._END)]
+            assert [a - 1 for a in answer] == list(small.LEARNT[group](symbols))
+            asked.add((group, *sorted(symbols)))
+        seen.append(asked)
+    assert not seen[0] & seen[1] and len(made.test) == 120 and made.test.groups.bincount().tolist() == [10] * 12
 
 
 def test_wrong_labels_are_as_many_as_asked(wordnet):
