@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end_report.py [results/end_to_end.jsonl]
 
-Prints the targets; writes end_to_end.md and end_to_end.png beside the rows. Differences are paired by seed; their
-intervals are 95 % bootstrap intervals of the mean over seeds.
+Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows. Differences are paired
+by seed; their intervals are 95 % bootstrap intervals of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
 def table(task: str, rows: Rows) -> list[str]:
     """Markdown: one line an arm."""
     measure = MEASURES[task]
-    unit = "accuracy, %" if measure.scale == 100 else "loss"
+    unit, digits = ("accuracy, %", 2) if measure.scale == 100 else ("loss", 4)
     lines = [
         f"### {task}: {TASKS[task].what}",
         "",
@@ -57,7 +57,7 @@ def table(task: str, rows: Rows) -> list[str]:
         against = ""
         if arm != "A" and (differences := paired(rows, arm, "A", lambda row: final(row, measure))):
             low, high = bootstrap(differences)
-            against = f"{mean(differences):+.2f} [{low:+.2f}, {high:+.2f}]"
+            against = f"{mean(differences):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
         group = mean(row["final"][measure.key.replace("test_", "test_worst_")] * measure.scale for row in seeds)
         ratios = time_ratios(rows, arm) if rows.get("A") else []
         trained = mean(row["rows_trained"] / (row["samples"] * row["epochs"]) for row in seeds)
@@ -66,10 +66,10 @@ def table(task: str, rows: Rows) -> list[str]:
         cells = [
             f"{arm}: {WHAT[arm]}" if arm in WHAT else arm,
             str(len(seeds)),
-            f"{mean(values):.2f}",
-            f"{worst:.2f}",
+            f"{mean(values):.{digits}f}",
+            f"{worst:.{digits}f}",
             against,
-            f"{group:.2f}",
+            f"{group:.{digits}f}",
             f"{mean(row['final']['train_loss'] for row in seeds):.3f}",
             f"{trained:.2f}",
             f"{mean(row['cost'] for row in seeds):.2f}",
@@ -88,14 +88,17 @@ def _mean(rows: list[Row], key: str) -> str:
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "end_to_end.jsonl"
     tasks = load(path)
-    found = ["| target | measured | |", "| --- | --- | --- |"]
-    found += [f"| {t.what} | {t.measured} | {'hit' if t.hit else 'missed'} |" for t in targets(tasks)]
+    found = [f"| {t.what} | {t.measured} | {'hit' if t.hit else 'missed'} |" for t in targets(tasks)]
     lines = ["# End-to-end runs", "", f"Made by `benchmarks/end_to_end_report.py` from `{path.name}`.", ""]
-    lines += [*summary(tasks), "## Targets", "", *found, "", "## Arms", ""]
+    lines += summary(tasks)
+    if found:
+        lines += ["## Targets", "", "| target | measured | |", "| --- | --- | --- |", *found, ""]
+    lines += ["## Arms", ""]
     for task, rows in tasks.items():
         lines += table(task, rows)
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-    draw(tasks, path.with_suffix(".png"))
+    if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
+        draw(tasks, path.with_suffix(".png"))
     print("\n".join(found))
 
 
