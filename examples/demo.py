@@ -51,7 +51,8 @@ def main() -> None:
     hard, focus, light = CONFIG.bucket_weights
     console.print(
         f"GEKO weights: HARD {hard}, FOCUS {focus}, LIGHT {light}, FREEZE {CONFIG.freeze_weight:.0f}; a sample freezes "
-        f"at loss < {CONFIG.correct_loss}, confidence > {CONFIG.freeze_confidence}, quality > {CONFIG.freeze_quality}\n"
+        f"at loss < {CONFIG.correct_loss}, confidence > {CONFIG.freeze_confidence}, quality > {CONFIG.freeze_quality}; "
+        f"a LIGHT sample takes part every {CONFIG.light_interval} epochs\n"
     )
 
     tail.layers.requires_grad_(True)
