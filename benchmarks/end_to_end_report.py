@@ -24,7 +24,7 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
     """Markdown: one line a task, for A, B and H (R5: H-spend)."""
     lines = ["| task | seeds A, B, H | A | B | H | H's time / A's |", "| --- " * 6 + "|"]
     for name, rows in tasks.items():
-        arms = ("A", "B", "H-spend" if rows.get("H-spend") else "H")
+        arms = ("A", "B", "H-spend" if "H-spend" in TASKS[name].deciding else "H")
         measure = MEASURES[name]
         unit, digits = ("accuracy, %", 1) if measure.scale == 100 else ("held-out loss", 3)
         values = [mean(final(row, measure) for row in rows[arm].values()) if rows.get(arm) else None for arm in arms]
