@@ -211,7 +211,7 @@ def test_planning_costs_little_time_and_memory():
     code = """
     import time, torch, geko_kernels as gk
     N = 8_000_000
-    state = gk.SampleState(N)
+    state = gk.SampleState(N, gk.GEKOConfig.recommended())
     state.load_state_dict(state.state_dict())  # touches every page
     state.times_seen.fill_(1), state.bucket[::2].fill_(0), torch.randperm(10)
     status = lambda name: int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 _CHUNK = 1 << 16  # ids turned into Python integers at a time
+_PART = 1 << 20  # samples whose turns are worked out at a time
 _SCATTER = -1640531527  # odd: the product's upper half scatters neighbouring ids
 
 
@@ -43,8 +44,12 @@ def by_length(ids: Tensor, lengths: Tensor, window: int) -> Tensor:
 
 def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tensor:
     """(N,) bool: each sample is in turn every `interval` epochs; neighbouring ids in no pattern."""
-    turns = torch.arange(total, dtype=torch.int32, device=device).mul_(_SCATTER)
-    return turns.bitwise_right_shift_(16).bitwise_and_(0x7FFF).add_(epoch).remainder_(interval) == 0
+    turn = torch.empty(total, dtype=torch.bool, device=device)
+    for start in range(0, total, _PART):
+        part = torch.arange(start, min(start + _PART, total), dtype=torch.int32, device=device).mul_(_SCATTER)
+        part.bitwise_right_shift_(16).bitwise_and_(0x7FFF).add_(epoch).remainder_(interval)
+        turn[start : start + _PART] = part == 0
+    return turn
 
 
 class Orders:

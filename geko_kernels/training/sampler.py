@@ -155,8 +155,7 @@ class GEKOSampler(Sampler[int]):
                     taught |= state.bucket == bucket
             keep &= taught
             if config.light_interval > 1:
-                resting = in_turn(len(state), config.light_interval, epoch, state.device).logical_not_()
-                keep &= ~resting.logical_and_(state.bucket == Bucket.LIGHT)
+                keep &= in_turn(len(state), config.light_interval, epoch, state.device) | (state.bucket != Bucket.LIGHT)
         return keep
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
