@@ -10,6 +10,7 @@ from tiny_model import save_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS = ("--samples", "32", "--epochs", "2")
+ABORTED = "terminate called without an active exception"  # gloo's threads, now and then, as an interpreter shuts down
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -23,7 +24,10 @@ def run(model, output, script, launcher=()):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(EXAMPLES.parent)
     command = [sys.executable, *launcher, str(EXAMPLES / script), "--model", str(model), "--output-dir", str(output)]
-    done = subprocess.run([*command, *SETTINGS], env=environment, capture_output=True, text=True, timeout=300)
+    for _ in range(2):
+        done = subprocess.run([*command, *SETTINGS], env=environment, capture_output=True, text=True, timeout=300)
+        if ABORTED not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert (output / "model.safetensors").exists()
     return done.stdout
