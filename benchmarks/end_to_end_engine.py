@@ -98,7 +98,7 @@ class Engine:
                 self._graphs[kind, size] = self._capture(kind, size)
                 if len(short := (self.train.lengths <= size).nonzero()[:batch, 0]):
                     self._run(kind, self.train, short, None)
-        self.wait()  # what only the first batches take, half a second once, is not the first run's
+        self.wait()  # first batches may be slower: not at the first run's expense
         self.prepare_seconds = time.perf_counter() - start
 
     def reset(self, config: gk.GEKOConfig, weights: dict[str, Tensor] | None = None) -> None:

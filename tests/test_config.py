@@ -86,6 +86,8 @@ def test_a_config_is_frozen_and_hashable():
         ("min_q_for_freeze", -0.1, ValueError, "min_q_for_freeze must be in [0, 1], got -0.1"),
         ("uniform_finish", 1, ValueError, "uniform_finish must be in [0, 1), got 1"),
         ("noise_guard_margin", 0, ValueError, "noise_guard_margin must be > 0, got 0"),
+        ("light_interval", 0, ValueError, "light_interval must be from 1 to 64, got 0"),
+        ("light_interval", 2.0, TypeError, "light_interval must be an integer from 1 to 64, got 2.0"),
         ("noise_guard_min_share", 1, ValueError, "noise_guard_min_share must be in [0, 1), got 1"),
         ("spend_saved", "yes", TypeError, "spend_saved must be True or False, got 'yes'"),
         ("use_curriculum", 1, TypeError, "use_curriculum must be True or False, got 1"),
