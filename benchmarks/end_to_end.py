@@ -70,7 +70,7 @@ def jobs(tasks: list[str], arms: list[str] | None, seeds: int | None, tune: Rate
             deciding = TASKS[name].deciding
             group = [arm for arm in deciding if arm in wanted] if first else [a for a in wanted if a not in deciding]
             if seed < (TASKS[name].seeds if seeds is None else seeds):
-                yield from (Job(name, arm, seed, None) for arm in group)
+                yield from (Job(name, arm, seed, None) for arm in group if arm != "oracle" or TASKS[name].noise)
 
 
 class Bench:

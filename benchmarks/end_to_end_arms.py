@@ -67,6 +67,14 @@ class Arm:
         """`ids` have been trained; `batch` holds what was seen."""
 
 
+class Oracle(Arm):
+    """Uniform on the samples whose labels are right: what a perfect noise guard would leave."""
+
+    def order(self, epoch: int) -> Tensor:
+        ids = super().order(epoch)
+        return ids[~self.engine.train.wrong[ids]]
+
+
 class RandomSubset(Arm):
     """RS2: each epoch a new random subset of `budget` of the samples."""
 
@@ -199,6 +207,7 @@ class Seed(Geko):
 ARMS: dict[str, type[Arm]] = {
     "A": Arm,
     "B": Arm,
+    "oracle": Oracle,
     "C": RandomSubset,
     "D": InfoBatch,
     "E": HighestLoss,
@@ -209,8 +218,9 @@ ARMS: dict[str, type[Arm]] = {
     "H-seed": Seed,
     "H-selection": _geko(selection=False, probes=False),
     "H-probes": _geko(probes=False),
-    "H-finish": _geko(uniform_finish=0.0),
     "H-guard": _geko(noise_guard=False),
+    "H-weights": _geko(bucket_weights=(1, 1, 1)),
+    "H+finish": _geko(uniform_finish=1 / 64),
     "H+weights": _geko(bucket_weights=(3, 1, 0)),
     "H+curriculum": _geko(use_curriculum=True),
 }
@@ -218,6 +228,7 @@ BUDGETED = ("B", "C", "E")  # run at the budget that H was measured to take
 WHAT = {
     "A": "uniform",
     "B": "uniform at H's budget",
+    "oracle": "uniform on the right labels alone",
     "C": "RS2 at H's budget",
     "D": "InfoBatch",
     "E": "highest losses at H's budget",
@@ -228,8 +239,9 @@ WHAT = {
     "H-seed": "GEKO, the document's settings",
     "H-selection": "GEKO without selection",
     "H-probes": "GEKO without probes",
-    "H-finish": "GEKO without the uniform finish",
     "H-guard": "GEKO without the noise guard",
+    "H-weights": "GEKO, all weights 1",
+    "H+finish": "GEKO, a 64th of the run uniform at its end",
     "H+weights": "GEKO, bucket weights 3, 1, 0",
     "H+curriculum": "GEKO, mountain curriculum",
 }

@@ -38,7 +38,8 @@ class GEKOConfig:
         use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
         light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
-            part in an epoch and the others in the one after.
+            part in an epoch and the others in the one after. Unless it is 1, those above confidence 0.98 rest twice
+            as long.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
             shorter epochs. False finishes sooner.
@@ -135,8 +136,14 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: all samples weigh 1 until they freeze, late; see docs/evidence.md."""
-        return cls(freeze_confidence=0.999, light_interval=2, bucket_weights=(1, 1, 1), use_curriculum=False)
+        """What `GEKOTrainer` takes by default: late freezing, wrong samples at twice the weight; see docs/evidence.md."""
+        return cls(
+            freeze_confidence=0.999,
+            light_interval=2,
+            bucket_weights=(2, 2, 1),
+            use_curriculum=False,
+            uniform_finish=0.0,
+        )
 
     @classmethod
     def seed(cls) -> GEKOConfig:

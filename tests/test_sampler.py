@@ -54,6 +54,17 @@ def test_light_samples_take_turns(interval):
     assert len(turns[0]) == pytest.approx(999 / interval, rel=0.1)
 
 
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_light_samples_that_the_model_is_all_but_sure_of_rest_twice_as_long(interval):
+    state = state_of([LIGHT] * 2000, light_interval=interval, bucket_weights=(1, 1, 1), freeze_confidence=0.999)
+    state.confidence[:1000], state.confidence[1000:] = 0.99, 0.9
+    sampler = gk.GEKOSampler(state, num_epochs=9)
+    plans = [plan_of(sampler, epoch) for epoch in range(2 * interval)]
+    counts = torch.bincount(torch.tensor(sum(plans, [])), minlength=2000)
+    assert counts[1000:].eq(2).all()
+    assert counts[:1000].eq(1 if interval > 1 else 2).all()
+
+
 def test_a_three_epoch_run_reaches_every_phase():
     """gekolib reads the phase once an epoch, so three epochs never see PEAK or CONSOLIDATE."""
     state = state_of([HARD] * 100, use_curriculum=True)

@@ -10,7 +10,7 @@ from geko_kernels.state import SampleState
 
 KNOWN = 0.2  # share of correct samples from which on being wrong says something about the label
 LENIENT = 1 / 3  # of the margin, where wrong labels are common
-SURE = 0.4  # of the median confidence of correct samples: below it the model has no answer of its own yet
+SURE = 0.2  # of the median confidence of correct samples: below it the model has no answer of its own yet
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
