@@ -136,7 +136,7 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: late freezing, wrong samples at twice the weight; see docs/evidence.md."""
+        """What `GEKOTrainer` takes by default: freezing late, wrong samples at twice the weight; docs/evidence.md."""
         return cls(
             freeze_confidence=0.999,
             light_interval=2,
