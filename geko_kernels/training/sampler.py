@@ -17,7 +17,7 @@ from geko_kernels.training.guard import generalises, nearly_suspects, update_qua
 from geko_kernels.training.orders import Orders, by_length, in_turn, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
-SETTLED = 0.98  # confidence above which a LIGHT sample rests twice as long
+SETTLED = 0.98  # confidence above which a LIGHT sample that was never wrong rests twice as long
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 _FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
@@ -41,7 +41,7 @@ class GEKOSampler(Sampler[int]):
     `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
     bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
     those never seen; of LIGHT each has its turn every `light_interval` epochs, or half as often where the model is all
-    but sure. The last `uniform_finish` of the run takes every sample but the quarantined.
+    but sure and was never wrong. The last `uniform_finish` of the run takes every sample but the quarantined.
 
     In a loop of your own:
 
@@ -160,10 +160,14 @@ class GEKOSampler(Sampler[int]):
         return keep
 
     def _light_in_turn(self, epoch: int) -> Tensor:
-        """(N,) bool: where a LIGHT sample of that id and confidence would take part."""
+        """(N,) bool: where a LIGHT sample of that id and history would take part."""
         state, interval = self.state, self.state.config.light_interval
+        resting = in_turn(len(state), 2 * interval, epoch, state.device).logical_not_()
+        resting &= state.confidence > SETTLED
+        for losses in state.loss_history.unbind(1):
+            resting &= losses < state.config.correct_loss
         turn = in_turn(len(state), interval, epoch, state.device)
-        turn &= (state.confidence <= SETTLED) | in_turn(len(state), 2 * interval, epoch, state.device)
+        turn &= ~resting
         return turn
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
