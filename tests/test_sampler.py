@@ -54,20 +54,6 @@ def test_light_samples_take_turns(interval):
     assert len(turns[0]) == pytest.approx(999 / interval, rel=0.1)
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3])
-def test_light_samples_that_were_surely_right_from_the_first_rest_twice_as_long(interval):
-    state = state_of([LIGHT] * 3000, light_interval=interval, bucket_weights=(1, 1, 1), freeze_confidence=0.999)
-    state.confidence.fill_(0.99)
-    state.confidence[1000:2000] = 0.9
-    state.times_seen.fill_(2)
-    state.loss_history[2000:, -2] = 3.0  # wrong at the first visit
-    sampler = gk.GEKOSampler(state, num_epochs=9)
-    plans = [plan_of(sampler, epoch) for epoch in range(2 * interval)]
-    counts = torch.bincount(torch.tensor(sum(plans, [])), minlength=3000)
-    assert counts[1000:].eq(2).all()
-    assert counts[:1000].eq(1 if interval > 1 else 2).all()
-
-
 def test_a_three_epoch_run_reaches_every_phase():
     """gekolib reads the phase once an epoch, so three epochs never see PEAK or CONSOLIDATE."""
     state = state_of([HARD] * 100, use_curriculum=True)

@@ -17,7 +17,6 @@ from geko_kernels.training.guard import generalises, nearly_suspects, update_qua
 from geko_kernels.training.orders import Orders, by_length, in_turn, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
-SETTLED = 0.98  # confidence above which a LIGHT sample that was never wrong rests twice as long
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 _FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
@@ -40,8 +39,8 @@ class GEKOSampler(Sampler[int]):
     With `perm = torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` the plan is
     `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
     bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
-    those never seen; of LIGHT each has its turn every `light_interval` epochs, or half as often where the model is all
-    but sure and was never wrong. The last `uniform_finish` of the run takes every sample but the quarantined.
+    those never seen; of LIGHT each has its turn every `light_interval` epochs. The last `uniform_finish` of the run
+    takes every sample but the quarantined.
 
     In a loop of your own:
 
@@ -156,19 +155,8 @@ class GEKOSampler(Sampler[int]):
                     taught |= state.bucket == bucket
             keep &= taught
             if config.light_interval > 1:
-                keep &= self._light_in_turn(epoch) | (state.bucket != Bucket.LIGHT)
+                keep &= in_turn(len(state), config.light_interval, epoch, state.device) | (state.bucket != Bucket.LIGHT)
         return keep
-
-    def _light_in_turn(self, epoch: int) -> Tensor:
-        """(N,) bool: where a LIGHT sample of that id and history would take part."""
-        state, interval = self.state, self.state.config.light_interval
-        resting = in_turn(len(state), 2 * interval, epoch, state.device).logical_not_()
-        resting &= state.confidence > SETTLED
-        for losses in state.loss_history.unbind(1):
-            resting &= losses < state.config.correct_loss
-        turn = in_turn(len(state), interval, epoch, state.device)
-        turn &= ~resting
-        return turn
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
         state, total = self.state, len(self.state)
