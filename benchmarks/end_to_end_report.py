@@ -14,7 +14,7 @@ from statistics import mean, median
 
 from end_to_end_arms import WHAT
 from end_to_end_plot import draw
-from end_to_end_rows import MEASURES, Row, Rows, bootstrap, final, load, paired, time_ratios
+from end_to_end_rows import MEASURES, Row, Rows, bootstrap, final, load, paired, time_ratios, time_to
 from end_to_end_targets import targets
 from end_to_end_tasks import TASKS
 from results import RESULTS
@@ -47,8 +47,9 @@ def table(task: str, rows: Rows) -> list[str]:
         f"### {task}: {TASKS[task].what}",
         "",
         f"| arm | seeds | final {unit} | worst seed | against A [95 %] | worst group | all training samples: loss | "
-        "rows trained / A's | cost / A's | time / A's | frozen and forgotten | quarantined (precision, recall) |",
-        "| --- " * 12 + "|",
+        "rows forward / A's | rows trained / A's | cost / A's | time / A's | of it selection and looks | "
+        "time to A's final value / A's | frozen and forgotten | quarantined (precision, recall) |",
+        "| --- " * 15 + "|",
     ]
     for arm in [*(arm for arm in WHAT if rows.get(arm)), *(arm for arm in rows if arm not in WHAT)]:
         seeds = list(rows[arm].values())
@@ -60,7 +61,15 @@ def table(task: str, rows: Rows) -> list[str]:
             against = f"{mean(differences):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
         group = mean(row["final"][measure.key.replace("test_", "test_worst_")] * measure.scale for row in seeds)
         ratios = time_ratios(rows, arm) if rows.get("A") else []
-        trained = mean(row["rows_trained"] / (row["samples"] * row["epochs"]) for row in seeds)
+        forward, trained = (
+            mean(row[key] / (row["samples"] * row["epochs"]) for row in seeds)
+            for key in ("rows_forward", "rows_trained")
+        )
+        own = [
+            (row["seconds"]["selection"] + row["seconds"]["probes"]) / row["seconds"]["total"]
+            for row in seeds
+            if row["alone"]
+        ]
         held = mean(row["quarantined_share"] for row in seeds)
         guard = f"{held:.1%} ({_mean(seeds, 'quarantine_precision')}, {_mean(seeds, 'quarantine_recall')})"
         cells = [
@@ -71,14 +80,25 @@ def table(task: str, rows: Rows) -> list[str]:
             against,
             f"{group:.{digits}f}",
             f"{mean(row['final']['train_loss'] for row in seeds):.3f}",
+            f"{forward:.2f}",
             f"{trained:.2f}",
             f"{mean(row['cost'] for row in seeds):.2f}",
             f"{median(ratios):.2f}" if ratios else "",
+            f"{median(own):.1%}" if own and max(own) > 0 else "",
+            _reached(time_to(rows, arm)) if rows.get("A") else "",
             f"{mean(row['frozen_forgotten'] for row in seeds):.1%}" if arm.startswith("H") else "",
             guard if held else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _reached(ratios: list[float | None]) -> str:
+    """The median of those that got there, and how many of how many did."""
+    there = [ratio for ratio in ratios if ratio is not None]
+    if not ratios:
+        return ""
+    return (f"{median(there):.2f} " if there else "") + f"({len(there)} of {len(ratios)})"
 
 
 def _mean(rows: list[Row], key: str) -> str:
