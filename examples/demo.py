@@ -2,8 +2,8 @@
 
 Both arms train the last 6 layers from the same weights, on the same samples in the same order, for the same number of
 epochs, with the same learning rate by progress: `transformers.Trainer` and `GEKOTrainer`. The hidden states of the
-frozen layers never change, so they are computed once, for both. GEKO leaves out of an epoch what is frozen, re-checks
-some of that before each epoch, and ends with a stretch on everything.
+frozen layers never change, so they are computed once, for both. GEKO leaves out of an epoch what is frozen and
+re-checks some of that before each epoch.
 """
 
 import argparse
