@@ -45,7 +45,8 @@ class GEKOConfig:
         uniform_finish: last share of the run, in [0, 1), on all samples but quarantined ones, with weight 1.
         noise_guard: quarantine samples that look mislabelled; see `training/guard.py` for the rule.
         noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
-        noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0.
+        noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0. Take 1
+            where labels are known to be wrong in ways hard to tell from right; hard samples may then be held back too.
         noise_guard_min_share: share of the samples, in [0, 1), that has to look so before any is quarantined; with
             three times that, wrong labels are so many that a third of the margin will do.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
