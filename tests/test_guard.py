@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from sampling import PLAIN, plan_of, visit
 
 import geko_kernels as gk
 from geko_kernels.training.guard import update_quarantine_
 
+GUARDED = {**PLAIN, "noise_guard": True, "noise_guard_min_share": 0.0083}  # of 100 samples it takes six times that
+
 
 def noisy(num_wrong: int, total: int = 100, **fields) -> gk.SampleState:
     """A state with `num_wrong` samples that were sure and wrong three times, at a loss that rises."""
-    state = gk.SampleState(total, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, **fields}))
+    state = gk.SampleState(total, gk.GEKOConfig(**{**GUARDED, **fields}))
     for margin in (-3.0, -4.0, -5.0):
         visit(state, torch.arange(num_wrong), margin)
         visit(state, torch.arange(num_wrong, total), 9.0)
@@ -52,7 +55,7 @@ def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
 
 def test_quarantine_is_for_tasks_that_generalise():
     """Facts, random labels, a task that takes many epochs: sure and wrong is what the model is of anything new."""
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    state = gk.SampleState(100, gk.GEKOConfig(**GUARDED))
     sampler = gk.GEKOSampler(state, num_epochs=20)
     sampler.set_epoch(0)
     visit(state, torch.arange(55), -5.0)
@@ -81,7 +84,7 @@ def test_quarantine_is_bounded_and_can_be_switched_off():
 
 
 def test_who_may_be_mislabelled_is_looked_at_before_trained_again():
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    state = gk.SampleState(100, gk.GEKOConfig(**GUARDED))
     visit(state, torch.arange(10), -5.0)
     visit(state, torch.arange(10, 100), 9.0)
     sampler = gk.GEKOSampler(state, num_epochs=20)
@@ -97,7 +100,7 @@ def test_who_may_be_mislabelled_is_looked_at_before_trained_again():
 
 def test_a_suspect_that_cannot_be_looked_at_is_not_asked_for_again():
     """Where its loss is NaN the state keeps its old row."""
-    state = gk.SampleState(10, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    state = gk.SampleState(10, gk.GEKOConfig(**GUARDED))
     visit(state, torch.arange(2), -5.0)
     visit(state, torch.arange(2, 10), 9.0)
     sampler = gk.GEKOSampler(state, num_epochs=20)
@@ -110,7 +113,7 @@ def test_a_suspect_that_cannot_be_looked_at_is_not_asked_for_again():
 
 def test_quarantine_spares_what_is_not_learnt_yet():
     """Wrong and unsure is a sample whose time has not come, not one with a wrong label."""
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    state = gk.SampleState(100, gk.GEKOConfig(**GUARDED))
     for _ in range(4):
         visit(state, torch.arange(30), -0.1)  # loss 2.3, confidence 0.1
         visit(state, torch.arange(30, 100), 9.0)
@@ -120,7 +123,7 @@ def test_quarantine_spares_what_is_not_learnt_yet():
 
 def test_where_wrong_labels_are_common_a_third_of_the_margin_is_enough():
     for num_wrong, held in ((14, 14), (16, 25)):
-        state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True, "noise_guard_margin": 3.0}))
+        state = gk.SampleState(100, gk.GEKOConfig(**GUARDED))
         for _ in range(2):
             visit(state, torch.arange(num_wrong), -5.0)
             visit(state, torch.arange(num_wrong, 25), -2.0)
@@ -140,8 +143,16 @@ def test_quarantine_spares_a_few():
     assert state.quarantined.nonzero()[:, 0].tolist() == [2, 3, 4]  # those inside stay
 
 
+@pytest.mark.parametrize(("total", "least"), [(400, 61), (3600, 180), (10_000, 500)])
+def test_of_few_samples_a_larger_share_has_to_look_mislabelled(total, least):
+    for num_wrong in (least - 1, least):
+        state = noisy(num_wrong, total, noise_guard_min_share=0.05)
+        update_quarantine_(state)
+        assert state.quarantined.sum() == (0 if num_wrong < least else least)
+
+
 def test_the_guard_is_settled_once_most_samples_have_been_seen():
-    state = gk.SampleState(100, gk.GEKOConfig(**{**PLAIN, "noise_guard": True}))
+    state = gk.SampleState(100, gk.GEKOConfig(**GUARDED))
     visit(state, torch.arange(30), 9.0)  # a part of the samples, in an earlier run
     sampler = gk.GEKOSampler(state, num_epochs=20)
     sampler.set_epoch(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from geko_kernels.state import SampleState
 KNOWN = 0.2  # share of correct samples from which on being wrong says something about the label
 LENIENT = 1 / 3  # of the margin, where wrong labels are common
 SURE = 0.2  # of the median confidence of correct samples: below it the model has no answer of its own yet
+ENOUGH = 3600  # samples; of fewer, of which the model learns less before it judges, a larger share has to look so
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
@@ -41,7 +44,8 @@ def update_quarantine_(state: SampleState) -> None:
     - met a confidence of at least `SURE` times what correct samples have.
 
     Suspects go in once they and those inside make up `noise_guard_min_share` of all samples (fewer may as well be
-    rare and right), highest loss first, up to `noise_guard_share`. Where they make up three times that, wrong labels
+    rare and right), highest loss first, up to `noise_guard_share`; of N below `ENOUGH` samples `sqrt(ENOUGH / N)` times
+    that share. Where they make up three times that, wrong labels
     are so common that a third of the margin is enough. A sample comes out when a probe finds it correct. All come out,
     and none goes in, while no more than `KNOWN` of the samples are correct.
 
@@ -56,9 +60,10 @@ def update_quarantine_(state: SampleState) -> None:
     suspects = _suspects(state, correct, config.noise_guard_margin)
     inside = int(held.count_nonzero())
     share = (inside + len(suspects)) / len(state)
-    if share < config.noise_guard_min_share:
+    least = config.noise_guard_min_share * max(1.0, math.sqrt(ENOUGH / len(state)))
+    if share < least:
         return
-    if share >= 3 * config.noise_guard_min_share:
+    if share >= 3 * least:
         suspects = _suspects(state, correct, LENIENT * config.noise_guard_margin)
     room = max(int(config.noise_guard_share * len(state)) - inside, 0)
     if len(suspects) > room:
