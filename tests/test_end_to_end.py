@@ -117,6 +117,11 @@ def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_pat
     assert len(ends) == 2 and [row["lr"] for row in rows if row["arm"] == "H"] == [min(ends, key=ends.get)]
 
 
+def test_the_oracle_runs_where_labels_are_wrong():
+    tasks = {job.task for job in end_to_end.jobs(["R2-0", "R2-10", "R4"], None, 1, [], 1) if job.arm == "oracle"}
+    assert tasks == {"R2-10"}
+
+
 def test_rates_are_compared_on_the_seeds_that_all_of_them_had():
     rows = [
         {"arm": "A", "lr": lr, "seed": seed, "final": {"test_accuracy": accuracy}}

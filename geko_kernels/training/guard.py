@@ -13,7 +13,7 @@ from geko_kernels.state import SampleState
 KNOWN = 0.2  # share of correct samples from which on being wrong says something about the label
 LENIENT = 1 / 3  # of the margin, where wrong labels are common
 SURE = 0.2  # of the median confidence of correct samples: below it the model has no answer of its own yet
-ENOUGH = 3600  # samples; of fewer, of which the model learns less before it judges, a larger share has to look so
+ENOUGH = 3600  # samples; fewer teach the model less before it judges, so a larger share has to look mislabelled
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
@@ -44,10 +44,10 @@ def update_quarantine_(state: SampleState) -> None:
     - met a confidence of at least `SURE` times what correct samples have.
 
     Suspects go in once they and those inside make up `noise_guard_min_share` of all samples (fewer may as well be
-    rare and right), highest loss first, up to `noise_guard_share`; of N below `ENOUGH` samples `sqrt(ENOUGH / N)` times
-    that share. Where they make up three times that, wrong labels
-    are so common that a third of the margin is enough. A sample comes out when a probe finds it correct. All come out,
-    and none goes in, while no more than `KNOWN` of the samples are correct.
+    rare and right), of N below `ENOUGH` samples `sqrt(ENOUGH / N)` times that; highest loss first, up to
+    `noise_guard_share`. Where they make up three times as many, wrong labels are so common that a third of the margin
+    is enough. A sample comes out when a probe finds it correct. All come out, and none goes in, while no more than
+    `KNOWN` of the samples are correct.
 
     Several processes: call it on synced states; all decide the same.
     """
