@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from end_to_end_engine import Batch, Engine
 from torch import Tensor
@@ -181,7 +182,8 @@ class Geko(Arm):
             self.sampler.set_epoch(epoch, begin)
             plan = self.sampler.plan
             assert plan is not None
-            ids, head = plan.ids.long()[: whole - drawn if self.config.spend_saved else None], plan.head
+            left = whole - drawn if self.config.spend_saved else None
+            ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.head
             self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
             segments = [
                 Segment(ids[:head], plan.start, plan.turn),

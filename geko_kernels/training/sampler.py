@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -175,7 +176,7 @@ class GEKOSampler(Sampler[int]):
         if cut < slots:
             kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
         ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
-        head = int(kept[:cut].count_nonzero())
+        head = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
         if start is not None:
             turn = begin + head / (self.num_epochs * total)
             end = begin + len(ids) / (self.num_epochs * total)
@@ -187,7 +188,7 @@ class GEKOSampler(Sampler[int]):
     @staticmethod
     def _cut_after(kept: Tensor, budget: int) -> int:
         """How many slots to pass until `budget` kept samples are drawn; none if next to nothing is kept."""
-        count = int(kept.count_nonzero())
+        count = int(np.count_nonzero(kept.numpy()))
         if budget <= 0 or count <= _FEW * len(kept):
             return 0
         if count <= budget:
