@@ -2,8 +2,9 @@
 
     python benchmarks/end_to_end_report.py [results/end_to_end.jsonl]
 
-Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows. Differences are paired
-by seed; their intervals are 95 % bootstrap intervals of the mean over seeds.
+Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument also
+the tables in docs/evidence.md. Differences are paired by seed; their intervals are 95 % bootstrap intervals of the mean
+over seeds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from end_to_end_rows import MEASURES, Row, Rows, bootstrap, final, load, paired,
 from end_to_end_targets import targets
 from end_to_end_tasks import TASKS
 from results import RESULTS
+
+EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
+METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm == "H"]
+PARTS = [arm for arm in WHAT if arm.startswith("H") and arm != "H-spend"]
 
 
 def summary(tasks: dict[str, Rows]) -> list[str]:
@@ -37,6 +42,42 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def matrix(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
+    """Markdown: one line an arm, one column a task; a cell holds the final value, time (R5: and seeds) over A's."""
+    tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in "ABH")}
+    lines = ["| arm | " + " | ".join(_heading(name) for name in tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
+    for arm in arms:
+        cells = [_cell(name, rows, arm) for name, rows in tasks.items()]
+        if any(cells):
+            lines.append(f"| {arm}: {WHAT[arm]} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _heading(task: str) -> str:
+    return f"{task}, {'%' if MEASURES[task].scale == 100 else 'loss'}"
+
+
+def _cell(task: str, rows: Rows, arm: str) -> str:
+    if not rows.get(arm):
+        return ""
+    measure = MEASURES[task]
+    value = mean(final(row, measure) for row in rows[arm].values())
+    ratios = time_ratios(rows, arm) if rows.get("A") else []
+    work = f" in {median(ratios):.2f}" if ratios and arm != "A" else ""
+    return f"{value:.{1 if measure.scale == 100 else 3}f}{work} ({len(rows[arm])})"
+
+
+def fill(text: str, tables: dict[str, list[str]]) -> str:
+    """`text` with what stands between `<!-- table: name -->` and `<!-- end -->` replaced by that table."""
+    for name, lines in tables.items():
+        begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(begin)
+        if not found:
+            raise ValueError(f"no {begin.strip()} in the text")
+        text = before + begin + "\n".join(lines).rstrip() + "\n" + rest[rest.index(end) :]
+    return text
 
 
 def table(task: str, rows: Rows) -> list[str]:
@@ -110,7 +151,8 @@ def main() -> None:
     tasks = load(path)
     found = [f"| {t.what} | {t.measured} | {'hit' if t.hit else 'missed'} |" for t in targets(tasks)]
     lines = ["# End-to-end runs", "", f"Made by `benchmarks/end_to_end_report.py` from `{path.name}`.", ""]
-    lines += summary(tasks)
+    tables = {"summary": summary(tasks), "arms": matrix(tasks, METHODS), "parts": matrix(tasks, PARTS)}
+    lines += tables["summary"]
     if found:
         lines += ["## Targets", "", "| target | measured | |", "| --- | --- | --- |", *found, ""]
     lines += ["## Arms", ""]
@@ -119,6 +161,8 @@ def main() -> None:
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
         draw(tasks, path.with_suffix(".png"))
+    if len(sys.argv) == 1:
+        EVIDENCE.write_text(fill(EVIDENCE.read_text(), tables))
     print("\n".join(found))
 
 

@@ -136,11 +136,11 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: freezing late, wrong samples at twice the weight; docs/evidence.md."""
+        """What `GEKOTrainer` takes by default: freezing late, no sample weighs more than another; docs/evidence.md."""
         return cls(
             freeze_confidence=0.999,
             light_interval=2,
-            bucket_weights=(2, 2, 1),
+            bucket_weights=(1, 1, 1),
             use_curriculum=False,
             uniform_finish=0.0,
         )
