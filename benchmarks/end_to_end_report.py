@@ -2,9 +2,9 @@
 
     python benchmarks/end_to_end_report.py [results/end_to_end.jsonl]
 
-Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument also
-the tables in docs/evidence.md. Differences are paired by seed; their intervals are 95 % bootstrap intervals of the mean
-over seeds.
+Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument
+the tables in docs/evidence.md too. Differences are paired by seed; their intervals are 95 % bootstrap intervals of the
+mean over seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
 
 
 def matrix(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
-    """Markdown: one line an arm, one column a task; a cell holds the final value, time (R5: and seeds) over A's."""
+    """Markdown: one line an arm, one column a task; a cell holds the final value, time over A's and (seeds)."""
     tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in "ABH")}
     lines = ["| arm | " + " | ".join(_heading(name) for name in tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
     for arm in arms:
