@@ -88,6 +88,14 @@ def test_tables_targets_and_pictures_come_from_the_rows(monkeypatch, tmp_path, w
     assert (tmp_path / "end_to_end.png").exists() and text in (tmp_path / "end_to_end.md").read_text()
 
 
+def test_the_evidence_holds_the_tables_of_the_rows():
+    tables = report.evidence_tables(end_to_end_rows.load(report.RESULTS / "end_to_end.jsonl"))
+    text = report.EVIDENCE.read_text()
+    assert report.fill(text, tables) == text, "run benchmarks/end_to_end_report.py"
+    with pytest.raises(ValueError, match="no <!-- table: other -->"):
+        report.fill(text, {"other": []})
+
+
 def test_an_arm_may_be_given_other_settings_and_a_budget_by_name(monkeypatch, tmp_path, wordnet):
     kind, budget = find_arm("H:freeze_confidence=0.95,bucket_weights=[2,2,1],spend_saved=true,budget=0.5")
     assert (kind.config.freeze_confidence, kind.config.bucket_weights, budget) == (0.95, (2, 2, 1), 0.5)
