@@ -1,4 +1,4 @@
-// Which token belongs to which visit, and what it predicts: the equal of `layout` in geko_kernels/reference.py.
+// Which token belongs to which visit, and what it predicts: the equal of `layout` in geko_kernels/reference_layout.py.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // What one visit does to a sample's learning state: quality, Q-value, bucket and weight. Plain C++, no torch and no
-// allocation, so that host and device code share it. The equal of `sample_update_` in geko_kernels/reference.py;
+// allocation, so that host and device code share it. The equal of `learn` in geko_kernels/reference_state.py;
 // compile without contraction of a * b + c, so that both round alike.
 #pragma once
 
@@ -20,7 +20,7 @@ enum Reduction : int64_t { NONE = 0, MEAN = 1, TOKEN_MEAN = 2, SUM = 3 };
 constexpr int kHistory = 5;  // losses kept per sample
 constexpr int kRules = 10;
 
-// The numbers of `GEKOConfig` in the order of `reference.Rules`; the rules tensor is one of these.
+// The numbers of `GEKOConfig` in the order of `Rules` in reference_state.py; the rules tensor is one of these.
 struct Rules {
   float freeze_confidence, freeze_quality, focus_confidence, correct_loss, correct_accuracy;
   float q_lr, q_scale, min_q, by_accuracy, by_std;

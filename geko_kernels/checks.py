@@ -8,7 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from geko_kernels.reference import Reduction, layout
+from geko_kernels.reference import Reduction
+from geko_kernels.reference_layout import layout
 from geko_kernels.state import SampleState, raise_flagged
 
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}

@@ -8,10 +8,12 @@ All maths is in float32, or float64 for float64 logits.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from geko_kernels.reference_layout import Layout, layout
+from geko_kernels.reference_state import Table, Visits, learn, visit_means, write_rows_
 
 
 class Reduction(enum.IntEnum):
@@ -21,85 +23,6 @@ class Reduction(enum.IntEnum):
     MEAN = 1
     TOKEN_MEAN = 2
     SUM = 3
-
-
-class Rules(enum.IntEnum):
-    """Where each number of the config stands in the rules tensor."""
-
-    FREEZE_CONFIDENCE = 0
-    FREEZE_QUALITY = 1
-    FOCUS_CONFIDENCE = 2
-    CORRECT_LOSS = 3
-    CORRECT_ACCURACY = 4
-    Q_LR = 5
-    Q_SCALE = 6
-    MIN_Q = 7
-    BY_ACCURACY = 8
-    BY_STD = 9
-
-
-class Layout(NamedTuple):
-    """Which token belongs to which visit, and what it predicts."""
-
-    target: Tensor  # (T,) int64, 0 where not valid
-    scored: Tensor  # (T,) bool: has a label inside the vocabulary to predict
-    valid: Tensor  # (T,) bool: scored, and its visit is not left out
-    visit: Tensor  # (T,) int64: entry of its visit, -1 for padding
-    ids: Tensor  # (M,) int64: sample id of the visit, -1 unused
-    left_out: Tensor  # (M,) bool: the visit holds a bad value
-    error: Tensor  # () int64: smallest error key, or int64 max
-
-
-def error_key(position: Tensor, is_label: int, value: Tensor) -> Tensor:
-    """position << 33 | is_label << 32 | the value's low 32 bits (saturated): the minimum is the first offender."""
-    low = value.clamp(-(2**31), 2**31 - 1) & 0xFFFFFFFF
-    return (position.clamp(max=2**30 - 1) << 33) | (is_label << 32) | low
-
-
-def layout(
-    labels: Tensor, sample_ids: Tensor | None, num_samples: int, vocab: int, ignore_index: int, shift: bool
-) -> Layout:
-    """Split (B, S) labels into visits; `num_samples` < 0 means no table, so any id but -1 counts."""
-    batch, length = labels.shape
-    device = labels.device
-    rows = torch.arange(batch, device=device)
-    ids = rows if sample_ids is None else sample_ids
-    packed = ids.dim() == 2
-    token_ids = ids if packed else ids[:, None].expand(batch, length)  # (B, S)
-    target = labels
-    if shift:
-        target = torch.full_like(labels, ignore_index)
-        target[:, :-1] = labels[:, 1:]
-        follows = token_ids[:, :-1] == token_ids[:, 1:]
-        target[:, :-1] = torch.where(follows, target[:, :-1], ignore_index)
-    if packed:
-        start = torch.ones_like(token_ids, dtype=torch.bool)
-        start[:, 1:] = token_ids[:, 1:] != token_ids[:, :-1]
-        start &= token_ids != -1
-        visit = (start.flatten().cumsum(0) - 1).view(batch, length)
-        entries = batch * length
-        visit_ids = torch.full((entries + 1,), -1, dtype=torch.int64, device=device)
-        visit_ids[torch.where(start, visit, entries).flatten()] = token_ids.flatten()
-        visit_ids = visit_ids[:-1]
-    else:
-        visit = rows[:, None].expand(batch, length)
-        entries, visit_ids = batch, ids
-    visit = torch.where(token_ids == -1, -1, visit).flatten()
-    target, token_ids = target.flatten(), token_ids.flatten()
-    asked = (target != ignore_index) & (visit >= 0)
-    bad_label = asked & ((target < 0) | (target >= vocab))
-    bad_id = (token_ids < -1) | (token_ids >= num_samples) if num_samples >= 0 else torch.zeros_like(asked)
-    position = torch.arange(batch * length, device=device)
-    none = torch.iinfo(torch.int64).max
-    keys = torch.where(bad_label, error_key(position, 1, target), none)
-    keys = torch.minimum(keys, torch.where(bad_id, error_key(position, 0, token_ids), none))
-    left_out = torch.zeros(entries + 1, dtype=torch.bool, device=device)
-    left_out.index_put_((torch.where(bad_label | bad_id, visit, entries),), torch.tensor(True, device=device))
-    left_out[-1] = False
-    scored = asked & ~bad_label
-    valid = scored & ~left_out[visit]  # visit -1 reads the spare entry
-    error = keys.min() if keys.numel() else torch.full((), none, device=device)
-    return Layout(torch.where(scored, target, 0), scored, valid, visit, visit_ids, left_out[:-1], error)
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
@@ -132,19 +55,6 @@ def token_stats(
     out = torch.zeros(5, labels.numel(), dtype=z.dtype, device=z.device)
     out[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.to(z.dtype)])
     return out
-
-
-def quality_of(history: Tensor, times_seen: Tensor, rules: Tensor) -> Tensor:
-    """(n, 5) losses, newest last, of which the last `times_seen` count -> (n,) quality in [0, 1]."""
-    count = times_seen.clamp(max=history.shape[1])
-    slot = torch.arange(history.shape[1], device=history.device)
-    live = slot >= history.shape[1] - count[:, None]
-    rise = (history[:, 1:] - history[:, :-1]).clamp(min=0) * live[:, :-1]
-    by_rise = (rise.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
-    mean = (history * live).sum(1) / count.clamp(min=1)
-    by_std = (((history - mean[:, None]) * live).square().sum(1) / count.clamp(min=1)).sqrt()
-    unsteady = torch.where(rules[Rules.BY_STD] > 0, by_std, by_rise)
-    return 1 - unsteady.clamp(max=1)
 
 
 def sample_update_(
@@ -183,88 +93,43 @@ def sample_update_(
         floats (6, M): loss, confidence, accuracy, quality, q_value, weight;
         ints (2, M) int64: sample id, valid tokens;  flags (2, M) uint8: bucket, correct.
     """
-    real = tokens.dtype
-    packed = sample_ids is not None and sample_ids.dim() == 2
     rows = -1 if q_value is None else q_value.shape[0]
     where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
-    entries = where.ids.shape[0]
-    slot = torch.where(where.visit < 0, entries, where.visit)
-
-    def per_visit(values: Tensor) -> Tensor:
-        sums = torch.zeros(entries + 1, dtype=values.dtype, device=values.device)
-        return sums.index_add_(0, slot, values)[:-1]
-
-    count = per_visit(where.valid.long())
-    counted = count > 0
-    divisor = count.clamp(min=1).to(real)
-    mask = where.valid.to(real)
-    loss_sum = per_visit(torch.where(where.valid, tokens[0], 0))
-    loss = loss_sum / divisor
-    sure = per_visit(torch.where(where.valid, tokens[3], 0)) / divisor
-    accuracy = per_visit(torch.where(where.valid, tokens[4], 0)) / divisor
-    finite = counted & loss.float().isfinite() & sure.isfinite()
-
-    row = where.ids.clamp(0, max(rows - 1, 0))
-    in_table = (where.ids >= 0) & (where.ids < rows)
-
-    def old(column: Tensor | None, fresh: float) -> Tensor:
-        if column is None:
-            return torch.full((entries,), fresh, device=labels.device)
-        return torch.where(in_table, column[row], fresh)
-
-    if loss_history is None:
-        old_history = torch.zeros(entries, 5, device=labels.device)
-    else:
-        old_history = torch.where(in_table[:, None], loss_history[row], 0.0)
-    old_seen, old_q = old(times_seen, 0).int(), old(q_value, 0.5)
-    seen = old_seen + 1
-    history = torch.cat([old_history[:, 1:], loss.float()[:, None]], 1)
-    lr, scale_q = rules[Rules.Q_LR], rules[Rules.Q_SCALE]
-    q = (1 - lr) * old_q + lr * (1 - (loss.float() / scale_q).clamp(max=1))
-    q = torch.where(finite, q, old_q)
-    quality = torch.where(finite, quality_of(history, seen, rules), quality_of(old_history, old_seen, rules))
-    by_loss, by_accuracy = loss < rules[Rules.CORRECT_LOSS], accuracy >= rules[Rules.CORRECT_ACCURACY]
-    correct = finite & torch.where(rules[Rules.BY_ACCURACY] > 0, by_accuracy, by_loss)
-    steady = (sure > rules[Rules.FREEZE_CONFIDENCE]) & (quality > rules[Rules.FREEZE_QUALITY])
-    frozen = correct & steady & (q >= rules[Rules.MIN_Q])
-    hard = ~correct & (sure > rules[Rules.FOCUS_CONFIDENCE])
-    new_bucket = torch.where(correct, torch.where(frozen, 0, 1), torch.where(hard, 3, 2))
-    new_bucket = torch.where(counted, new_bucket, old(bucket, 2).long())
-    weight = torch.ones_like(loss) if q_value is None else weights[3 - new_bucket].to(real)
+    table = Table(q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, quarantined)
+    visits = visit_means(tokens, where, rows)
+    learnt = learn(visits, table, rules)
+    weight = torch.ones_like(visits.loss) if q_value is None else weights[3 - learnt.bucket].to(tokens.dtype)
     if quarantined is not None:
-        weight = torch.where(in_table & quarantined[row], 0, weight)
-    weight = torch.where(counted, weight, 0)
-
+        weight = torch.where(visits.in_table & quarantined[visits.row], 0, weight)
+    weight = torch.where(visits.counted, weight, 0)
     if q_value is not None and update:
-        assert confidence is not None and loss_history is not None and times_seen is not None
-        assert bucket is not None and wrong_streak is not None and changed is not None
-        position = torch.arange(entries, device=labels.device)
-        last = torch.full((rows + 1,), -1, device=labels.device)
-        last.scatter_reduce_(0, torch.where(finite, where.ids, rows), position, "amax")
-        write = finite & (last[torch.where(finite, where.ids, rows)] == position)
-        at = where.ids[write]
-        q_value[at], confidence[at], loss_history[at] = q[write].float(), sure[write].float(), history[write]
-        times_seen[at], bucket[at] = seen[write], new_bucket[write].to(bucket.dtype)
-        streak = wrong_streak[at].int() + 1
-        wrong_streak[at] = torch.where(correct[write], 0, streak.clamp(max=255)).to(wrong_streak.dtype)
-        changed[at] = True
+        write_rows_(visits, learnt, table)
     if error is not None:
         error.copy_(torch.minimum(error, where.error))
-
-    by_token = reduction == Reduction.TOKEN_MEAN
-    coeff = (weight if by_token else weight / divisor)[where.visit] * mask
-    contribution = torch.where(counted, weight * (loss_sum if by_token else loss), 0)
-    if reduction in (Reduction.MEAN, Reduction.TOKEN_MEAN):
-        items = (count.sum() if by_token else counted.sum()) if num_items is None else num_items
-        scale = torch.where(items > 0, 1 / items.to(real), 0).to(real)
-    else:
-        scale = torch.ones((), dtype=real, device=labels.device)
-    value = contribution if reduction == Reduction.NONE else contribution.sum() * scale
-    floats = torch.stack([loss, sure, accuracy, quality.to(real), q.to(real), weight])
-    ints = torch.stack([where.ids, count])
-    flags = torch.stack([new_bucket, correct.long()]).to(torch.uint8)
+    value, scale, coeff = _reduce(visits, weight, where, reduction, num_items)
+    means = (visits.loss, visits.confidence, visits.accuracy)
+    floats = torch.stack([*means, learnt.quality.to(weight.dtype), learnt.q_value.to(weight.dtype), weight])
+    ints = torch.stack([visits.ids, visits.num_tokens])
+    flags = torch.stack([learnt.bucket, learnt.correct.long()]).to(torch.uint8)
+    packed = sample_ids is not None and sample_ids.dim() == 2
     token_visit = where.visit.int() if packed else torch.empty(0, dtype=torch.int32, device=labels.device)
     return value, scale, coeff, token_visit, floats, ints, flags
+
+
+def _reduce(
+    visits: Visits, weight: Tensor, where: Layout, reduction: int, num_items: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss () or (M,), scale (), coeff (T,)."""
+    by_token, real = reduction == Reduction.TOKEN_MEAN, weight.dtype
+    share = weight if by_token else weight / visits.num_tokens.clamp(min=1).to(real)
+    coeff = share[where.visit] * where.valid.to(real)
+    contribution = torch.where(visits.counted, weight * (visits.loss_sum if by_token else visits.loss), 0)
+    if reduction in (Reduction.MEAN, Reduction.TOKEN_MEAN):
+        items = (visits.num_tokens.sum() if by_token else visits.counted.sum()) if num_items is None else num_items
+        scale = torch.where(items > 0, 1 / items.to(real), 0).to(real)
+    else:
+        scale = torch.ones((), dtype=real, device=weight.device)
+    return contribution if reduction == Reduction.NONE else contribution.sum() * scale, scale, coeff
 
 
 def loss_forward_(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geko_kernels.reference import Reduction, layout
+from geko_kernels.reference import Reduction
+from geko_kernels.reference_layout import layout
 
 
 def predict(

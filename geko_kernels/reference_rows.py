@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geko_kernels.reference import _cap, layout, token_stats
+from geko_kernels.reference import _cap, token_stats
+from geko_kernels.reference_layout import layout
 
 
 def scored_rows(

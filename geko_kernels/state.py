@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geko_kernels.config import Bucket, GEKOConfig
-from geko_kernels.reference import quality_of
+from geko_kernels.reference_state import quality_of
 from geko_kernels.sync import sync_rows_
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class SampleState:
 
 
 def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
-    """(10,) float32: the numbers of `config` that the kernels read, in the order of `reference.Rules`."""
+    """(10,) float32: the numbers of `config` that the kernels read, in the order of `reference_state.Rules`."""
     return torch.tensor(
         [
             config.freeze_confidence,
@@ -244,7 +244,7 @@ def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
 
 
 def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1) -> None:
-    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.error_key`.
+    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference_layout.error_key`.
 
     `num_samples` and `vocab`, where known (>= 0), are named as what is allowed.
     """

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import geko_kernels as gk
 from geko_kernels import hopper, ops, reference, reference_predicted
 from geko_kernels.reference import Reduction
+from geko_kernels.reference_layout import layout
 
 pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 if torch.cuda.is_available():
@@ -65,7 +66,7 @@ def test_a_sample_that_stays_in_its_bucket_is_predicted_right(case):
     bucket = quarantined = None
     if state is not None:
         bucket, quarantined = state.bucket.clone(), state.quarantined
-        visits = reference.layout(case.labels, case.sample_ids, len(state), vocab, ignore_index, shift).ids
+        visits = layout(case.labels, case.sample_ids, len(state), vocab, ignore_index, shift).ids
         inside = (visits >= 0) & (visits < len(state))
         bucket[visits[inside]] = flags[0, inside]
         if (bucket[visits[inside]] != flags[0, inside]).any():
@@ -74,7 +75,7 @@ def test_a_sample_that_stays_in_its_bucket_is_predicted_right(case):
         case.labels, case.sample_ids, weights, bucket, quarantined, vocab, reduction, ignore_index, shift
     )
     torch.testing.assert_close(predicted, coeff)
-    where = reference.layout(case.labels, case.sample_ids, -1, vocab, ignore_index, shift)
+    where = layout(case.labels, case.sample_ids, -1, vocab, ignore_index, shift)
     assert target.equal(torch.where(where.scored, where.target, -1).int())
     if reduction != Reduction.SUM:
         assert scale == (1 / count if count else 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from geko_kernels.kernels.visit_prep import BUCKET_PLANE, HISTORY, HISTORY_PLANE, Q_PLANE, SEEN_PLANE, plane
-from geko_kernels.reference import Rules
+from geko_kernels.reference_state import Rules
 
 FREEZE_CONFIDENCE = tl.constexpr(int(Rules.FREEZE_CONFIDENCE))
 FREEZE_QUALITY = tl.constexpr(int(Rules.FREEZE_QUALITY))
@@ -23,7 +23,7 @@ FREEZE, LIGHT, FOCUS, HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 
 @triton.jit
 def _quality(history, seen, rules_ptr):
-    """See `reference.quality_of`; history: a tuple of five (ROWS,) losses, newest last."""
+    """See `reference_state.quality_of`; history: a tuple of five (ROWS,) losses, newest last."""
     count = tl.minimum(seen, HISTORY)
     divisor = tl.maximum(count, 1).to(tl.float32)
     rises = tl.zeros_like(history[0])
