@@ -7,24 +7,23 @@ appends to DIR/linear_loss.jsonl and ends with each target, its measured ratio, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
+from command import arguments, run_all
 from linear_cases import KEEP_SHARES, MASKED_SHARES, QUICK_SHAPES, SHAPES, Case, Shape, Truth, errors, make_case, truth
 from linear_contenders import CONTENDERS, Contender
 from linear_targets import linear_targets
-from results import RESULTS, Row, append, environment
+from results import Row
 from timing import Timing, launches, measure, peak_mib
 from torch import Tensor
 
 from geko_kernels import ops
 
+FILE = "linear_loss.jsonl"
 BUDGET_S = {"cuda": 60.0, "cpu": 300.0}  # wall time a contender may take in all, compilation included
 LIMIT = 0.05  # relative error of loss or gradient from which on a result counts as wrong
 
@@ -136,37 +135,9 @@ def show(row: Row) -> str:
     return f"{where} {row['ms']:9.3f} ms [{row['ms_p20']:.3f}, {row['ms_p80']:.3f}] {row['tflops']:6.1f} TFLOP/s{more}"
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--quick", action="store_true", help="the first shapes instead of all")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"some of {','.join(CONTENDERS)}")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the rows are appended to")
-    parser.add_argument("--commit", help="goes into the rows where the source is no git checkout")
-    options = parser.parse_args()
-    unknown = sorted(set(options.contenders.split(",")) - set(CONTENDERS))
-    if unknown:
-        parser.error(f"--contenders: no such contender {', '.join(unknown)}")
-    return options
-
-
 def main() -> int:
-    options = arguments()
-    # a slow stand-in is not what is to be measured
-    warnings.filterwarnings("error", message="geko_kernels: the .* backend is not available")
-    device = torch.device(options.device)
-    shapes = QUICK_SHAPES[options.device] if options.quick else SHAPES[options.device]
-    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    common, rows = environment(device, options.commit), []
-    print(" ".join(f"{key}={value}" for key, value in common.items()), flush=True)
-    for row in run(shapes, dtypes, options.contenders.split(","), device):
-        rows.append(row | common)
-        append(options.results / "linear_loss.jsonl", rows[-1])
-        print(show(row), flush=True)
-    print()
-    for target in linear_targets(rows):
-        print(target)
-    return int(any(row["reason"] and row["contender"].startswith("geko") for row in rows))
+    options = arguments(__doc__, FILE, CONTENDERS)
+    return run_all(options, FILE, QUICK_SHAPES if options.quick else SHAPES, run, show, linear_targets)
 
 
 if __name__ == "__main__":

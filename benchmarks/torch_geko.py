@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geko_kernels import Bucket, SampleState
-from geko_kernels.reference import quality_of
+from geko_kernels.reference_state import quality_of
 
 
 def geko_step(
