@@ -12,10 +12,10 @@ from geko_kernels.training.guard import update_quarantine_
 GUARDED = {**PLAIN, "noise_guard": True, "noise_guard_min_share": 0.0083}  # of 100 samples it takes six times that
 
 
-def noisy(num_wrong: int, total: int = 100, **fields) -> gk.SampleState:
+def noisy(num_wrong: int, total: int = 100, margins=(-3.0, -4.0, -5.0), **fields) -> gk.SampleState:
     """A state with `num_wrong` samples that were sure and wrong three times, at a loss that rises."""
     state = gk.SampleState(total, gk.GEKOConfig(**{**GUARDED, **fields}))
-    for margin in (-3.0, -4.0, -5.0):
+    for margin in margins:
         visit(state, torch.arange(num_wrong), margin)
         visit(state, torch.arange(num_wrong, total), 9.0)
     return state
@@ -51,6 +51,22 @@ def test_quarantine_waits_until_most_samples_are_right_and_opens_again():
     visit(state, torch.arange(10, 100), -5.0)
     update_quarantine_(state)
     assert not state.quarantined.any()
+
+
+def test_samples_that_a_third_of_the_margin_would_hold_are_counted():
+    """As labels are that are wrong in confusable ways: the model's answer is more likely, but not by far."""
+    state = noisy(10, margins=(-1.2, -1.5, -2.0))
+    sampler = gk.GEKOSampler(state, num_epochs=20)
+    sampler.set_epoch(3)
+    assert not state.quarantined.any() and sampler.doubtful == 10
+    visit(state, torch.arange(10), 9.0)  # learnt by heart by now
+    sampler.set_epoch(4)
+    resumed = gk.GEKOSampler(state, num_epochs=20)
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.doubtful == sampler.doubtful == 10
+    told = gk.GEKOSampler(noisy(10, margins=(-1.2, -1.5, -2.0), noise_guard_margin=1.0), num_epochs=20)
+    told.set_epoch(3)
+    assert told.state.quarantined.sum() == 10 and told.doubtful == 0
 
 
 def test_quarantine_is_for_tasks_that_generalise():

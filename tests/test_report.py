@@ -62,6 +62,7 @@ def run_figures(num_epochs=6, num_samples=20_000):
         "most_forgotten": [{"id": 17 * i, "times": 9 - i, "loss": 1.5 - i / 10, "bucket": "HARD"} for i in range(8)],
         "num_quarantined": 200,
         "quarantined": list(range(1000, 19_000, 100)),
+        "num_doubtful": 0,
     }
 
 
@@ -105,6 +106,14 @@ def test_page_names_forgotten_and_quarantined_samples(tmp_path):
     assert "1000, 1100, 1200" in text and "200 samples look mislabelled" in text
     assert "of the first 180" in text
     assert "{:.1%}".format(figures["efficiency"]["saved_compute"]) in text
+
+
+def test_page_says_what_to_do_about_doubtful_labels(tmp_path):
+    assert "noise_guard_margin = 1.0 holds" not in write(tmp_path, run_figures()).read_text()
+    figures = run_figures()
+    figures["num_doubtful"] = figures["num_samples"] // 5
+    text = write(tmp_path, figures).read_text()
+    assert "(20.0% of all) had labels" in text and "noise_guard_margin = 1.0 holds such samples back" in text
 
 
 @pytest.mark.parametrize("num_epochs", [0, 1, 2])

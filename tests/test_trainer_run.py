@@ -143,7 +143,7 @@ def test_report_and_logs(tmp_path):
     report = trainer.get_efficiency_report()
     assert written["efficiency"] == json.loads(json.dumps(report)) | {"seconds": written["efficiency"]["seconds"]}
     assert {"version", "num_samples", "config", "efficiency", "log_history", "most_forgotten"} <= written.keys()
-    assert {"num_quarantined", "quarantined"} <= written.keys()
+    assert {"num_quarantined", "quarantined", "num_doubtful"} <= written.keys()
     assert report["samples_standard"] == 24 * 30
     assert 0 < report["samples_backward"] <= report["samples_forward"] < 24 * 30
     assert report["samples_backward"] == sum(epoch["samples"] for epoch in report["epochs"])

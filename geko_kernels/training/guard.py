@@ -51,8 +51,7 @@ def update_quarantine_(state: SampleState) -> None:
 
     Several processes: call it on synced states; all decide the same.
     """
-    config, held = state.config, state.quarantined
-    correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
+    config, held, correct = state.config, state.quarantined, _correct(state)
     if not config.noise_guard or int(correct.count_nonzero()) <= KNOWN * len(state):
         held.fill_(False)
         return
@@ -72,6 +71,18 @@ def update_quarantine_(state: SampleState) -> None:
     held[suspects] = True
 
 
+def count_doubtful(state: SampleState) -> int:
+    """How many samples, those held left out, would be suspects at a third of the margin.
+
+    Labels that are wrong in confusable ways look like that, and so do hard samples: only someone who knows how the
+    labels were made can tell.
+    """
+    correct = _correct(state)
+    if int(correct.count_nonzero()) <= KNOWN * len(state):
+        return 0
+    return len(_suspects(state, correct, LENIENT * state.config.noise_guard_margin))
+
+
 def nearly_suspects(state: SampleState) -> Tensor:
     """ids (n,) int64 of samples that one more visit would make suspects, had they stayed as they are.
 
@@ -83,6 +94,10 @@ def nearly_suspects(state: SampleState) -> Tensor:
     for losses in state.loss_history[:, -(config.noise_guard_visits - 1) :].unbind(1):
         near &= losses > LENIENT * config.noise_guard_margin
     return near.nonzero()[:, 0]
+
+
+def _correct(state: SampleState) -> Tensor:
+    return (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
 
 
 def _suspects(state: SampleState, correct: Tensor, margin: float) -> Tensor:

@@ -17,7 +17,16 @@ from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_cha
 from geko_kernels.training.efficiency import REPORT_NAME
 
 _VERSION = 1
-_SECTIONS = {"num_samples", "config", "efficiency", "log_history", "most_forgotten", "num_quarantined", "quarantined"}
+_SECTIONS = {
+    "num_samples",
+    "config",
+    "efficiency",
+    "log_history",
+    "most_forgotten",
+    "num_quarantined",
+    "quarantined",
+    "num_doubtful",
+}
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 Curve = list[tuple[float, float]]
 

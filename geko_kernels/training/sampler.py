@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
-from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
+from geko_kernels.training.guard import count_doubtful, generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.orders import Orders, by_length, in_turn, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
@@ -95,6 +95,7 @@ class GEKOSampler(Sampler[int]):
         self.probes = ProbeSchedule(len(state), state.device)
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
+        self.doubtful = 0  # most samples at a time that a third of the noise guard's margin would have held back
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
         self._looked = -1  # the epoch before which `probed` was last called
         self._hurried = -1  # when all left-out samples were last made due
@@ -132,6 +133,7 @@ class GEKOSampler(Sampler[int]):
         self.state.sync()
         if self._guards():
             update_quarantine_(self.state)
+            self.doubtful = max(self.doubtful, count_doubtful(self.state))
         self.note_forgotten_()
         self.plan = None  # frees its ids first
         self.plan = self._draw(epoch, start)
@@ -290,6 +292,7 @@ class GEKOSampler(Sampler[int]):
             "plan": None if plan is None else plan.ids,
             "spans": None if plan is None else list(plan[1:]),
             "lost": int(self.lost),
+            "doubtful": self.doubtful,
             "epoch": self.epoch,
             "position": self.position if consumed is None else consumed,
             "finished": self._finished,
@@ -305,6 +308,7 @@ class GEKOSampler(Sampler[int]):
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
         self.lost.fill_(values["lost"])
+        self.doubtful = values["doubtful"]
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
         self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
         self._guarded, self._hurried = values["guarded"], values["hurried"]

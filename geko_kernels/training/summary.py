@@ -35,4 +35,5 @@ def run_summary(
         ],
         "num_quarantined": len(held),
         "quarantined": held[by_loss[:MOST_QUARANTINED]].tolist(),
+        "num_doubtful": sampler.doubtful,
     }
