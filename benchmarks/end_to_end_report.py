@@ -3,8 +3,8 @@
     python benchmarks/end_to_end_report.py [results/end_to_end.jsonl]
 
 Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument
-the tables in docs/evidence.md too. Differences are paired by seed; their intervals are 95 % bootstrap intervals of the
-mean over seeds.
+of both files of rows, and the tables in docs/evidence.md. Differences are paired by seed; their intervals are 95 %
+bootstrap intervals of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from end_to_end_targets import targets
 from end_to_end_tasks import TASKS
 from results import RESULTS
 
+LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm == "H"]
 
@@ -43,15 +44,15 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
     return [*lines, ""]
 
 
-def matrix(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
+def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[str]:
     """Markdown: one line an arm, one column a task; a cell holds the final value, time over A's and (seeds).
 
-    Where A ran on another kind of GPU the work, rows trained and a third of those looked at, stands in: "~0.46".
+    Where that is not known (or not `timed`) the work, rows trained and a third of those looked at, stands in: "~0.46".
     """
     tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in "ABH")}
     lines = ["| arm | " + " | ".join(_heading(name) for name in tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
     for arm in arms:
-        cells = [_cell(name, rows, arm) for name, rows in tasks.items()]
+        cells = [_cell(name, rows, arm, timed) for name, rows in tasks.items()]
         if any(cells):
             lines.append(f"| {_label(arm)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -71,19 +72,25 @@ def _heading(task: str) -> str:
     return f"{task}, {'%' if MEASURES[task].scale == 100 else 'loss'}"
 
 
-def _cell(task: str, rows: Rows, arm: str) -> str:
+def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
     if not rows.get(arm):
         return ""
     measure = MEASURES[task]
     value = mean(final(row, measure) for row in rows[arm].values())
-    ratios = time_ratios(rows, arm) if rows.get("A") else []
+    ratios = time_ratios(rows, arm) if rows.get("A") and timed else []
     took = f"{median(ratios):.2f}" if ratios else f"~{mean(row['cost'] for row in rows[arm].values()):.2f}"
     return f"{value:.{1 if measure.scale == 100 else 3}f} in {took} ({len(rows[arm])})"
 
 
-def evidence_tables(tasks: dict[str, Rows]) -> dict[str, list[str]]:
+def evidence_tables() -> dict[str, list[str]]:
     """The tables of docs/evidence.md that come from the rows."""
-    return {"summary": summary(tasks), "arms": matrix(tasks, METHODS), "parts": matrix(tasks, parts(tasks))}
+    tasks, small = load(LARGE), load(SMALL)
+    return {
+        "summary": summary(tasks),
+        "arms": matrix(tasks, METHODS),
+        "parts": matrix(tasks, parts(tasks)),
+        "small": matrix(small, [*METHODS[:-1], *parts(small)], timed=False),
+    }
 
 
 def fill(text: str, tables: dict[str, list[str]]) -> str:
@@ -163,8 +170,8 @@ def _mean(rows: list[Row], key: str) -> str:
     return f"{mean(row[key] for row in rows):.2f}"
 
 
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "end_to_end.jsonl"
+def write(path: Path) -> None:
+    """The tables, and the picture where times count, beside the rows; prints the targets."""
     tasks = load(path)
     found = [f"| {t.what} | {t.measured} | {'hit' if t.hit else 'missed'} |" for t in targets(tasks)]
     lines = ["# End-to-end runs", "", f"Made by `benchmarks/end_to_end_report.py` from `{path.name}`.", ""]
@@ -175,11 +182,16 @@ def main() -> None:
     for task, rows in tasks.items():
         lines += table(task, rows)
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-    if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
+    if found and any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
         draw(tasks, path.with_suffix(".png"))
-    if len(sys.argv) == 1:
-        EVIDENCE.write_text(fill(EVIDENCE.read_text(), evidence_tables(tasks)))
     print("\n".join(found))
+
+
+def main() -> None:
+    for path in [Path(name) for name in sys.argv[1:]] or [LARGE, SMALL]:
+        write(path)
+    if len(sys.argv) == 1:
+        EVIDENCE.write_text(fill(EVIDENCE.read_text(), evidence_tables()))
 
 
 if __name__ == "__main__":
