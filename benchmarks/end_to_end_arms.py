@@ -183,6 +183,7 @@ class Geko(Arm):
             plan = self.sampler.plan
             assert plan is not None
             left = whole - drawn if self.config.spend_saved else None
+            # torch would wake a thread a core to convert them
             ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.head
             self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
             segments = [

@@ -22,6 +22,7 @@ from results import RESULTS
 
 LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
+DECIDING = ("A", "B", "H")
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm == "H"]
 
 
@@ -49,7 +50,7 @@ def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[
 
     Where that is not known (or not `timed`) the work, rows trained and a third of those looked at, stands in: "~0.46".
     """
-    tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in "ABH")}
+    tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in DECIDING)}
     lines = ["| arm | " + " | ".join(_heading(name) for name in tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
     for arm in arms:
         cells = [_cell(name, rows, arm, timed) for name, rows in tasks.items()]
@@ -82,14 +83,31 @@ def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
     return f"{value:.{1 if measure.scale == 100 else 3}f} in {took} ({len(rows[arm])})"
 
 
+def early(tasks: dict[str, Rows]) -> list[str]:
+    """Markdown: what uniform training has along the way, its learning rate not yet decayed, beside what H ends with."""
+    lines = ["| task | A: 1 epoch | 2 epochs | 3 epochs | best epoch | the end | H |", "| --- " * 7 + "|"]
+    for name, rows in tasks.items():
+        measure = MEASURES[name]
+        key, digits = measure.key, 1 if measure.scale == 100 else 3
+        if not rows.get("H") or any(key not in row["history"][0] for row in rows["A"].values()) or name == "R6":
+            continue
+        runs = [[measure.scale * entry[key] for entry in row["history"]] for row in rows["A"].values()]
+        best = mean(map(max if measure.higher else min, runs))
+        values = [*(mean(run[epoch] for run in runs) for epoch in range(3)), best, mean(run[-1] for run in runs)]
+        values.append(mean(final(row, measure) for row in rows["H"].values()))
+        lines.append(f"| {_heading(name)} | " + " | ".join(f"{value:.{digits}f}" for value in values) + " |")
+    return [*lines, ""]
+
+
 def evidence_tables() -> dict[str, list[str]]:
     """The tables of docs/evidence.md that come from the rows."""
     tasks, small = load(LARGE), load(SMALL)
     return {
         "summary": summary(tasks),
         "arms": matrix(tasks, METHODS),
+        "early": early(tasks),
         "parts": matrix(tasks, parts(tasks)),
-        "small": matrix(small, [*METHODS[:-1], *parts(small)], timed=False),
+        "small": matrix(small, list(dict.fromkeys([*METHODS, *parts(small)])), timed=False),
     }
 
 
@@ -98,9 +116,10 @@ def fill(text: str, tables: dict[str, list[str]]) -> str:
     for name, lines in tables.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(begin)
-        if not found:
-            raise ValueError(f"no {begin.strip()} in the text")
-        text = before + begin + "\n".join(lines).rstrip() + "\n" + rest[rest.index(end) :]
+        old, closed, rest = rest.partition(end)
+        if not found or not closed or "<!-- table:" in old:
+            raise ValueError(f"no {begin.strip()} with its {end} in the text")
+        text = before + begin + "\n".join(lines).rstrip() + "\n" + end + rest
     return text
 
 
@@ -182,7 +201,7 @@ def write(path: Path) -> None:
     for task, rows in tasks.items():
         lines += table(task, rows)
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-    if found and any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
+    if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
         draw(tasks, path.with_suffix(".png"))
     print("\n".join(found))
 

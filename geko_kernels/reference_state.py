@@ -66,6 +66,7 @@ class Learnt(NamedTuple):
 
 
 def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
+    """Sums over the tokens (5, T) of each visit, divided by how many are valid; `rows` of the table, -1 without one."""
     entries = where.ids.shape[0]
     slot = torch.where(where.visit < 0, entries, where.visit)
 

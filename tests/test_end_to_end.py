@@ -93,6 +93,8 @@ def test_the_evidence_holds_the_tables_of_the_rows():
     assert report.fill(text, report.evidence_tables()) == text, "run benchmarks/end_to_end_report.py"
     with pytest.raises(ValueError, match="no <!-- table: other -->"):
         report.fill(text, {"other": []})
+    with pytest.raises(ValueError, match="with its <!-- end -->"):
+        report.fill(text.replace("<!-- end -->", "", 1), report.evidence_tables())
 
 
 def test_an_arm_may_be_given_other_settings_and_a_budget_by_name(monkeypatch, tmp_path, wordnet):

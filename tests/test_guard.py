@@ -64,6 +64,14 @@ def test_samples_that_a_third_of_the_margin_would_hold_are_counted():
     resumed = gk.GEKOSampler(state, num_epochs=20)
     resumed.load_state_dict(sampler.state_dict())
     assert resumed.doubtful == sampler.doubtful == 10
+    resumed.load_state_dict({k: v for k, v in sampler.state_dict().items() if k != "doubtful"})  # of an older version
+    assert resumed.doubtful == 0
+    sure = gk.GEKOSampler(noisy(10, noise_guard_share=0.05), num_epochs=20)  # no room for all of these
+    sure.set_epoch(3)
+    assert sure.state.quarantined.sum() == 5 and sure.doubtful == 0
+    off = gk.GEKOSampler(noisy(10, margins=(-1.2, -1.5, -2.0), noise_guard=False), num_epochs=20)
+    off.set_epoch(3)
+    assert off.doubtful == 0
     told = gk.GEKOSampler(noisy(10, margins=(-1.2, -1.5, -2.0), noise_guard_margin=1.0), num_epochs=20)
     told.set_epoch(3)
     assert told.state.quarantined.sum() == 10 and told.doubtful == 0

@@ -109,11 +109,12 @@ def test_page_names_forgotten_and_quarantined_samples(tmp_path):
 
 
 def test_page_says_what_to_do_about_doubtful_labels(tmp_path):
-    assert "noise_guard_margin = 1.0 holds" not in write(tmp_path, run_figures()).read_text()
     figures = run_figures()
+    del figures["num_doubtful"]  # as older runs do
+    assert "noise_guard_margin = 1 holds" not in write(tmp_path, figures).read_text()
     figures["num_doubtful"] = figures["num_samples"] // 5
     text = write(tmp_path, figures).read_text()
-    assert "(20.0% of all) had labels" in text and "noise_guard_margin = 1.0 holds such samples back" in text
+    assert "(20.0%) had labels" in text and "noise_guard_margin = 1 holds such samples back" in text
 
 
 @pytest.mark.parametrize("num_epochs", [0, 1, 2])

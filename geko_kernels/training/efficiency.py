@@ -40,7 +40,7 @@
     most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
-    num_doubtful       most samples at a time that a third of `noise_guard_margin` would have quarantined beside these
+    num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
 """
 
 from __future__ import annotations

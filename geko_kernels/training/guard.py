@@ -17,6 +17,11 @@ ENOUGH = 3600  # samples; fewer teach the model less before it judges, so a larg
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
+def of_few(num_samples: int) -> float:
+    """How many times the share of suspects it takes, of so few samples."""
+    return max(1.0, math.sqrt(ENOUGH / num_samples))
+
+
 def generalises(state: SampleState) -> bool:
     """Was the model, where it was sure, more often right than wrong about samples that it saw for the first time?
 
@@ -32,7 +37,7 @@ def generalises(state: SampleState) -> bool:
     return right > int((first & (state.bucket == Bucket.HARD)).count_nonzero())
 
 
-def update_quarantine_(state: SampleState) -> None:
+def update_quarantine_(state: SampleState) -> int:
     """Set `state.quarantined`: weight 0 until the sample is found correct. For runs that generalise.
 
     A mislabelled sample is one where the model is sure of another answer. A sample that it has not learnt yet, rare,
@@ -50,37 +55,32 @@ def update_quarantine_(state: SampleState) -> None:
     `KNOWN` of the samples are correct.
 
     Several processes: call it on synced states; all decide the same.
+
+    Returns: how many more would be suspects at a third of the margin, 0 where that is in force. Labels that are wrong
+        in confusable ways look like that, and so do hard samples: only who knows how they were made can tell.
     """
-    config, held, correct = state.config, state.quarantined, _correct(state)
+    config, held = state.config, state.quarantined
+    correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
     if not config.noise_guard or int(correct.count_nonzero()) <= KNOWN * len(state):
         held.fill_(False)
-        return
+        return 0
     held &= ~correct
     suspects = _suspects(state, correct, config.noise_guard_margin)
+    milder = _suspects(state, correct, LENIENT * config.noise_guard_margin)
+    doubtful = len(milder) - len(suspects)
     inside = int(held.count_nonzero())
     share = (inside + len(suspects)) / len(state)
-    least = config.noise_guard_min_share * max(1.0, math.sqrt(ENOUGH / len(state)))
+    least = config.noise_guard_min_share * of_few(len(state))
     if share < least:
-        return
+        return doubtful
     if share >= 3 * least:
-        suspects = _suspects(state, correct, LENIENT * config.noise_guard_margin)
+        suspects, doubtful = milder, 0
     room = max(int(config.noise_guard_share * len(state)) - inside, 0)
     if len(suspects) > room:
         worst_first = torch.argsort(state.loss_history[suspects, -1], descending=True, stable=True)
         suspects = suspects[worst_first[:room]]
     held[suspects] = True
-
-
-def count_doubtful(state: SampleState) -> int:
-    """How many samples, those held left out, would be suspects at a third of the margin.
-
-    Labels that are wrong in confusable ways look like that, and so do hard samples: only someone who knows how the
-    labels were made can tell.
-    """
-    correct = _correct(state)
-    if int(correct.count_nonzero()) <= KNOWN * len(state):
-        return 0
-    return len(_suspects(state, correct, LENIENT * state.config.noise_guard_margin))
+    return doubtful
 
 
 def nearly_suspects(state: SampleState) -> Tensor:
@@ -94,10 +94,6 @@ def nearly_suspects(state: SampleState) -> Tensor:
     for losses in state.loss_history[:, -(config.noise_guard_visits - 1) :].unbind(1):
         near &= losses > LENIENT * config.noise_guard_margin
     return near.nonzero()[:, 0]
-
-
-def _correct(state: SampleState) -> Tensor:
-    return (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
 
 
 def _suspects(state: SampleState, correct: Tensor, margin: float) -> Tensor:

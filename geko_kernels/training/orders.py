@@ -1,4 +1,4 @@
-"""In which order ids are handed out: each epoch's permutation, and the repeats that fill up the last batch."""
+"""In which order ids are handed out, and how many: each epoch's permutation, its cut, the last batch's repeats."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from threading import Thread
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 _CHUNK = 1 << 16  # ids turned into Python integers at a time
 _PART = 1 << 20  # samples whose turns are worked out at a time
+_FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _SCATTER = -1640531527  # odd: the product's upper half scatters neighbouring ids
 
 
@@ -50,6 +52,16 @@ def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tens
         part.bitwise_right_shift_(16).bitwise_and_(0x7FFF).add_(epoch).remainder_(interval)
         turn[start : start + _PART] = part == 0
     return turn
+
+
+def cut_after(kept: Tensor, budget: int) -> int:
+    """How many slots to pass until `budget` kept samples are drawn; none if next to nothing is kept."""
+    count = int(np.count_nonzero(kept.numpy()))
+    if budget <= 0 or count <= _FEW * len(kept):
+        return 0
+    if count <= budget:
+        return len(kept)
+    return int(torch.searchsorted(kept.cumsum(0, dtype=torch.int32), budget)) + 1
 
 
 class Orders:

@@ -15,18 +15,11 @@ from matplotlib.figure import Figure
 
 from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
 from geko_kernels.training.efficiency import REPORT_NAME
+from geko_kernels.training.guard import of_few
 
 _VERSION = 1
-_SECTIONS = {
-    "num_samples",
-    "config",
-    "efficiency",
-    "log_history",
-    "most_forgotten",
-    "num_quarantined",
-    "quarantined",
-    "num_doubtful",
-}
+_SECTIONS = {"num_samples", "config", "efficiency", "log_history", "most_forgotten", "num_quarantined", "quarantined"}
+_DOUBTFUL = 0.1  # share of the samples from which on the page says what to do about labels in doubt
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 Curve = list[tuple[float, float]]
 
@@ -49,9 +42,13 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = run_dir / "report.html"
-    page.write_text(
-        template.render(run=run, images=images, name=run_dir.resolve().name, colours=BUCKET_COLOURS), encoding="utf-8"
-    )
+    doubtful, total = run.get("num_doubtful", 0), run["num_samples"]  # older runs lack it
+    values = {
+        "name": run_dir.resolve().name,
+        "colours": BUCKET_COLOURS,
+        "doubtful": doubtful if doubtful > _DOUBTFUL * of_few(total) * total else 0,
+    }
+    page.write_text(template.render(run=run, images=images, **values), encoding="utf-8")
     return page
 
 

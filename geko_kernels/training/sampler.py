@@ -14,12 +14,11 @@ from torch.utils.data import Sampler
 from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
-from geko_kernels.training.guard import count_doubtful, generalises, nearly_suspects, update_quarantine_
-from geko_kernels.training.orders import Orders, by_length, in_turn, iterate_padded
+from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
+from geko_kernels.training.orders import Orders, by_length, cut_after, in_turn, iterate_padded
 from geko_kernels.training.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
-_FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
 
@@ -95,7 +94,7 @@ class GEKOSampler(Sampler[int]):
         self.probes = ProbeSchedule(len(state), state.device)
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
-        self.doubtful = 0  # most samples at a time that a third of the noise guard's margin would have held back
+        self.doubtful = 0  # the most that `update_quarantine_` returned
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
         self._looked = -1  # the epoch before which `probed` was last called
         self._hurried = -1  # when all left-out samples were last made due
@@ -132,8 +131,7 @@ class GEKOSampler(Sampler[int]):
             return
         self.state.sync()
         if self._guards():
-            update_quarantine_(self.state)
-            self.doubtful = max(self.doubtful, count_doubtful(self.state))
+            self.doubtful = max(self.doubtful, update_quarantine_(self.state))
         self.note_forgotten_()
         self.plan = None  # frees its ids first
         self.plan = self._draw(epoch, start)
@@ -174,7 +172,7 @@ class GEKOSampler(Sampler[int]):
             turn, end = begin + cut / (self.num_epochs * total), longest
         else:  # only samples drawn count
             slots = total
-            cut = self._cut_after(kept, round((finish - begin) * self.num_epochs * total))
+            cut = cut_after(kept, round((finish - begin) * self.num_epochs * total))
         if cut < slots:
             kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
         ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
@@ -186,16 +184,6 @@ class GEKOSampler(Sampler[int]):
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         return Plan(ids, head, begin, min(turn, 1.0), min(end, 1.0))
-
-    @staticmethod
-    def _cut_after(kept: Tensor, budget: int) -> int:
-        """How many slots to pass until `budget` kept samples are drawn; none if next to nothing is kept."""
-        count = int(np.count_nonzero(kept.numpy()))
-        if budget <= 0 or count <= _FEW * len(kept):
-            return 0
-        if count <= budget:
-            return len(kept)
-        return int(torch.searchsorted(kept.cumsum(0, dtype=torch.int32), budget)) + 1
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
@@ -308,7 +296,7 @@ class GEKOSampler(Sampler[int]):
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
         self.lost.fill_(values["lost"])
-        self.doubtful = values["doubtful"]
+        self.doubtful = values.get("doubtful", 0)  # older states lack it
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
         self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
         self._guarded, self._hurried = values["guarded"], values["hurried"]
