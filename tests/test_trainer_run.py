@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from training import MapDataset, arguments, curve, sentences, standard, tiny_classifier, tiny_llama, trainer_of, weights
-from transformers import default_data_collator
+from transformers import EarlyStoppingCallback, default_data_collator
 
 import geko_kernels as gk
 
@@ -130,6 +130,23 @@ def test_evaluation_leaves_the_state_alone(tmp_path):
     assert loss == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-5)
     for name, column in trainer.sample_state.state_dict().items():
         assert torch.equal(column, before[name])
+
+
+@pytest.mark.parametrize("spend_saved", [False, True])
+def test_the_best_model_is_loaded_at_the_end_and_a_run_can_stop_early(tmp_path, spend_saved):
+    shifted = [{**item, "labels": [item["labels"][0] % 31 + 1] * 8} for item in sentences(8)]  # get worse when learnt
+    saved = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "save_total_limit": 1}
+    stop = EarlyStoppingCallback(2)
+    config = gk.GEKOConfig(spend_saved=spend_saved)
+    trainer = trainer_of(
+        tmp_path, config=config, num_train_epochs=30, eval_dataset=shifted, callbacks=[stop], logging_steps=100, **saved
+    )
+    trainer.train()
+    losses = curve(trainer, "eval_loss")
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1 < 29 and trainer.state.best_global_step == 6 * (best + 1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert trainer.get_efficiency_report()["samples_standard"] == 24 * len(losses)
 
 
 # Figures
