@@ -10,6 +10,7 @@ bootstrap intervals of the mean over seeds.
 from __future__ import annotations
 
 import sys
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, median
 
@@ -89,9 +90,9 @@ def early(tasks: dict[str, Rows]) -> list[str]:
     for name, rows in tasks.items():
         measure = MEASURES[name]
         key, digits = measure.key, 1 if measure.scale == 100 else 3
-        if not rows.get("H") or any(key not in row["history"][0] for row in rows["A"].values()) or name == "R6":
+        runs = [[measure.scale * entry.get(key, nan) for entry in row["history"]] for row in rows["A"].values()]
+        if not rows.get("H") or isnan(runs[0][0]) or len(runs[0]) < 3:  # R1 is measured on its training samples
             continue
-        runs = [[measure.scale * entry[key] for entry in row["history"]] for row in rows["A"].values()]
         best = mean(map(max if measure.higher else min, runs))
         values = [*(mean(run[epoch] for run in runs) for epoch in range(3)), best, mean(run[-1] for run in runs)]
         values.append(mean(final(row, measure) for row in rows["H"].values()))

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from command import arguments, run_all
 from linear_cases import KEEP_SHARES, MASKED_SHARES, QUICK_SHAPES, SHAPES, Case, Shape, Truth, errors, make_case, truth
 from linear_contenders import CONTENDERS, Contender
 from linear_targets import linear_targets
+from loss_command import arguments, run_all
 from results import Row
 from timing import Timing, launches, measure, peak_mib
 from torch import Tensor

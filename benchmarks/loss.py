@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from command import arguments, run_all
 from contenders import CONTENDERS, Contender, LossOf
 from loss_cases import QUICK_SHAPES, SHAPES, TOLERANCE, ZERO_SHARES, Case, Shape, errors, make_case
+from loss_command import arguments, run_all
 from results import Row
 from targets import label, targets
 from timing import Timing, host_us, launches, measure, peak_mib

@@ -1,5 +1,5 @@
 // What one visit does to a sample's learning state: quality, Q-value, bucket and weight. Plain C++, no torch and no
-// allocation, so that host and device code share it. The equal of reference_state.py and reference.py;
+// allocation, so that host and device code share it. The equal of geko_kernels/reference*.py;
 // compile without contraction of a * b + c, so that both round alike.
 #pragma once
 

@@ -17,8 +17,8 @@ ENOUGH = 3600  # samples; fewer teach the model less before it judges, so a larg
 _SAMPLE = 1 << 20  # samples that the median is taken of
 
 
-def of_few(num_samples: int) -> float:
-    """How many times the share of suspects it takes, of so few samples."""
+def few_samples_factor(num_samples: int) -> float:
+    """What the least share of suspects is multiplied by: 1 from `ENOUGH` samples on, more for fewer."""
     return max(1.0, math.sqrt(ENOUGH / num_samples))
 
 
@@ -70,7 +70,7 @@ def update_quarantine_(state: SampleState) -> int:
     doubtful = len(milder) - len(suspects)
     inside = int(held.count_nonzero())
     share = (inside + len(suspects)) / len(state)
-    least = config.noise_guard_min_share * of_few(len(state))
+    least = config.noise_guard_min_share * few_samples_factor(len(state))
     if share < least:
         return doubtful
     if share >= 3 * least:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
 from geko_kernels.training.efficiency import REPORT_NAME
-from geko_kernels.training.guard import of_few
+from geko_kernels.training.guard import few_samples_factor
 
 _VERSION = 1
 _SECTIONS = {"num_samples", "config", "efficiency", "log_history", "most_forgotten", "num_quarantined", "quarantined"}
@@ -46,7 +46,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     values = {
         "name": run_dir.resolve().name,
         "colours": BUCKET_COLOURS,
-        "doubtful": doubtful if doubtful > _DOUBTFUL * of_few(total) * total else 0,
+        "doubtful": doubtful if doubtful > _DOUBTFUL * few_samples_factor(total) * total else 0,
     }
     page.write_text(template.render(run=run, images=images, **values), encoding="utf-8")
     return page

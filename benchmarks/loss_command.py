@@ -1,4 +1,4 @@
-"""The command line that the benchmarks of single steps share."""
+"""The command line that loss.py and linear_loss.py share: options, rows, targets, exit status."""
 
 from __future__ import annotations
 
