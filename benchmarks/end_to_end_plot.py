@@ -17,8 +17,8 @@ _NAMES = {"A": "uniform", "B": "uniform at GEKO's budget", "H": "GEKO", "H-spend
 
 
 def draw(tasks: dict[str, Rows], path: Path) -> None:
-    """Held-out quality (recall in R1) over seconds of training, one line a seed; dashed: another GPU than
-    the last run's, whose seconds are others."""
+    """Held-out quality (recall in R1) over seconds of training, one line a seed that had its GPU to itself; dashed:
+    another GPU than the last run's, whose seconds are others."""
     gpus = {name: [row["gpu"] for runs in rows.values() for row in runs.values()][-1] for name, rows in tasks.items()}
     shown = [name for name in TASKS if tasks.get(name, {}).get("A")]
     columns = min(len(shown), 3)
@@ -30,7 +30,8 @@ def draw(tasks: dict[str, Rows], path: Path) -> None:
         measure = MEASURES[name]
         key = measure.key.replace("test", "train") if name.startswith("R1") else measure.key
         for arm, color in _COLORS.items():
-            for i, row in enumerate(tasks[name].get(arm, {}).values()):
+            alone = [row for row in tasks[name].get(arm, {}).values() if row["alone"]]
+            for i, row in enumerate(alone):
                 seconds = [entry["seconds"] for entry in row["history"]]
                 values = [entry[key] * measure.scale for entry in row["history"]]
                 style = "-" if row["gpu"] == gpus[name] else "--"

@@ -10,7 +10,6 @@ bootstrap intervals of the mean over seeds.
 from __future__ import annotations
 
 import sys
-from math import isnan, nan
 from pathlib import Path
 from statistics import mean, median
 
@@ -24,7 +23,7 @@ from results import RESULTS
 LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
 DECIDING = ("A", "B", "H")
-METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm == "H"]
+METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm in ("H", "H-spend")]
 
 
 def summary(tasks: dict[str, Rows]) -> list[str]:
@@ -63,7 +62,7 @@ def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[
 def parts(tasks: dict[str, Rows]) -> list[str]:
     """GEKO and its variants: those with a name, then those named by their settings."""
     there = {arm for rows in tasks.values() for arm in rows if arm.startswith("H")}
-    return [*(arm for arm in WHAT if arm in there), *sorted(there - WHAT.keys())]
+    return [*(arm for arm in WHAT if arm in there), *sorted(arm for arm in there - WHAT.keys() if not _is_short(arm))]
 
 
 def _label(arm: str) -> str:
@@ -84,20 +83,24 @@ def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
     return f"{value:.{1 if measure.scale == 100 else 3}f} in {took} ({len(rows[arm])})"
 
 
-def early(tasks: dict[str, Rows]) -> list[str]:
-    """Markdown: what uniform training has along the way, its learning rate not yet decayed, beside what H ends with."""
-    lines = ["| task | A: 1 epoch | 2 epochs | 3 epochs | best epoch | the end | H |", "| --- " * 7 + "|"]
-    for name, rows in tasks.items():
-        measure = MEASURES[name]
-        key, digits = measure.key, 1 if measure.scale == 100 else 3
-        runs = [[measure.scale * entry.get(key, nan) for entry in row["history"]] for row in rows["A"].values()]
-        if not rows.get("H") or isnan(runs[0][0]) or len(runs[0]) < 3:  # R1 is measured on its training samples
-            continue
-        best = mean(map(max if measure.higher else min, runs))
-        values = [*(mean(run[epoch] for run in runs) for epoch in range(3)), best, mean(run[-1] for run in runs)]
-        values.append(mean(final(row, measure) for row in rows["H"].values()))
-        lines.append(f"| {_heading(name)} | " + " | ".join(f"{value:.{digits}f}" for value in values) + " |")
+def budgets(tasks: dict[str, Rows]) -> list[str]:
+    """Markdown: uniform training and GEKO at several numbers of epochs, each with a schedule of that length."""
+    shares = sorted({float(arm.partition("budget=")[2]) for rows in tasks.values() for arm in rows if _is_short(arm)})
+    there = {name: rows for name, rows in tasks.items() if any(rows[arm] for arm in list(rows) if _is_short(arm))}
+    every = {TASKS[name].epochs for name in there}
+    assert len(every) == 1, "tasks of different numbers of epochs"
+    whole = every.pop()
+    heads = [f"{share * whole:g} epochs" for share in [*shares, 1.0]]
+    lines = ["| task | arm | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    for name, rows in there.items():
+        for arm, full in (("B", "A"), ("H", "H")):
+            cells = [_cell(name, rows, at, True) for at in [*(f"{arm}:budget={share:g}" for share in shares), full]]
+            lines.append(f"| {_heading(name)} | {WHAT[full]} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _is_short(arm: str) -> bool:
+    return arm.startswith(("B:budget=", "H:budget="))
 
 
 def evidence_tables() -> dict[str, list[str]]:
@@ -106,7 +109,7 @@ def evidence_tables() -> dict[str, list[str]]:
     return {
         "summary": summary(tasks),
         "arms": matrix(tasks, METHODS),
-        "early": early(tasks),
+        "budgets": budgets(tasks),
         "parts": matrix(tasks, parts(tasks)),
         "small": matrix(small, list(dict.fromkeys([*METHODS, *parts(small)])), timed=False),
     }

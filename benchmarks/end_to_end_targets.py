@@ -36,7 +36,7 @@ def targets(tasks: dict[str, Rows]) -> Iterator[Target]:
         rows = there["R2-30"]
         yield from _better("R2, 30 % wrong: 12 points above A", there, "R2-30", "A", 12.0)
         for arm in rows:
-            if rows[arm] and arm not in ("A", "oracle") and not arm.startswith("H"):
+            if rows[arm] and len(arm) == 1 and arm not in "AH":
                 yield from _better(f"R2, 30 % wrong: 5 points above {arm}", there, "R2-30", arm, 5.0)
         best = [
             100 * (rows["H"][s]["final"]["test_accuracy"] - max(e["test_accuracy"] for e in rows["A"][s]["history"]))

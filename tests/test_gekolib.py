@@ -21,7 +21,7 @@ def visit_op(state, loss, confidence, ids):
     tokens = torch.stack([loss, zero, zero, confidence, zero])
     columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
     columns += (state.changed, state.claim, state.quarantined, state.error)
-    labels = torch.zeros(len(ids), 1, dtype=torch.long)
+    labels = torch.zeros(len(ids), 1, dtype=torch.long, device=loss.device)
     ops.sample_update_(tokens, labels, ids, state.rules, state.weights, None, *columns, 2, 1, -100, False, True)
 
 
