@@ -99,6 +99,18 @@ def budgets(tasks: dict[str, Rows]) -> list[str]:
     return [*lines, ""]
 
 
+def losses(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
+    """Markdown: held-out loss and (seeds) where the table of arms has accuracy; R1 has no held-out samples."""
+    tasks = {name: rows for name, rows in tasks.items() if MEASURES[name].scale == 100 and TASKS[name].test}
+    lines = ["| arm | " + " | ".join(tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
+    for arm in arms:
+        found = [[row["final"]["test_loss"] for row in rows.get(arm, {}).values()] for rows in tasks.values()]
+        cells = [f"{mean(values):.2f} ({len(values)})" if values else "" for values in found]
+        if any(cells):
+            lines.append(f"| {_label(arm)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def _is_short(arm: str) -> bool:
     return arm.startswith(("B:budget=", "H:budget="))
 
@@ -110,6 +122,7 @@ def evidence_tables() -> dict[str, list[str]]:
         "summary": summary(tasks),
         "arms": matrix(tasks, METHODS),
         "budgets": budgets(tasks),
+        "losses": losses(tasks, [*METHODS, "H:noise_guard_margin=1", "B:budget=0.2", "H:budget=0.2"]),
         "parts": matrix(tasks, parts(tasks)),
         "small": matrix(small, list(dict.fromkeys([*METHODS, *parts(small)])), timed=False),
     }
