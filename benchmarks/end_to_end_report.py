@@ -26,9 +26,15 @@ DECIDING = ("A", "B", "H")
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm in ("H", "H-spend")]
 
 
+def grid(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown, with an empty line at its end."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return [lines[0], "| --- " * len(heads) + "|", *lines[1:], ""]
+
+
 def summary(tasks: dict[str, Rows]) -> list[str]:
     """Markdown: one line a task, for A, B and H (R5: H-spend)."""
-    lines = ["| task | seeds A, B, H | A | B | H | H's time / A's |", "| --- " * 6 + "|"]
+    lines = []
     for name, rows in tasks.items():
         arms = ("A", "B", "H-spend" if "H-spend" in TASKS[name].deciding else "H")
         measure = MEASURES[name]
@@ -41,8 +47,8 @@ def summary(tasks: dict[str, Rows]) -> list[str]:
             *("" if value is None else f"{value:.{digits}f}" for value in values),
             f"{median(ratios):.2f}" if ratios else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        lines.append(cells)
+    return grid(["task", "seeds A, B, H", "A", "B", "H", "H's time / A's"], lines)
 
 
 def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[str]:
@@ -51,12 +57,8 @@ def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[
     Where that is not known (or not `timed`) the work, rows trained and a third of those looked at, stands in: "~0.46".
     """
     tasks = {name: rows for name, rows in tasks.items() if any(rows.get(arm) for arm in arms if arm not in DECIDING)}
-    lines = ["| arm | " + " | ".join(_heading(name) for name in tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
-    for arm in arms:
-        cells = [_cell(name, rows, arm, timed) for name, rows in tasks.items()]
-        if any(cells):
-            lines.append(f"| {_label(arm)} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    lines = [[_label(arm), *(_cell(name, rows, arm, timed) for name, rows in tasks.items())] for arm in arms]
+    return grid(["arm", *map(_heading, tasks)], [cells for cells in lines if any(cells[1:])])
 
 
 def parts(tasks: dict[str, Rows]) -> list[str]:
@@ -85,30 +87,25 @@ def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
 
 def budgets(tasks: dict[str, Rows]) -> list[str]:
     """Markdown: uniform training and GEKO at several numbers of epochs, each with a schedule of that length."""
-    shares = sorted({float(arm.partition("budget=")[2]) for rows in tasks.values() for arm in rows if _is_short(arm)})
-    there = {name: rows for name, rows in tasks.items() if any(rows[arm] for arm in list(rows) if _is_short(arm))}
-    every = {TASKS[name].epochs for name in there}
-    assert len(every) == 1, "tasks of different numbers of epochs"
-    whole = every.pop()
-    heads = [f"{share * whole:g} epochs" for share in [*shares, 1.0]]
-    lines = ["| task | arm | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
+    there = {name: rows for name, rows in tasks.items() if any(map(_is_short, rows))}
+    shares = sorted({float(arm.partition("=")[2]) for rows in there.values() for arm in rows if _is_short(arm)})
+    (whole,) = {TASKS[name].epochs for name in there}
+    lines = []
     for name, rows in there.items():
         for arm, full in (("B", "A"), ("H", "H")):
             cells = [_cell(name, rows, at, True) for at in [*(f"{arm}:budget={share:g}" for share in shares), full]]
-            lines.append(f"| {_heading(name)} | {WHAT[full]} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+            lines.append([_heading(name), WHAT[full], *cells])
+    return grid(["task", "arm", *(f"{share * whole:g} epochs" for share in [*shares, 1.0])], lines)
 
 
 def losses(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
     """Markdown: held-out loss and (seeds) where the table of arms has accuracy; R1 has no held-out samples."""
     tasks = {name: rows for name, rows in tasks.items() if MEASURES[name].scale == 100 and TASKS[name].test}
-    lines = ["| arm | " + " | ".join(tasks) + " |", "| --- " * (1 + len(tasks)) + "|"]
+    lines = []
     for arm in arms:
         found = [[row["final"]["test_loss"] for row in rows.get(arm, {}).values()] for rows in tasks.values()]
-        cells = [f"{mean(values):.2f} ({len(values)})" if values else "" for values in found]
-        if any(cells):
-            lines.append(f"| {_label(arm)} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        lines.append([_label(arm), *(f"{mean(values):.2f} ({len(values)})" if values else "" for values in found)])
+    return grid(["arm", *tasks], [cells for cells in lines if any(cells[1:])])
 
 
 def _is_short(arm: str) -> bool:
@@ -144,14 +141,11 @@ def table(task: str, rows: Rows) -> list[str]:
     """Markdown: one line an arm."""
     measure = MEASURES[task]
     unit, digits = ("accuracy, %", 2) if measure.scale == 100 else ("loss", 4)
-    lines = [
-        f"### {task}: {TASKS[task].what}",
-        "",
-        f"| arm | seeds | final {unit} | worst seed | against A [95 %] | worst group | all training samples: loss | "
-        "rows forward / A's | rows trained / A's | cost / A's | time / A's | of it selection and looks | "
-        "time to A's final value / A's | frozen and forgotten | quarantined (precision, recall) |",
-        "| --- " * 15 + "|",
-    ]
+    heads = ["arm", "seeds", f"final {unit}", "worst seed", "against A [95 %]", "worst group"]
+    heads += ["all training samples: loss", "rows forward / A's", "rows trained / A's", "cost / A's", "time / A's"]
+    heads += ["of it selection and looks", "time to A's final value / A's", "frozen and forgotten"]
+    heads += ["quarantined (precision, recall)"]
+    lines = []
     for arm in [*(arm for arm in WHAT if rows.get(arm)), *(arm for arm in rows if arm not in WHAT)]:
         seeds = list(rows[arm].values())
         values = [final(row, measure) for row in seeds]
@@ -190,8 +184,8 @@ def table(task: str, rows: Rows) -> list[str]:
             f"{mean(row['frozen_forgotten'] for row in seeds):.1%}" if arm.startswith("H") else "",
             guard if held else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        lines.append(cells)
+    return [f"### {task}: {TASKS[task].what}", "", *grid(heads, lines)]
 
 
 def _reached(ratios: list[float | None]) -> str:
@@ -209,18 +203,19 @@ def _mean(rows: list[Row], key: str) -> str:
 def write(path: Path) -> None:
     """The tables, and the picture where times count, beside the rows; prints the targets."""
     tasks = load(path)
-    found = [f"| {t.what} | {t.measured} | {'hit' if t.hit else 'missed'} |" for t in targets(tasks)]
+    found = [[t.what, t.measured, "hit" if t.hit else "missed"] for t in targets(tasks)]
     lines = ["# End-to-end runs", "", f"Made by `benchmarks/end_to_end_report.py` from `{path.name}`.", ""]
     lines += summary(tasks)
     if found:
-        lines += ["## Targets", "", "| target | measured | |", "| --- | --- | --- |", *found, ""]
+        lines += ["## Targets", "", *grid(["target", "measured", ""], found)]
     lines += ["## Arms", ""]
     for task, rows in tasks.items():
         lines += table(task, rows)
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
         draw(tasks, path.with_suffix(".png"))
-    print("\n".join(found))
+    for cells in found:
+        print(" | ".join(cells))
 
 
 def main() -> None:
