@@ -23,6 +23,7 @@ from results import RESULTS
 LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
 DECIDING = ("A", "B", "H")
+SURER = "H:noise_guard_margin=1"
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm in ("H", "H-spend")]
 
 
@@ -88,13 +89,13 @@ def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
 def budgets(tasks: dict[str, Rows]) -> list[str]:
     """Markdown: uniform training and GEKO at several numbers of epochs, each with a schedule of that length."""
     there = {name: rows for name, rows in tasks.items() if any(map(_is_short, rows))}
-    shares = sorted({float(arm.partition("=")[2]) for rows in there.values() for arm in rows if _is_short(arm)})
+    shares = sorted({float(arm.rpartition("=")[2]) for rows in there.values() for arm in rows if _is_short(arm)})
     (whole,) = {TASKS[name].epochs for name in there}
     lines = []
     for name, rows in there.items():
-        for arm, full in (("B", "A"), ("H", "H")):
-            cells = [_cell(name, rows, at, True) for at in [*(f"{arm}:budget={share:g}" for share in shares), full]]
-            lines.append([_heading(name), WHAT[full], *cells])
+        for short, full in (("B:", "A"), ("H:", "H"), (f"{SURER},", SURER)):
+            cells = [_cell(name, rows, at, True) for at in [*(f"{short}budget={share:g}" for share in shares), full]]
+            lines.append([_heading(name), WHAT.get(full, full), *cells])
     return grid(["task", "arm", *(f"{share * whole:g} epochs" for share in [*shares, 1.0])], lines)
 
 
@@ -109,7 +110,7 @@ def losses(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
 
 
 def _is_short(arm: str) -> bool:
-    return arm.startswith(("B:budget=", "H:budget="))
+    return "budget=" in arm
 
 
 def evidence_tables() -> dict[str, list[str]]:
@@ -119,7 +120,7 @@ def evidence_tables() -> dict[str, list[str]]:
         "summary": summary(tasks),
         "arms": matrix(tasks, METHODS),
         "budgets": budgets(tasks),
-        "losses": losses(tasks, [*METHODS, "H:noise_guard_margin=1", "B:budget=0.2", "H:budget=0.2"]),
+        "losses": losses(tasks, [*METHODS, SURER, "B:budget=0.2", "H:budget=0.2"]),
         "parts": matrix(tasks, parts(tasks)),
         "small": matrix(small, list(dict.fromkeys([*METHODS, *parts(small)])), timed=False),
     }
