@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from end_to_end_arms import WHAT
+from end_to_end_arms import WHAT, find_arm
 from end_to_end_plot import draw
 from end_to_end_rows import MEASURES, Row, Rows, bootstrap, final, load, paired, time_ratios, time_to
 from end_to_end_targets import targets
@@ -23,7 +23,7 @@ from results import RESULTS
 LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
 DECIDING = ("A", "B", "H")
-SURER = "H:noise_guard_margin=1"
+MARGIN_1 = "H:noise_guard_margin=1"  # for labels known to be unreliable
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm in ("H", "H-spend")]
 
 
@@ -65,7 +65,7 @@ def matrix(tasks: dict[str, Rows], arms: list[str], timed: bool = True) -> list[
 def parts(tasks: dict[str, Rows]) -> list[str]:
     """GEKO and its variants: those with a name, then those named by their settings."""
     there = {arm for rows in tasks.values() for arm in rows if arm.startswith("H")}
-    return [*(arm for arm in WHAT if arm in there), *sorted(arm for arm in there - WHAT.keys() if not _is_short(arm))]
+    return [*(arm for arm in WHAT if arm in there), *sorted(arm for arm in there - WHAT.keys() if not _budget(arm))]
 
 
 def _label(arm: str) -> str:
@@ -88,12 +88,12 @@ def _cell(task: str, rows: Rows, arm: str, timed: bool) -> str:
 
 def budgets(tasks: dict[str, Rows]) -> list[str]:
     """Markdown: uniform training and GEKO at several numbers of epochs, each with a schedule of that length."""
-    there = {name: rows for name, rows in tasks.items() if any(map(_is_short, rows))}
-    shares = sorted({float(arm.rpartition("=")[2]) for rows in there.values() for arm in rows if _is_short(arm)})
+    there = {name: rows for name, rows in tasks.items() if any(map(_budget, rows))}
+    shares = sorted({share for rows in there.values() for share in map(_budget, rows) if share is not None})
     (whole,) = {TASKS[name].epochs for name in there}
     lines = []
     for name, rows in there.items():
-        for short, full in (("B:", "A"), ("H:", "H"), (f"{SURER},", SURER)):
+        for short, full in (("B:", "A"), ("H:", "H"), (f"{MARGIN_1},", MARGIN_1)):
             cells = [_cell(name, rows, at, True) for at in [*(f"{short}budget={share:g}" for share in shares), full]]
             lines.append([_heading(name), WHAT.get(full, full), *cells])
     return grid(["task", "arm", *(f"{share * whole:g} epochs" for share in [*shares, 1.0])], lines)
@@ -109,8 +109,9 @@ def losses(tasks: dict[str, Rows], arms: list[str]) -> list[str]:
     return grid(["arm", *tasks], [cells for cells in lines if any(cells[1:])])
 
 
-def _is_short(arm: str) -> bool:
-    return "budget=" in arm
+def _budget(arm: str) -> float | None:
+    """The budget in an arm's name; such runs are shorter than the task's."""
+    return find_arm(arm)[1]
 
 
 def evidence_tables() -> dict[str, list[str]]:
@@ -120,7 +121,7 @@ def evidence_tables() -> dict[str, list[str]]:
         "summary": summary(tasks),
         "arms": matrix(tasks, METHODS),
         "budgets": budgets(tasks),
-        "losses": losses(tasks, [*METHODS, SURER, "B:budget=0.2", "H:budget=0.2"]),
+        "losses": losses(tasks, [*METHODS, MARGIN_1, "B:budget=0.2", "H:budget=0.2"]),
         "parts": matrix(tasks, parts(tasks)),
         "small": matrix(small, list(dict.fromkeys([*METHODS, *parts(small)])), timed=False),
     }

@@ -26,7 +26,7 @@ import end_to_end_rows
 import end_to_end_small as small
 from end_to_end_arms import ARMS, find_arm
 from end_to_end_run import batches, learning_rate
-from end_to_end_targets import targets
+from end_to_end_targets import _better, targets
 from end_to_end_tasks import TASKS, best_lr, make_data
 
 GLOSS = '{:08d} {:02d} n 01 {} 0 000 @ 0000 n 0000 | {} of the {} kind; "an example"'
@@ -118,6 +118,17 @@ def test_times_of_other_gpus_are_not_compared():
     rows = {"A": uniform, "H": {seed: row(6.0, "one", [0.5, 0.7, 0.9]) for seed in (0, 1)}}
     assert end_to_end_rows.time_ratios(rows, "H") == [pytest.approx(2 / 3)]
     assert end_to_end_rows.time_to(rows, "H", 1.0) == [pytest.approx(5 / 9)]  # 0.8 between the second and third epoch
+
+
+def test_better_at_all_takes_an_interval_above_zero_and_so_many_points_the_mean():
+    def rows(accuracies):
+        return {seed: {"final": {"test_accuracy": accuracy}} for seed, accuracy in enumerate(accuracies)}
+
+    tasks = {"R1": {"H": rows([0.9, 0.9, 0.9]), "B": rows([0.5, 0.8, 0.96])}}
+    (unsure,), (points,) = (list(_better("", tasks, "R1", "B", least)) for least in (0.0, 10.0))
+    assert unsure.measured == points.measured and not unsure.hit and points.hit
+    tasks["R1"]["B"] = rows([0.5, 0.8, 0.85])
+    assert next(_better("", tasks, "R1", "B", 0.0)).hit
 
 
 def test_the_rate_at_which_uniform_ends_best_is_everybody_s(monkeypatch, tmp_path, wordnet):
