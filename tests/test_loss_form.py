@@ -340,3 +340,31 @@ def test_prompts_of_peft(tmp_path, kind):
     theirs = standard(model, args, data, **fields)
     theirs.train()
     assert curve(ours) == pytest.approx(curve(theirs), rel=1e-3)
+
+
+class Packed(torch.Tensor):
+    """A weight that only F.linear can use, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            hidden, weight, *bias = args
+            return F.linear(hidden, weight.as_subclass(torch.Tensor), *bias)
+        if func.__name__ in ("t", "transpose", "mm", "matmul", "__matmul__", "addmm", "addmm_", "__getitem__", "split"):
+            raise NotImplementedError(f"{func.__name__} of a packed weight")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_quantised_head_is_left_to_the_model(tmp_path):
+    models = [tiny_llama(), tiny_llama()]
+    for model in models:
+        model.lm_head.weight.requires_grad_(False)
+    models[0].lm_head._parameters["weight"] = models[0].lm_head.weight.data.as_subclass(Packed)
+    runs = []
+    for model in models:
+        args = arguments(tmp_path, num_train_epochs=1)
+        trainer = gk.GEKOTrainer(model, args, train_dataset=sentences(8), config=gk.GEKOConfig.uniform())
+        trainer.train()
+        runs.append(curve(trainer))
+        assert (trainer._found.head is None) == (model is models[0])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)

@@ -60,14 +60,22 @@ class _NoCrossEntropy(TorchFunctionMode):
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile` and DistributedDataParallel were given."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-            continue
-        compiled = getattr(model, "_orig_mod", None)
-        if not isinstance(compiled, nn.Module):
-            return model
-        model = compiled
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Is `torch.compile` among the wrappers of `model`?"""
+    inner = _inside(model)
+    return inner is not None and (hasattr(model, "_orig_mod") or is_compiled(inner))
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    inner = (
+        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    )
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def find_logits(outputs: Any, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_js
 from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of
 from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
-from geko_kernels.training.own_loss import unwrap_compiled
+from geko_kernels.training.own_loss import is_compiled, unwrap_compiled
 from geko_kernels.training.planned import PlannedTrainer
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
@@ -34,6 +34,11 @@ _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 class GEKOTrainer(PlannedTrainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
+
+    With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
+    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
+    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
+    the cross-entropy of the logits alone, without asking.
 
     What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
     evaluation (plain loss, the learning state untouched). What changes:
@@ -55,7 +60,8 @@ class GEKOTrainer(PlannedTrainer):
 
     Raises:
         ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
-            without length, DataParallel, sequence or tensor parallelism), by name.
+            without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
+            whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
     """
 
     model_accepts_loss_kwargs: bool
@@ -180,7 +186,7 @@ class GEKOTrainer(PlannedTrainer):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 apart=bool(self.args.use_liger_kernel),
-                fuse=not (self.is_deepspeed_enabled or model is not unwrap_compiled(model)),
+                fuse=not (self.is_deepspeed_enabled or is_compiled(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)
