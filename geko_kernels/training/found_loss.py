@@ -59,12 +59,11 @@ def find_loss_of(
     labels, sample_ids = inputs[label_name], inputs.get("sample_ids")
     if labels.is_floating_point():
         raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
-    few, few_labels = few_rows(rest, labels, sample_ids, _ROWS, _TOKENS) or (rest, labels)
     found, error = None, None
     devices = [labels.device] if labels.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices), _evaluating(model):
         try:
-            question = Question(model, base, few, few_labels, label_name)
+            question = _question(model, base, rest, labels, sample_ids, label_name)
             found = _ask(question, labels, shift, takes_num_items, apart, fuse)
         except Exception as reason:
             error = reason
@@ -76,10 +75,31 @@ def find_loss_of(
     return found
 
 
+def _question(
+    model: nn.Module,
+    base: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    label_name: str,
+) -> Question:
+    """About a few rows, cut to a few tokens; about the whole batch where the model does not take those."""
+    few = few_rows(inputs, labels, sample_ids, _ROWS, _TOKENS)
+    if few is not None and computes_loss(base, label_name):
+        question = Question(model, base, *few, name=label_name)
+        try:
+            question.num_classes()
+        except Exception as reason:
+            logger.info(f"GEKOTrainer asks the model about its whole first batch, as a part of it fails: {reason}")
+        else:
+            return question
+    return Question(model, base, inputs, labels, label_name)
+
+
 def _ask(
     question: Question, labels: Tensor, shift: bool | None, takes_num_items: bool, apart: bool, fuse: bool
 ) -> FoundLoss:
-    form, own = None, computes_loss(question.base)
+    form, own = None, computes_loss(question.base, question.name)
     if shift is None and own:
         form = find_loss_form(question, takes_num_items, apart)
         own = form is not None
@@ -109,15 +129,11 @@ def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) ->
     return found if all(head for _, (_, head) in all_of) else found._replace(head=None)
 
 
-def computes_loss(base: nn.Module) -> bool:
+def computes_loss(base: nn.Module, label_name: str) -> bool:
     """May the unwrapped model compute a loss, given labels? Those of Transformers do."""
     parameters = inspect.signature(base.forward).parameters
-    takes = any("label" in name for name in parameters)
-    return isinstance(base, PreTrainedModel) or takes or _takes_all(parameters)
-
-
-def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return isinstance(base, PreTrainedModel) or label_name in parameters or takes_all
 
 
 @contextmanager

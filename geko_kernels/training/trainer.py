@@ -209,7 +209,7 @@ class GEKOTrainer(PlannedTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         name = label_of(batch_samples[0], self.label_names)
         self._loss_shifts_labels = self._counts_shifted
-        if "sample_ids" in batch_samples[0] or not computes_loss(self._base()):
+        if "sample_ids" in batch_samples[0] or (name and not computes_loss(self._base(), name)):
             form = self._find_loss(self.model_wrapped, self._prepare_inputs(batch_samples[0])).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
@@ -239,8 +239,7 @@ class GEKOTrainer(PlannedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _computes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        base = self._base()
-        return isinstance(base, PreTrainedModel) or (computes_loss(base) and self._find_loss(model, inputs).own)
+        return isinstance(self._base(), PreTrainedModel) or self._find_loss(model, inputs).own
 
     def _own_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
