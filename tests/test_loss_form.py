@@ -172,6 +172,10 @@ CASES = {
         lambda: torch.compile(T.BertForTokenClassification(T.BertConfig(**BERT, num_labels=3)), backend="eager"),
         token_classes(),
     ),
+    "compiled seq2seq": (
+        lambda: torch.compile(T.BartForConditionalGeneration(T.BartConfig(**BART)), backend="eager"),
+        pairs(),
+    ),
 }
 
 
@@ -242,6 +246,20 @@ class Rows(T.LlamaForCausalLM):
             valid = labels[:, 1:].ne(-100)
             outputs.loss = (loss.sum(1) / valid.sum(1).clamp(min=1)).mean()
         return outputs
+
+
+def test_one_output_is_refused(tmp_path):
+    model = T.LlamaForSequenceClassification(tiny_config(num_labels=1))
+    options = {"train_dataset": classified(8), "data_collator": default_data_collator}
+    with pytest.raises(ValueError, match="one output, which is regression"):
+        gk.GEKOTrainer(model, arguments(tmp_path), **options).train()
+
+
+def test_a_compiled_model_with_a_term_in_its_forward_is_refused(tmp_path):
+    model = torch.compile(OwnLoop(3.0), backend="eager")
+    args = arguments(tmp_path, remove_unused_columns=False)
+    with pytest.raises(ValueError, match="not a plain cross-entropy"):
+        gk.GEKOTrainer(model, args, train_dataset=sentences(8), data_collator=default_data_collator).train()
 
 
 def focal(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ def find_loss_of(
     *,
     shift: bool | None,
     takes_num_items: bool,
-    apart: bool,
+    routes: Sequence[Route],
     fuse: bool,
     processes: int,
 ) -> FoundLoss:
@@ -48,7 +48,7 @@ def find_loss_of(
         inputs: the first training batch, labels and sample_ids in it.
         shift: given by the user: the cross-entropy of the logits is trained, and the model is not asked for its own.
         takes_num_items: Trainer passes `num_items_in_batch` to it.
-        apart: it gets no labels in training.
+        routes: how it can be called in training, the best first.
         fuse: look for a head.
         processes: all of them call this, and decide alike.
 
@@ -64,7 +64,7 @@ def find_loss_of(
     with torch.no_grad(), torch.random.fork_rng(devices), _evaluating(model):
         try:
             question = _question(model, base, rest, labels, sample_ids, label_name)
-            found = _ask(question, labels, shift, takes_num_items, apart, fuse)
+            found = _ask(question, labels, shift, takes_num_items, routes, fuse)
         except Exception as reason:
             error = reason
     if processes > 1:
@@ -97,11 +97,11 @@ def _question(
 
 
 def _ask(
-    question: Question, labels: Tensor, shift: bool | None, takes_num_items: bool, apart: bool, fuse: bool
+    question: Question, labels: Tensor, shift: bool | None, takes_num_items: bool, routes: Sequence[Route], fuse: bool
 ) -> FoundLoss:
     form, own = None, computes_loss(question.base, question.name)
     if shift is None and own:
-        form = find_loss_form(question, takes_num_items, apart)
+        form = find_loss_form(question, takes_num_items, routes)
         own = form is not None
     if form is None:
         form = LossForm(labels.dim() > 1 if shift is None else shift, Route.APART, prompt=question.prompt)

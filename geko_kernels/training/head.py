@@ -92,11 +92,11 @@ def _fused(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) 
         return loss.detach() + _MARK
 
     with _forward_of(head, forward), without_cross_entropy(question.base, form.route):
-        outputs = question.outputs(labels) if form.route is not Route.APART else question.model(**question.few)
+        outputs = question.model(**question.few) if form.route is Route.APART else question.outputs(labels)
     loss = find_logits(outputs, labels)
     if loss.dim():
         raise ValueError(f"its logits should be the loss, but have shape {tuple(loss.shape)}")
-    terms = find_loss(outputs) if form.route is not Route.APART else None
+    terms = find_loss(outputs) if form.route.has_terms else None
     return float(loss) - _MARK, 0.0 if terms is None else float(terms)
 
 

@@ -61,7 +61,7 @@ def forward_loss(
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
         stack.enter_context(without_cross_entropy(base, form.route))
         outputs = model(**given)
-    terms = None if form.route is Route.APART else find_loss(outputs)
+    terms = find_loss(outputs) if form.route.has_terms else None
     if head is not None:
         loss, outputs.logits = outputs.logits, None
         return ModelLoss(loss, terms, outputs, found[0])

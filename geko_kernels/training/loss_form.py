@@ -7,7 +7,7 @@ logits has to equal it. Made-up labels make the answer clear: they hold many cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ class Question:
 
     def other_terms(self, labels: Tensor, route: Route) -> float:
         """What the model's loss is without its cross-entropy."""
-        if route is Route.APART:
+        if not route.has_terms:
             return 0.0
         with without_cross_entropy(self.base, route):
             loss = find_loss(self.outputs(labels))
@@ -90,6 +90,8 @@ class Question:
     def made_up(self) -> Iterator[Tensor]:
         """Labels for the few rows, on their device."""
         classes = self.num_classes()
+        if classes < 2:
+            raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
         generator = torch.Generator().manual_seed(0)
         if self.labels.dim() == 1 or self.labels.shape[-1] == 1:
             rows = self.labels.shape[0]
@@ -126,13 +128,13 @@ class Question:
         return labels
 
 
-def find_loss_form(question: Question, takes_num_items: bool, apart: bool) -> LossForm | None:
+def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[Route]) -> LossForm | None:
     """The form in which GEKO's loss equals the model's own; None if the model returns no loss.
 
     Call it under `torch.no_grad` with the model in eval mode: dropout would make two forwards differ.
 
     takes_num_items: Trainer passes `num_items_in_batch` to the model.
-    apart: only ask for the form without labels.
+    routes: how the model can be called in training, the best first.
 
     Raises:
         ValueError: there is none; with both figures.
@@ -142,7 +144,7 @@ def find_loss_form(question: Question, takes_num_items: bool, apart: bool) -> Lo
     known = [answer for answer in answers if answer is not None]
     if len(known) < len(answers):
         return None
-    for route in (Route.APART,) if apart else (Route.LOSS_FUNCTION, Route.CROSS_ENTROPY):
+    for route in routes:
         terms = [question.other_terms(labels, route) for labels in asked]
         fits = [s for s in known[0].plain if all(a.equals(a.plain[s] + t) for a, t in zip(known, terms, strict=True))]
         if len(fits) > 1:

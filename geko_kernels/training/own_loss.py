@@ -18,7 +18,13 @@ class Route(Enum):
 
     LOSS_FUNCTION = "with labels, its `loss_function` replaced"
     CROSS_ENTROPY = "with labels, F.cross_entropy and F.nll_loss replaced while it runs"
+    UNUSED = "with labels, its loss left unused: where it is compiled, and adds nothing to its cross-entropy"
     APART = "without labels"
+
+    @property
+    def has_terms(self) -> bool:
+        """Does the model return what it adds to its cross-entropy?"""
+        return self in (Route.LOSS_FUNCTION, Route.CROSS_ENTROPY)
 
 
 @contextmanager
@@ -99,7 +105,8 @@ def find_logits(outputs: Any, labels: Tensor) -> Tensor:
         found = {"output": type(outputs).__name__}
     raise ValueError(
         f"the model returned no logits for labels of shape {tuple(labels.shape)}, only {found}. GEKO computes the loss "
-        "from the logits; a fused loss inside the model that returns logits=None has to be switched off"
+        "from an output `logits`: a model with several heads needs transformers.Trainer, and a fused loss inside the "
+        "model that returns logits=None has to be switched off"
     )
 
 

@@ -23,7 +23,7 @@ from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_js
 from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of
 from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
-from geko_kernels.training.own_loss import is_compiled, unwrap_compiled
+from geko_kernels.training.own_loss import Route, is_compiled, unwrap_compiled
 from geko_kernels.training.planned import PlannedTrainer
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
@@ -45,6 +45,8 @@ class GEKOTrainer(PlannedTrainer):
 
     - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
       plan. `max_steps` is kept to exactly, with more and shorter epochs.
+    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
+      where Trainer (5.17) adds up the means of the micro-batches.
     - the learning rate follows the finished share of the run and so always decays fully.
     - a checkpoint carries the learning state, the plan and the counts; resuming is exact. `resume_from_checkpoint=True`
       takes the newest whole checkpoint.
@@ -185,12 +187,17 @@ class GEKOTrainer(PlannedTrainer):
                 label_of(inputs, self.label_names) or "labels",
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
-                apart=bool(self.args.use_liger_kernel),
+                routes=self._routes(model),
                 fuse=not (self.is_deepspeed_enabled or is_compiled(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)
         return self._found
+
+    def _routes(self, model: nn.Module) -> tuple[Route, ...]:
+        if self.args.use_liger_kernel:  # given labels, its models compute the loss without logits
+            return (Route.APART,)
+        return Route.LOSS_FUNCTION, Route.UNUSED if is_compiled(model) else Route.CROSS_ENTROPY
 
     def _forget_model(self) -> None:
         self._found = None
