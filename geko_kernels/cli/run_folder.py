@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
-from geko_kernels.training.checkpoint import last_complete, load_files
+from geko_kernels.training.checkpoint import last_complete
 from geko_kernels.training.efficiency import REPORT_NAME
 
 
@@ -60,11 +59,13 @@ def find_checkpoint(options: TrainOptions) -> str | None:
     return options.resume
 
 
-def check_checkpoint(checkpoint: str, model: Any, num_samples: int) -> None:
-    """Refuses a checkpoint of another task, model or dataset size before anything is loaded from it."""
+def check_checkpoint(checkpoint: str, model: Any) -> None:
+    """Refuses a checkpoint of another task or model, of which Transformers would load what fits.
+
+    GEKO's own files in it are checked by the trainer.
+    """
     folder = Path(checkpoint)
     try:
-        load_files(folder, num_samples, torch.device("cpu"))
         saved = _config(folder / CONFIG_NAME)
         shapes = _shapes(folder / SAFE_WEIGHTS_NAME)
     except (OSError, ValueError, SafetensorError) as error:

@@ -61,7 +61,7 @@ def train(options: TrainOptions) -> None:
         task = _make_task(options)
         check_best_metric(arguments, task.is_classification)
         if checkpoint:
-            check_checkpoint(checkpoint, task.model, len(task.train))
+            check_checkpoint(checkpoint, task.model)
         trainer = GEKOTrainer(
             model=task.model,
             args=arguments,
@@ -135,7 +135,7 @@ def _make_task(options: TrainOptions) -> _Task:
 
 def _cut_note(part: Records, count: int, limit: int, max_length: int) -> str:
     where = f"--max-length {max_length}" if max_length <= limit else f"the {limit} tokens that the model can read"
-    lost = "the start of their prompt" if "prompt" in part.fields else "their end"
+    lost = "the start of their prompt, then the end of the completion" if "prompt" in part.fields else "their end"
     return f"{part.source}: {count:,} of {len(part.rows):,} records are longer than {where} and lose {lost}"
 
 
