@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import sys
 from collections.abc import Sequence
@@ -38,17 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(command, parsed)
+        return 0
     except UsageError as error:
-        return _tell(command, str(error), 2)
+        message, status = str(error), 2
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _TRAINING_MODULES:
+        if (error.name or "").partition(".")[0] not in _TRAINING_MODULES:
             raise
-        return _tell(command, f"needs {error.name}: {TRAINING}", 2)
+        message, status = f"needs {error.name}: {TRAINING}", 2
     except KeyboardInterrupt as stop:
-        print(file=sys.stderr)  # ends the line of a progress bar
-        return _tell(command, str(stop) or "interrupted", 130)
-    return 0
+        message, status = str(stop) or "interrupted", 130
+    gc.collect()  # ends the progress bars of what was stopped, which else write below the message
+    print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 def _run(command: str, parsed: dict[str, Any]) -> None:
@@ -65,11 +67,6 @@ def _run(command: str, parsed: dict[str, Any]) -> None:
         from geko_kernels.cli.train import train
 
         train(options)
-
-
-def _tell(command: str, message: str, status: int) -> int:
-    print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:
