@@ -1,7 +1,11 @@
 """Settings, folders and models that `train` refuses in one line, before anything is trained."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -197,3 +201,26 @@ class TestModel:
         assert (tmp_path / "ran").exists() == bool(flags)
         assert ("give --trust-remote-code if you trust it" in told) != bool(flags)
         assert f"--model {folder}" in told
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("GEKO_BACKEND", "fpga", "GEKO_BACKEND=fpga is unknown; unset it, or set it to one of cpp, reference, triton"),
+        ("GEKO_BACKEND", "triton", "GEKO_BACKEND=triton needs a GPU, and there is none; unset it"),
+        ("GEKO_CPU_CAPABILITY", "foo", "GEKO_CPU_CAPABILITY must be avx512, avx2 or portable"),
+    ],
+)
+def test_environment_variables(tmp_path, name, value, message):
+    """In a process of its own: they are read once."""
+    environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "geko_kernels", "train", "--model", "a", "--data", "b", "--output-dir", tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**environment, name: value}
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"geko_kernels train: {message}")
+    command[3:] = ["env"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**environment, name: value}
+    )
+    assert done.returncode == 0 and f"{name:<22}{value}" in done.stdout

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallbac
 
 from geko_kernels.cli.data import Records, read_records
 from geko_kernels.cli.encode import encode
+from geko_kernels.cli.environment import check_variables
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.labels import find_classes
 from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most_tokens
@@ -53,6 +54,7 @@ def train(options: TrainOptions) -> None:
         UsageError: what is asked for cannot be done; says why before anything is trained, but for a full disk.
         KeyboardInterrupt: says how to go on.
     """
+    check_variables()
     check_output(options)
     checkpoint = find_checkpoint(options)
     config, arguments = make_config(options), make_arguments(options)
@@ -88,14 +90,20 @@ def _told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(options)}") from stop
-    except (OSError, SafetensorError, ValueError, ImportError) as error:
-        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in _CANNOT_WRITE:
+    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
+        if _cannot_write(error):
             raise UsageError(
                 f"cannot write to {options.output_dir} ({error}): make room there; {_how_to_go_on(options)}"
             ) from error
-        if begun.yes:
+        if begun.yes or isinstance(error, RuntimeError):
             raise
         raise UsageError(str(error)) from error
+
+
+def _cannot_write(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):  # what torch.save raises
+        return "inline_container" in str(error)
+    return isinstance(error, SafetensorError) or getattr(error, "errno", None) in _CANNOT_WRITE
 
 
 def _how_to_go_on(options: TrainOptions) -> str:
