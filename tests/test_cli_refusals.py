@@ -106,6 +106,13 @@ class TestYaml:
         assert "metric_for_best_model must be one of loss, runtime" in told and "got 'accuracy'" in told
 
 
+def test_missing_package_is_named_with_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "geko_kernels.cli.yaml_file", raising=False)
+    told = refusal(capsys, tmp_path, "--config", "run.yaml")
+    assert told == ('needs yaml: pip install "transformers>=5.17" accelerate tqdm rich matplotlib jinja2 pyyaml')
+
+
 @pytest.mark.parametrize(
     "flag, value, message",
     [
@@ -134,6 +141,13 @@ class TestOutput:
         assert f"{tmp_path}/file is not a directory" in told
         (tmp_path / "dangling").symlink_to(tmp_path / "none")
         assert "dangling is not a directory" in refusal(capsys, tmp_path, output=tmp_path / "dangling")
+
+    @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+    def test_names_that_no_file_can_have(self, model, data, tmp_path, capsys, name):
+        assert refusal(capsys, tmp_path, output=name).startswith("--output-dir ")
+        assert "cannot load --model" in refusal(capsys, tmp_path, data=data, model=name)
+        assert "there is no directory" in refusal(capsys, tmp_path, "--resume", name)
+        assert "cannot load" in refusal(capsys, tmp_path, data=name)
 
     def test_no_permission(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("os.access", lambda path, mode: False)

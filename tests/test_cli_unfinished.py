@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+import torch
 from command import WORDS, one_cpu, refusal, refused, train, write_jsonl
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, Trainer
@@ -124,6 +125,14 @@ class TestDisk:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert f"cannot write to {tmp_path}/run (" in told and ("File too large" in told or room == 200_000)
         assert told.endswith("make room there; no checkpoint has been written, so the same command begins anew")
+
+    def test_no_memory(self, model, data, tmp_path, monkeypatch, capsys):
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(Trainer, "training_step", full)
+        told = refusal(capsys, tmp_path, model=model, data=data)
+        assert told.startswith("the GPU's memory is full (CUDA out of memory.): lower --batch-size")
 
     def test_our_own_errors_keep_their_traceback(self, model, data, tmp_path, monkeypatch):
         def wrong(*args, **kwargs):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from geko_kernels.cli.errors import UsageError
@@ -68,7 +68,7 @@ def _short(value: Any) -> str:
 
 
 def _dataset_rows(path: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    if Path(path).exists() and not Path(path).is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(
             f"{path} does not end in .jsonl; give a .jsonl file (unpacked, if this is an archive), a directory written "
             "by `Dataset.save_to_disk`, or a hub name"
@@ -77,7 +77,7 @@ def _dataset_rows(path: str) -> Iterable[tuple[str, dict[str, Any]]]:
         import datasets
     except ImportError as error:
         raise UsageError(f"{path} does not end in .jsonl, and other data needs `pip install datasets`") from error
-    saved = any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
     try:
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # load_dataset raises many kinds, all for a path it cannot use

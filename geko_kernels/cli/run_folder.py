@@ -20,12 +20,18 @@ from geko_kernels.training.efficiency import REPORT_NAME
 def check_output(options: TrainOptions) -> None:
     """Refuses an output directory that cannot be written, or that is the model's own."""
     folder = Path(options.output_dir).absolute()
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        raise UsageError(f"--output-dir {options.output_dir}: {error}; give another one") from error
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UsageError(f"--output-dir {options.output_dir}: {there} is not a directory; give another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir {options.output_dir}: no permission to write in {there}; give another one")
-    if Path(options.model).is_dir() and folder.resolve() == Path(options.model).resolve():
+    if os.path.isdir(options.model) and folder.resolve() == Path(options.model).resolve():
         raise UsageError(
             f"--output-dir {options.output_dir} is the directory of --model, which the run would write over; give "
             "another --output-dir"
@@ -34,7 +40,7 @@ def check_output(options: TrainOptions) -> None:
 
 def newest_checkpoint(options: TrainOptions) -> str | None:
     """The newest whole checkpoint in the output directory."""
-    return last_complete(options.output_dir, TRAINER_STATE_NAME) if Path(options.output_dir).is_dir() else None
+    return last_complete(options.output_dir, TRAINER_STATE_NAME) if os.path.isdir(options.output_dir) else None
 
 
 def find_checkpoint(options: TrainOptions) -> str | None:
@@ -48,7 +54,7 @@ def find_checkpoint(options: TrainOptions) -> str | None:
         if last is None:
             raise UsageError(f"--resume: {folder} holds no checkpoint; leave --resume out to start the run")
         return last
-    if not Path(options.resume).is_dir():
+    if not os.path.isdir(options.resume):
         raise UsageError(f"--resume: there is no directory {options.resume}; give a checkpoint-N directory")
     if not (Path(options.resume) / TRAINER_STATE_NAME).is_file():
         inside = last_complete(options.resume, TRAINER_STATE_NAME)

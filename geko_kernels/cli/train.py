@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
@@ -21,6 +22,7 @@ from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most
 from geko_kernels.cli.options import TrainOptions
 from geko_kernels.cli.run_folder import check_checkpoint, check_output, find_checkpoint, newest_checkpoint
 from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
+from geko_kernels.training.efficiency import REPORT_NAME
 from geko_kernels.training.report import write_report
 from geko_kernels.training.trainer import GEKOTrainer
 
@@ -59,11 +61,12 @@ def train(options: TrainOptions) -> None:
     checkpoint = find_checkpoint(options)
     config, arguments = make_config(options), make_arguments(options)
     begun = _Begun()
-    with _told(options, begun):
+    with _interrupt_told(options):
         task = _make_task(options)
         check_best_metric(arguments, task.is_classification)
         if checkpoint:
             check_checkpoint(checkpoint, task.model)
+    with _interrupt_told(options), _refusals_told(options, begun):
         trainer = GEKOTrainer(
             model=task.model,
             args=arguments,
@@ -84,18 +87,29 @@ def train(options: TrainOptions) -> None:
 
 
 @contextmanager
-def _told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
-    """Turns what the user can mend into one line: settings refused, a disk that takes no more, Ctrl-C."""
+def _interrupt_told(options: TrainOptions) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(options)}") from stop
+
+
+@contextmanager
+def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
+    """One line for what the user can mend: settings refused before the first step, a full disk, a full GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"the GPU's memory is full ({error}): lower --batch-size, with --gradient-accumulation-steps to make up "
+            f"for it, or --max-length; {_how_to_go_on(options)}"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
         if _cannot_write(error):
             raise UsageError(
                 f"cannot write to {options.output_dir} ({error}): make room there; {_how_to_go_on(options)}"
             ) from error
-        if begun.yes or isinstance(error, RuntimeError):
+        if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError)):
             raise
         raise UsageError(str(error)) from error
 
@@ -110,6 +124,8 @@ def _how_to_go_on(options: TrainOptions) -> str:
     last = newest_checkpoint(options)
     if last:
         return f"the same command with --resume goes on from {last}"
+    if (Path(options.output_dir) / REPORT_NAME).exists():
+        return "the training had ended, but there is no checkpoint of it: begin anew with another --output-dir"
     if options.resume:
         return f"no checkpoint has been written since; the same command goes on from {options.resume} again"
     return "no checkpoint has been written, so the same command begins anew"
