@@ -1,11 +1,8 @@
 """Settings, folders and models that `train` refuses in one line, before anything is trained."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,10 @@ from command import WORDS, one_cpu, refusal, refused, train, write_jsonl
 from tiny_model import save_tiny_model
 
 import geko_kernels
+from geko_kernels import ops
 from geko_kernels.cli import main
+
+ELSE = "unset it, or set it to one of"
 
 
 @pytest.fixture(scope="module")
@@ -217,24 +217,33 @@ class TestModel:
         assert f"--model {folder}" in told
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("GEKO_BACKEND", "fpga", "GEKO_BACKEND=fpga is unknown; unset it, or set it to one of cpp, reference, triton"),
-        ("GEKO_BACKEND", "triton", "GEKO_BACKEND=triton needs a GPU, and there is none; unset it"),
-        ("GEKO_CPU_CAPABILITY", "foo", "GEKO_CPU_CAPABILITY must be avx512, avx2 or portable"),
-    ],
-)
-def test_environment_variables(tmp_path, name, value, message):
-    """In a process of its own: they are read once."""
-    environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "geko_kernels", "train", "--model", "a", "--data", "b", "--output-dir", tmp_path]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**environment, name: value}
+class TestEnvironmentVariables:
+    """They are read once a process, so what was read is replaced."""
+
+    @pytest.mark.parametrize(
+        "value, message",
+        [
+            ("fpga", f"GEKO_BACKEND=fpga is unknown; {ELSE} cpp, reference, triton"),
+            (
+                "triton",
+                "GEKO_BACKEND=triton needs a GPU, and there is none; unset it, or set it to one of cpp, reference",
+            ),
+        ],
     )
-    assert done.returncode == 2 and done.stderr.startswith(f"geko_kernels train: {message}")
-    command[3:] = ["env"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**environment, name: value}
-    )
-    assert done.returncode == 0 and f"{name:<22}{value}" in done.stdout
+    def test_backend(self, tmp_path, capsys, monkeypatch, value, message):
+        monkeypatch.setattr(ops, "_override", value)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: None)
+        assert refusal(capsys, tmp_path) == message
+
+    def test_cpu_capability(self, tmp_path, capsys, monkeypatch):
+        cpp = pytest.importorskip("geko_kernels.cpp")
+
+        def capability():
+            raise RuntimeError("GEKO_CPU_CAPABILITY must be avx512, avx2 or portable, got 'foo'")
+
+        monkeypatch.setattr(cpp, "cpu_capability", capability)
+        monkeypatch.setattr(ops, "_override", "cpp")
+        assert refusal(capsys, tmp_path).startswith("GEKO_CPU_CAPABILITY must be avx512")
+        assert main(["env"]) == 0
+        assert "none: GEKO_CPU_CAPABILITY must be avx512" in capsys.readouterr().out
