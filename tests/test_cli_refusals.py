@@ -61,6 +61,8 @@ class TestYaml:
             (b"training_arguments: {weight_decay: abc}", "weight_decay must be a number, got 'abc'"),
             (b"training_arguments: {max_steps: 1.5}", "max_steps must be a whole number, got 1.5"),
             (b"training_arguments: {lr_scheduler_kwargs: 3}", "must be a mapping or text or null, got 3"),
+            (b"training_arguments: {parallelism_config: 3}", "parallelism_config must be null, got 3"),
+            (b"training_arguments: {optim: 3}", "optim must be text, got 3"),
             (b"training_arguments: {log_level: foo}", "Transformers refuses these settings: KeyError: 'foo'"),
             (b"training_arguments: {optim: foo}", "Transformers refuses these settings: foo is not a valid"),
             (b"training_arguments: {report_to: wandb}", "report_to names wandb, whose package is not installed"),

@@ -96,15 +96,13 @@ def check_best_metric(arguments: GEKOTrainingArguments, is_classification: bool)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Transformers checks few of the fields itself; those with more than plain values are left to it."""
-    union = (
-        typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else ()
-    )
-    kinds = [typing.get_origin(kind) or kind for kind in union or (hint,)]
-    if not set(kinds) <= set(_PLAIN) or (float in kinds and type(value) is int):
-        return
-    if type(value) not in kinds:
-        allowed = " or ".join(_PLAIN[kind] for kind in kinds)
+    """Transformers checks few of the fields itself; objects that YAML has no words for cannot be set."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
+    kinds = [bool if kind is typing.Literal else kind for kind in kinds]  # the one that is there is False
+    plain = [kind for kind in kinds if kind in _PLAIN]
+    if type(value) not in plain and not (float in plain and type(value) is int):
+        allowed = " or ".join(_PLAIN[kind] for kind in plain)
         raise UsageError(f"training_arguments: {name} must be {allowed}, got {value!r}")
 
 
