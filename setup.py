@@ -2,6 +2,8 @@
 
 Without torch at build time, or where the build fails (no C++ compiler), the package installs without `_C` and uses its
 plain PyTorch reference, which is right but slow; without nvcc it installs without `_hopper`, and Triton does its work.
+A wheel that holds `_C` is for one version of Python, as pybind11's module is, and one platform; one without any
+compiled code is for all. MANIFEST.in names the sources, so that an sdist made without torch holds them too.
 """
 
 import os
@@ -11,12 +13,22 @@ import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 HOPPER = "geko_kernels._hopper"
 HOPPER_SOURCE = "csrc/cuda/predicted_rows.cu"
 NVCC_FLAGS = ["-gencode=arch=compute_90,code=sm_90", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-I."]
+
+
+class WheelOfWhatWasBuilt(bdist_wheel):
+    """Takes the wheel's tag from what the build left, not from what it set out to build."""
+
+    def run_command(self, command):
+        super().run_command(command)
+        if command == "build":
+            self.root_is_pure = not self.distribution.has_ext_modules()
 
 
 def find_nvcc():
@@ -52,7 +64,11 @@ def build_settings():
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        warnings.warn("geko_kernels: no torch at build time, the C++ kernels are left out", stacklevel=2)
+        warnings.warn(
+            "geko_kernels: no torch at build time, so this is the pure Python package, right but slow on the CPU; with "
+            "torch installed, `pip install --no-build-isolation` builds the C++ kernels",
+            stacklevel=2,
+        )
         return {}
 
     class BuildOrSkip(cpp_extension.BuildExtension):
@@ -71,7 +87,14 @@ def build_settings():
             try:
                 super().run()
             except Exception as error:
-                warnings.warn(f"geko_kernels: the C++ kernels did not build and are left out: {error}", stacklevel=2)
+                warnings.warn(
+                    "geko_kernels: the C++ kernels did not build and are left out, so this is the pure Python package, "
+                    f"right but slow on the CPU: {error}",
+                    stacklevel=2,
+                )
+                if not self.inplace:  # what an earlier build left must not go into this wheel
+                    for extension in self.extensions:
+                        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
                 self.extensions = self.distribution.ext_modules = []
 
     return {
@@ -79,7 +102,7 @@ def build_settings():
             cpu_extension(cpp_extension, torch.__version__),
             *([hopper_extension()] if find_nvcc() else []),
         ],
-        "cmdclass": {"build_ext": BuildOrSkip},
+        "cmdclass": {"build_ext": BuildOrSkip, "bdist_wheel": WheelOfWhatWasBuilt},
     }
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
+from geko_kernels.extras import TRAINING
 from geko_kernels.linear_loss import weighted_linear_loss
 from geko_kernels.loss import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
@@ -40,5 +41,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"geko_kernels.training.{_LAZY[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "accelerate"):
-            raise ImportError(f"{name} needs {error.name}: pip install geko_kernels[train]") from error
+            raise ImportError(f"{name} needs {error.name}: {TRAINING}") from error
         raise

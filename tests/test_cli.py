@@ -9,13 +9,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import torch
+from command import WORDS, one_cpu, refused, train, write_jsonl
 from tiny_model import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from geko_kernels import ops
 from geko_kernels.cli import main
-
-WORDS = ("red", "green", "blue", "oak", "elm", "ash", "cat", "dog")
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +24,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    with one_cpu(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +43,6 @@ def classes(tmp_path):
     return write_jsonl(tmp_path / "classes.jsonl", rows)
 
 
-def train(model, data, output, *flags):
-    small = ("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3")
-    return main(["train", "--model", str(model), "--data", data, "--output-dir", str(output), *small, *flags])
-
-
 @pytest.fixture(scope="module")
 def finished_run(model, prompts, tmp_path_factory):
     """Two epochs of three steps, evaluated and saved after each."""
@@ -69,15 +53,6 @@ def finished_run(model, prompts, tmp_path_factory):
 
 def figures(output):
     return json.loads((output / "geko_report.json").read_text())
-
-
-def refused(capsys, *arguments):
-    """What the command says on stderr; it must fail without a traceback."""
-    try:
-        assert main(list(arguments)) == 2
-    except SystemExit as stop:
-        assert stop.code == 2
-    return capsys.readouterr().err
 
 
 class TestEnv:

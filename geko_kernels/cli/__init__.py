@@ -1,19 +1,26 @@
-"""The command line: `python -m geko_kernels env | train | report RUN_DIR`."""
+"""The command line: `geko env | train | report RUN_DIR`, the same as `python -m geko_kernels`."""
 
 from __future__ import annotations
 
 import argparse
+import gc
+import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from geko_kernels import __version__
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import add_options, read_options
+from geko_kernels.extras import TRAINING
 
+_TRAINING_MODULES = ("transformers", "accelerate", "tqdm", "rich", "matplotlib", "jinja2", "yaml")
 _TRAIN_HELP = """\
 data, one JSON object a line, or the same columns from a `datasets` directory or hub name (its "train" split):
   {"text": ...}                     language modelling; every token is trained on
   {"prompt": ..., "completion": ...}  language modelling; only the completion is trained on
-  {"text": ..., "label": ...}       classification; labels are numbers or names
+  {"text": ..., "label": ...}       classification; labels are numbers or names, or true and false;
+                                    those that are not 0, 1, ... without a gap are numbered in sorted order
 
 The report calls a sample by its position in the data, counted from 0.
 In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` takes GEKOTrainingArguments fields.
@@ -21,36 +28,50 @@ In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` take
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after telling on stderr what is wrong with the input."""
+    """Run one command; returns the exit status.
+
+    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C.
+    """
     parsed = vars(_parser().parse_args(arguments))
     command = parsed.pop("command")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if command == "env":
-            from geko_kernels.cli.environment import describe
-
-            print(describe())
-        elif command == "report":
-            from geko_kernels.cli.report import report
-
-            print(report(parsed["run_dir"]))
-        else:
-            from geko_kernels.cli.train import train
-
-            config = parsed.pop("config")
-            train(read_options(parsed, config))
+        _run(command, parsed)
+        return 0
     except UsageError as error:
-        print(f"geko_kernels {command}: {error}", file=sys.stderr)
-        return 2
+        message, status = str(error), 2
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("geko_kernels"):
+        if (error.name or "").partition(".")[0] not in _TRAINING_MODULES:
             raise
-        print(f"geko_kernels {command} needs {error.name}: pip install 'geko_kernels[train]'", file=sys.stderr)
-        return 2
-    return 0
+        message, status = f"needs {error.name}: {TRAINING}", 2
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "interrupted", 130
+    gc.collect()  # ends the progress bars of what was stopped, which else write below the message
+    print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _run(command: str, parsed: dict[str, Any]) -> None:
+    if command == "env":
+        from geko_kernels.cli.environment import describe
+
+        print(describe())
+    elif command == "report":
+        from geko_kernels.cli.report import report
+
+        print(report(parsed["run_dir"]))
+    else:
+        options = read_options(parsed, parsed.pop("config"))
+        from geko_kernels.cli.train import train
+
+        train(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m geko_kernels", description="GEKO for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"geko_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="env | train | report")
     commands.add_parser("env", help="versions, devices and backends, to paste into a bug report")
     train = commands.add_parser(

@@ -1,16 +1,15 @@
-"""Training data for `train`: records from JSONL or a `datasets` path, turned into token ids and labels."""
+"""Training data for `train`: records from JSONL or a `datasets` path."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from geko_kernels.cli.errors import UsageError
+from geko_kernels.cli.json_lines import json_lines
 
 _FORMS = (("prompt", "completion"), ("text", "label"), ("text",))
-_IGNORED = -100
 
 
 class Records(NamedTuple):
@@ -19,6 +18,7 @@ class Records(NamedTuple):
     source: str
     fields: tuple[str, ...]
     rows: list[dict[str, Any]]
+    places: list[str]  # of the rows: "line 1" or "record 0"
 
     @property
     def is_classification(self) -> bool:
@@ -31,7 +31,7 @@ def read_records(path: str) -> Records:
     Raises:
         UsageError: no such file, a line that is no JSON object, or fields of none of the forms; names the record.
     """
-    numbered = list(_json_lines(Path(path)) if path.endswith((".jsonl", ".json")) else _dataset_rows(path))
+    numbered = list(json_lines(path) if path.endswith((".jsonl", ".json")) else _dataset_rows(path))
     if not numbered:
         raise UsageError(f"{path} holds no records")
     fields = next((form for form in _FORMS if set(form) <= numbered[0][1].keys()), None)
@@ -40,47 +40,44 @@ def read_records(path: str) -> Records:
             f"{path}: the first record has the fields {sorted(numbered[0][1])}; `train` needs `text`, "
             "or `prompt` and `completion`, or `text` and `label`: rename yours"
         )
-    for where, row in numbered:
+    for place, row in numbered:
         for field in fields:
-            _check_field(f"{path}, {where}", field, row.get(field))
-    return Records(path, fields, [{field: row[field] for field in fields} for _, row in numbered])
+            _check_field(f"{path}, {place}", field, row.get(field))
+    rows = [{field: row[field] for field in fields} for _, row in numbered]
+    return Records(path, fields, rows, [place for place, _ in numbered])
 
 
 def _check_field(where: str, field: str, value: Any) -> None:
     if value is None:
         raise UsageError(f"{where}: the field `{field}` is missing; every record needs the fields of the first one")
     allowed, kind = ((int, str), "a number or a name") if field == "label" else ((str,), "text")
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        raise UsageError(f"{where}: `{field}` must be {kind}, got {value!r}")
+    if not isinstance(value, allowed):
+        kind += ", and numbers must be whole" if isinstance(value, float) and field == "label" else ""
+        raise UsageError(f"{where}: `{field}` must be {kind}, got {_short(value)}")
     if isinstance(value, str) and not value:
         raise UsageError(f"{where}: `{field}` is empty; remove the record or fill it in")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(
+            f"{where}: `{field}` holds a lone surrogate (\\ud800 to \\udfff), which is half a character; remove it"
+        )
 
 
-def _json_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}); give the path of a .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number} is not JSON ({error}); write one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise UsageError(f'{path}, line {number} is not a JSON object like {{"text": "..."}}')
-        yield f"line {number}", row
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _dataset_rows(path: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UsageError(
+            f"{path} does not end in .jsonl; give a .jsonl file (unpacked, if this is an archive), a directory written "
+            "by `Dataset.save_to_disk`, or a hub name"
+        )
     try:
         import datasets
     except ImportError as error:
         raise UsageError(f"{path} does not end in .jsonl, and other data needs `pip install datasets`") from error
-    saved = any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
     try:
         data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # load_dataset raises many kinds, all for a path it cannot use
@@ -94,48 +91,3 @@ def _dataset_rows(path: str) -> Iterable[tuple[str, dict[str, Any]]]:
         data = data["train"]
     for index, row in enumerate(data):
         yield f"record {index}", row
-
-
-def label_names(train: Records) -> list[str]:
-    """The classes in the order of their number: sorted names, or 0, 1, ... up to the largest number."""
-    labels = {row["label"] for row in train.rows}
-    if all(isinstance(label, int) for label in labels):
-        if min(labels) < 0:
-            raise UsageError(f"{train.source}: labels must be names or numbers from 0 on, got {min(labels)}")
-        return [str(number) for number in range(max(labels) + 1)]
-    return sorted(map(str, labels))
-
-
-def encode(records: Records, tokenizer: Any, max_length: int, names: list[str]) -> list[dict[str, Any]]:
-    """One item of `input_ids` and `labels` a record; `names` are the classes, unused without labels.
-
-    A text that is too long loses its end; a prompt that is too long loses its start, so that the completion stays.
-    """
-    first = [row[records.fields[0]] for row in records.rows]
-    if records.is_classification:
-        ids = tokenizer(first, truncation=True, max_length=max_length)["input_ids"]
-        labels = [_label_number(records.source, row["label"], names) for row in records.rows]
-        return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    opening = [_without(end, ids) for ids in tokenizer(first)["input_ids"]]
-    if records.fields == ("text",):
-        texts = [(ids + end)[:max_length] for ids in opening]
-        return [{"input_ids": ids, "labels": ids} for ids in texts]
-    completions = tokenizer([row["completion"] for row in records.rows], add_special_tokens=False)["input_ids"]
-    return [_join(prompt, ids + end, max_length) for prompt, ids in zip(opening, completions, strict=True)]
-
-
-def _label_number(source: str, label: int | str, names: list[str]) -> int:
-    if str(label) not in names:
-        raise UsageError(f"{source}: the label {label!r} is not in the training data, which has {', '.join(names)}")
-    return names.index(str(label))
-
-
-def _without(end: list[int], ids: list[int]) -> list[int]:
-    return ids[: -len(end)] if end and ids[-len(end) :] == end else ids  # some tokenizers add it themselves
-
-
-def _join(prompt: list[int], completion: list[int], max_length: int) -> dict[str, Any]:
-    completion = completion[: max_length - 1]
-    prompt = prompt[-(max_length - len(completion)) :]
-    return {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import geko_kernels
 from geko_kernels import hopper, ops
+from geko_kernels.cli.errors import UsageError
 
 _PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
 _VARIABLES = (
@@ -28,6 +29,7 @@ _VARIABLES = (
     "OMP_NUM_THREADS",
     "CXX",
 )
+_UNSET = "unset it, or set it to one of"
 _REINSTALL = "then reinstall geko_kernels (`pip install --no-build-isolation -e .` in a checkout)"
 
 
@@ -106,16 +108,35 @@ def _backend(device: torch.device) -> str:
     wanted = ops.backend_name(device)
     asked = bool(os.environ.get("GEKO_BACKEND"))
     if wanted not in ops._MODULES:
-        return (
-            f"none: GEKO_BACKEND={wanted} is unknown; unset it, or set it to one of {', '.join(sorted(ops._MODULES))}"
-        )
+        return f"none: GEKO_BACKEND={wanted} is unknown; {_UNSET} {', '.join(sorted(ops._MODULES))}"
     try:
         module = importlib.import_module(ops._MODULES[wanted])
     except ImportError as error:
         instead = "none, as GEKO_BACKEND asks for" if asked else "reference (plain PyTorch: right but slow), without"
         return f"{instead} {wanted}: {error}. {_remedy(wanted)}"
     why = "set by GEKO_BACKEND" if asked else "the default here"
-    return f"{wanted}, {why}; {_build(module) if wanted == 'cpp' else ''}{_check(device)}"
+    try:
+        build = _build(module) if wanted == "cpp" else ""
+    except RuntimeError as error:  # GEKO_CPU_CAPABILITY
+        return f"none: {error}"
+    return f"{wanted}, {why}; {build}{_check(device)}"
+
+
+def check_variables() -> None:
+    """UsageError where an environment variable asks for what `train` cannot have here."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    wanted = ops.backend_name(device)
+    if wanted not in ops._MODULES:
+        raise UsageError(f"GEKO_BACKEND={wanted} is unknown; {_UNSET} {', '.join(sorted(ops._MODULES))}")
+    if wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(f"GEKO_BACKEND=triton needs a GPU, and there is none; {_UNSET} cpp, reference")
+    if wanted == "cpp":
+        try:
+            importlib.import_module(ops._MODULES[wanted]).cpu_capability()
+        except ImportError:  # without the extension another backend runs, with a warning
+            return
+        except RuntimeError as error:  # GEKO_CPU_CAPABILITY
+            raise UsageError(str(error)) from error
 
 
 def _build(cpp: ModuleType) -> str:

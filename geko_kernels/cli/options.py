@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,14 @@ from geko_kernels.cli.errors import UsageError
 
 PRESETS = ("recommended", "original", "aggressive", "balanced", "conservative", "gekolib")
 LAST_CHECKPOINT = "last"
+_MOST = 2**31 - 1
+_WHOLE = {
+    "batch_size": (1, _MOST),
+    "gradient_accumulation_steps": (1, _MOST),
+    "max_length": (2, _MOST),
+    "seed": (0, 2**32 - 1),  # numpy takes no larger one
+}
+_POSITIVE = {"epochs": 1_000_000, "learning_rate": 1_000_000}
 
 
 def _option(default: Any, text: str, kind: type = str, choices: tuple[str, ...] = ()) -> Any:
@@ -43,6 +52,7 @@ class TrainOptions:
     max_length: int = _option(1024, "tokens kept of a sample", int)
     precision: str = _option("fp32", "autocast to bf16 or fp16; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     seed: int = _option(42, "seed of the data order, dropout and new layers", int)
+    trust_remote_code: bool = _option(False, "run the Python code that the model's folder brings along", bool)
     resume: str = _option("", "continue from a checkpoint; without a value from the last one in --output-dir")
     geko: dict[str, Any] = _mapping()
     training_arguments: dict[str, Any] = _mapping()
@@ -57,6 +67,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for field in _FIELDS.values():
         kind = field.metadata["kind"]
         if kind is dict:
+            continue
+        if kind is bool:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"),
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
+            )
             continue
         default = f" (default: {field.default})" if field.default != "" else ""
         choices = field.metadata["choices"]
@@ -82,12 +100,13 @@ def read_options(flags: dict[str, Any], config: str | None) -> TrainOptions:
     for name in ("model", "data", "output_dir"):
         if not values.get(name):
             raise UsageError(f"--{name.replace('_', '-')} is required, as a flag or as `{name}:` in the --config file")
-    for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_length", 2), ("seed", 0)):
-        if values.get(name, least) < least:
-            raise UsageError(f"{name} must be at least {least}, got {values[name]}")
-    for name in ("epochs", "learning_rate"):
-        if not values.get(name, 1) > 0:
-            raise UsageError(f"{name} must be above 0, got {values[name]}")
+    for name, (least, most) in _WHOLE.items():
+        if not least <= values.get(name, least) <= most:
+            raise UsageError(f"{name} must be at least {least} and at most {most:,}, got {values[name]}")
+    for name, largest in _POSITIVE.items():
+        value = values.get(name, 1.0)
+        if not (math.isfinite(value) and 0 < value <= largest):
+            raise UsageError(f"{name} must be above 0 and at most {largest:,}, got {value}")
     return TrainOptions(**values)
 
 
@@ -110,8 +129,14 @@ def _checked(path: str, name: str, value: Any) -> Any:
         return LAST_CHECKPOINT if value else ""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = {str: "text", int: "a whole number", float: "a number", dict: "a mapping `name: value`"}
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {
+            str: "text",
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            dict: "a mapping `name: value`",
+        }
         raise UsageError(f"--config {path}: {name} must be {names[kind]}, got {value!r}")
     if choices and value not in choices:
         raise UsageError(f"--config {path}: {name} must be one of {', '.join(choices)}, got {value!r}")

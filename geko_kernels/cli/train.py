@@ -2,176 +2,165 @@
 
 from __future__ import annotations
 
-import dataclasses
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from safetensors import SafetensorError
+from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
-from geko_kernels.cli.data import Records, encode, label_names, read_records
+from geko_kernels.cli.data import Records, read_records
+from geko_kernels.cli.encode import encode
+from geko_kernels.cli.environment import check_variables
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
-from geko_kernels.config import GEKOConfig
-from geko_kernels.training.arguments import GEKOTrainingArguments
-from geko_kernels.training.checkpoint import last_complete
+from geko_kernels.cli.labels import find_classes
+from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most_tokens
+from geko_kernels.cli.options import TrainOptions
+from geko_kernels.cli.run_folder import check_checkpoint, check_output, find_checkpoint, newest_checkpoint
+from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
 from geko_kernels.training.efficiency import REPORT_NAME
 from geko_kernels.training.report import write_report
 from geko_kernels.training.trainer import GEKOTrainer
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
-class _Data(NamedTuple):
+
+class _Task(NamedTuple):
+    """What is trained on what, and the lines that tell how the data was taken."""
+
+    model: Any
+    tokenizer: Any
     train: list[dict[str, Any]]
     evaluation: list[dict[str, Any]] | None
-    names: list[str]  # classes; empty for language modelling
+    is_classification: bool
+    notes: list[str]
+
+
+class _Begun(TrainerCallback):
+    """Whether the first step has come: what is refused comes before it."""
+
+    yes = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.yes = True
 
 
 def train(options: TrainOptions) -> None:
     """Train as `options` say; leaves checkpoints, the model, its tokenizer and the report in `output_dir`.
 
     Raises:
-        UsageError: what is asked for cannot be done; says why before anything is trained.
+        UsageError: what is asked for cannot be done; says why before anything is trained, but for a full disk.
+        KeyboardInterrupt: says how to go on.
     """
-    checkpoint = _checkpoint(options)
-    config, arguments = _config(options), _arguments(options)
+    check_variables()
+    check_output(options)
+    checkpoint = find_checkpoint(options)
+    config, arguments = make_config(options), make_arguments(options)
+    begun = _Begun()
+    with _interrupt_told(options):
+        task = _make_task(options)
+        check_best_metric(arguments, task.is_classification)
+        if checkpoint:
+            check_checkpoint(checkpoint, task.model)
+    with _interrupt_told(options), _refusals_told(options, begun):
+        trainer = GEKOTrainer(
+            model=task.model,
+            args=arguments,
+            config=config,
+            train_dataset=task.train,
+            eval_dataset=task.evaluation,
+            processing_class=task.tokenizer,
+            data_collator=DataCollatorWithPadding(task.tokenizer) if task.is_classification else None,
+            compute_metrics=_accuracy if task.is_classification else None,
+            callbacks=[begun],
+        )
+        if trainer.is_world_process_zero():
+            print("\n".join(task.notes))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            _print_summary(trainer.get_efficiency_report(), write_report(options.output_dir))
+
+
+@contextmanager
+def _interrupt_told(options: TrainOptions) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted; {_how_to_go_on(options)}") from stop
+
+
+@contextmanager
+def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
+    """One line for what the user can mend: settings refused before the first step, a full disk, a full GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"the GPU's memory is full ({error}): lower --batch-size, with --gradient-accumulation-steps to make up "
+            f"for it, or --max-length; {_how_to_go_on(options)}"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
+        if _cannot_write(error):
+            raise UsageError(
+                f"cannot write to {options.output_dir} ({error}): make room there; {_how_to_go_on(options)}"
+            ) from error
+        if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError)):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _cannot_write(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):  # what torch.save raises
+        return "inline_container" in str(error)
+    return isinstance(error, SafetensorError) or getattr(error, "errno", None) in _CANNOT_WRITE
+
+
+def _how_to_go_on(options: TrainOptions) -> str:
+    last = newest_checkpoint(options)
+    if last:
+        return f"the same command with --resume goes on from {last}"
+    if (Path(options.output_dir) / REPORT_NAME).exists():
+        return "the training had ended, but there is no checkpoint of it: begin anew with another --output-dir"
+    if options.resume:
+        return f"no checkpoint has been written since; the same command goes on from {options.resume} again"
+    return "no checkpoint has been written, so the same command begins anew"
+
+
+def _make_task(options: TrainOptions) -> _Task:
     records = read_records(options.data)
     held_out = read_records(options.eval_data) if options.eval_data else None
-    tokenizer = _tokenizer(options.model)
-    data = _encode(records, held_out, tokenizer, options.max_length)
-    trainer = GEKOTrainer(
-        model=_model(options.model, data.names, tokenizer),
-        args=arguments,
-        config=config,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer) if data.names else None,
-        compute_metrics=_accuracy if data.names else None,
-    )
-    if trainer.is_world_process_zero():
-        print(f"{options.data}: {len(data.train)} samples with {', '.join(records.fields)}")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        _print_summary(trainer.get_efficiency_report(), write_report(options.output_dir))
-
-
-def _checkpoint(options: TrainOptions) -> str | None:
-    """The checkpoint to go on from; refuses to write over a run that is there."""
-    folder = Path(options.output_dir)
-    last = last_complete(options.output_dir, TRAINER_STATE_NAME) if folder.is_dir() else None
-    if not options.resume:
-        if last or (folder / REPORT_NAME).exists():
-            raise UsageError(f"{folder} already holds a run: go on with --resume, or give another --output-dir")
-        return None
-    if options.resume == LAST_CHECKPOINT:
-        if last is None:
-            raise UsageError(f"--resume: {folder} holds no checkpoint; leave --resume out to start the run")
-        return last
-    if not Path(options.resume).is_dir():
-        raise UsageError(f"--resume: there is no directory {options.resume}; give a checkpoint-N directory")
-    return options.resume
-
-
-def _config(options: TrainOptions) -> GEKOConfig:
-    if options.loss == "standard":
-        if options.geko or options.preset != "recommended":
-            raise UsageError("`geko` settings and --preset need --loss geko; the standard loss has no use for them")
-        return GEKOConfig.uniform()
-    preset = getattr(GEKOConfig, options.preset)()
-    known = preset.to_dict()
-    unknown = sorted(set(options.geko) - set(known))
-    if unknown:
-        raise UsageError(f"geko: unknown {', '.join(unknown)}; GEKOConfig has {', '.join(known)}")
-    try:
-        return GEKOConfig.from_dict({**known, **options.geko})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"geko: {error}") from error
-
-
-def _arguments(options: TrainOptions) -> GEKOTrainingArguments:
-    from_options = {
-        "output_dir": options.output_dir,
-        "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "learning_rate": options.learning_rate,
-        "bf16": options.precision == "bf16",
-        "fp16": options.precision == "fp16",
-        "seed": options.seed,
-    }
-    defaults = {
-        "per_device_eval_batch_size": options.batch_size,
-        "eval_strategy": "epoch" if options.eval_data else "no",
-        "save_strategy": "epoch",
-        "logging_steps": 10,
-        "report_to": "none",
-        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs know nothing of each other
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-    }
-    known = {field.name for field in dataclasses.fields(GEKOTrainingArguments) if field.init}
-    for name in options.training_arguments:
-        if name in from_options:
-            raise UsageError(f"training_arguments: {name} has an option of its own; see `train --help`")
-        if name not in known:
-            raise UsageError(
-                f"training_arguments: GEKOTrainingArguments has no {name!r}; see transformers.TrainingArguments"
-            )
-    try:
-        return GEKOTrainingArguments(**{**defaults, **options.training_arguments, **from_options})
-    except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"Transformers refuses these settings: {error}") from error
-
-
-def _tokenizer(model: str) -> Any:
-    tokenizer = _load(AutoTokenizer, model)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UsageError(
-                f"the tokenizer of {model} has neither a padding nor an end token; add one and save it again"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _model(path: str, names: list[str], tokenizer: Any) -> Any:
-    """In float32, which --precision autocasts from; with a new head where its classes are not `names`."""
-    if not names:
-        return _load(AutoModelForCausalLM, path, dtype=torch.float32)
-    classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model = _load(
-        AutoModelForSequenceClassification, path, dtype=torch.float32, ignore_mismatched_sizes=True, **classes
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token before the padding
-    return model
-
-
-def _load(kind: Any, path: str, **settings: Any) -> Any:
-    try:
-        return kind.from_pretrained(path, **settings)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot load --model {path} ({error}); give a directory that `save_pretrained` wrote, or a hub name"
-        ) from error
-
-
-def _encode(records: Records, held_out: Records | None, tokenizer: Any, max_length: int) -> _Data:
     if held_out is not None and held_out.fields != records.fields:
         raise UsageError(
             f"{held_out.source} has the fields {', '.join(held_out.fields)}, but {records.source} has "
             f"{', '.join(records.fields)}: --eval-data must have the same"
         )
-    names = label_names(records) if records.is_classification else []
-    evaluation = encode(held_out, tokenizer, max_length, names) if held_out is not None else None
-    return _Data(encode(records, tokenizer, max_length, names), evaluation, names)
+    notes = [f"{options.data}: {len(records.rows)} samples with {', '.join(records.fields)}"]
+    config, tokenizer = load_config(options), load_tokenizer(options)
+    classes = find_classes(records, config.id2label) if records.is_classification else None
+    if classes and classes.note:
+        notes.append(classes.note)
+    numbers = [classes.numbers(part) if classes and part else None for part in (records, held_out)]
+    model = load_model(options, classes.names if classes else None, tokenizer)
+    limit = most_tokens(model, tokenizer) or options.max_length
+    items = []
+    for part, labels in zip((records, held_out), numbers, strict=True):
+        encoded = encode(part, tokenizer, min(limit, options.max_length), labels) if part else None
+        items.append(encoded.items if encoded else None)
+        if part and encoded and encoded.num_cut:
+            notes.append(_cut_note(part, encoded.num_cut, limit, options.max_length))
+    assert items[0] is not None
+    return _Task(model, tokenizer, items[0], items[1], classes is not None, notes)
+
+
+def _cut_note(part: Records, count: int, limit: int, max_length: int) -> str:
+    where = f"--max-length {max_length}" if max_length <= limit else f"the {limit} tokens that the model can read"
+    lost = "the start of their prompt, then the end of the completion" if "prompt" in part.fields else "their end"
+    return f"{part.source}: {count:,} of {len(part.rows):,} records are longer than {where} and lose {lost}"
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -9,10 +9,33 @@ from typing import Any
 import yaml
 
 from geko_kernels.cli.errors import UsageError
+from geko_kernels.cli.files import read_bytes
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 2e-5 as a number: YAML 1.1 asks for 2.0e-5 and takes the rest as text."""
+    """Reads 2e-5 as a number: YAML 1.1 asks for 2.0e-5 and takes the rest as text.
+
+    Refuses a key that is there twice, of which PyYAML keeps the last, and references, which can grow a few lines to
+    gigabytes.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the reference *{event.anchor} is not read: write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    message = f"the key {key.value!r} is there twice"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -23,13 +46,20 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: str) -> dict[str, Any]:
     """`yaml.safe_load` of the file, which must hold a mapping; raises `UsageError` otherwise."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UsageError(
-            f"--config {path}: cannot read the file ({error.strerror}); give the path of a YAML file"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not valid YAML: {error}") from error
+        values = yaml.load(read_bytes(Path(path), f"--config {path}", "a YAML file").decode("utf-8-sig"), _Loader)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except RecursionError as error:
+        raise UsageError(f"--config {path} nests too deeply; it must hold `option: value` lines") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, a number of too many digits
+        raise UsageError(f"--config {path} is not valid YAML: {_reason(error)}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold `option: value` lines, for example `epochs: 3`")
     return values
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).partition(";")[0]
+    return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"  # type: ignore[attr-defined]

@@ -1,10 +1,9 @@
-"""`report.html` and its PNGs, made from the `geko_report.json` that a run leaves in its output directory."""
+"""`report.html` and its PNGs, made from the figures that a run leaves in its output directory."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
-from geko_kernels.training.efficiency import REPORT_NAME
+from geko_kernels.training.figures import read_figures
 from geko_kernels.training.guard import few_samples_factor
 
-_VERSION = 1
-_SECTIONS = {"num_samples", "config", "efficiency", "log_history", "most_forgotten", "num_quarantined", "quarantined"}
 _DOUBTFUL = 0.1  # share of the samples from which on the page says what to do about labels in doubt
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 Curve = list[tuple[float, float]]
@@ -27,12 +24,14 @@ Curve = list[tuple[float, float]]
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `report.html`, which needs no other file, and `report_*.png` into `run_dir`; returns the page's path.
 
+    A run that has not ended has the figures of its newest whole checkpoint; the page says so.
+
     Raises:
-        FileNotFoundError: no `geko_report.json` in `run_dir`.
-        ValueError: that file is damaged or of another version.
+        FileNotFoundError: neither `geko_report.json` nor a whole checkpoint in `run_dir`.
+        ValueError: that file or checkpoint is damaged or of another version.
     """
     run_dir = Path(run_dir)
-    run = _read(run_dir / REPORT_NAME)
+    run, checkpoint = read_figures(run_dir)
     images = {}
     for name, figure in _charts(run).items():
         buffer = io.BytesIO()
@@ -44,28 +43,13 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     page = run_dir / "report.html"
     doubtful, total = run.get("num_doubtful", 0), run["num_samples"]  # older runs lack it
     values = {
+        "checkpoint": checkpoint,
         "name": run_dir.resolve().name,
         "colours": BUCKET_COLOURS,
         "doubtful": doubtful if doubtful > _DOUBTFUL * few_samples_factor(total) * total else 0,
     }
     page.write_text(template.render(run=run, images=images, **values), encoding="utf-8")
     return page
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; give the output_dir of a finished GEKOTrainer run")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        version = run["version"]
-        missing = _SECTIONS - run.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or was not written by GEKOTrainer ({error!r})") from error
-    if version != _VERSION:
-        raise ValueError(f"{path} has version {version}, this geko_kernels reads {_VERSION}; update geko_kernels")
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}")
-    return run
 
 
 def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:

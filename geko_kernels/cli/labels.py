@@ -1,0 +1,68 @@
+"""The classes of labelled records: which label gets which number."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from geko_kernels.cli.data import Records
+from geko_kernels.cli.errors import UsageError
+
+_SHOWN = 10
+_KINDS = {bool: "true or false", int: "a number", str: "a name"}
+Label = bool | int | str
+
+
+class Classes(NamedTuple):
+    """`labels` in the order of their number, the `names` that the saved model has for them, and what to tell."""
+
+    labels: list[Label]
+    names: list[str]
+    note: str  # empty where every label is its own number
+
+    def numbers(self, records: Records) -> list[int]:
+        """The number of each record's label; UsageError names the first one that the training data lacks."""
+        number = {(type(label), label): i for i, label in enumerate(self.labels)}
+        numbers = []
+        for row, place in zip(records.rows, records.places, strict=True):
+            label = row["label"]
+            if (type(label), label) not in number:
+                known = _listed([repr(label) for label in self.labels])
+                raise UsageError(
+                    f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}"
+                )
+            numbers.append(number[type(label), label])
+        return numbers
+
+
+def find_classes(train: Records, own: dict[int, str]) -> Classes:
+    """Numbers as they are where they are 0, 1, ... without a gap; other labels in sorted order.
+
+    `own` are the model's classes by number: a model that already has classes of the same names keeps its order.
+    """
+    first: dict[type, tuple[str, Label]] = {}
+    for row, place in zip(train.rows, train.places, strict=True):
+        first.setdefault(type(row["label"]), (place, row["label"]))
+    if len(first) > 1:
+        kinds = " and ".join(f"{_KINDS[kind]} in {place} ({label!r})" for kind, (place, label) in first.items())
+        raise UsageError(f"{train.source}: the label is {kinds}; write all labels alike")
+    labels = sorted({row["label"] for row in train.rows})
+    if len(labels) == 1:
+        raise UsageError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
+    names = [str(label).lower() if isinstance(label, bool) else str(label) for label in labels]
+    if labels == list(range(len(labels))) and bool not in first:
+        generic = {i: f"LABEL_{i}" for i in range(len(labels))}
+        return Classes(labels, list(own.values()) if len(own) == len(labels) and own != generic else names, "")
+    order = [own[i] for i in sorted(own)]
+    if sorted(order) == sorted(names):
+        by_name = dict(zip(names, labels, strict=True))
+        labels, names = [by_name[name] for name in order], order
+    pairs = _listed([f"{name} = {i}" for i, name in enumerate(names)])
+    what = {bool: "the labels are true and false", str: "the labels are names"}.get(
+        next(iter(first)), "the labels are not 0, 1, ... without a gap, so they are taken as names"
+    )
+    return Classes(labels, names, f"{train.source}: {what}, numbered {pairs}")
+
+
+def _listed(values: list[Any]) -> str:
+    more = len(values) - _SHOWN
+    return ", ".join(values[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
