@@ -94,22 +94,18 @@ def head_loss(
     labels: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
-    forward_only: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Any, SampleStats]:
     """`forward_loss` with `head` computed by `weighted_linear_loss`; the outputs' logits are None."""
-    grad = torch.is_grad_enabled()
     found: list[SampleStats] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        weight, bias = (p.detach() if forward_only and p is not None else p for p in (head.weight, head.bias))
-        with torch.set_grad_enabled(grad):  # also forward-only: it is what makes the state count the visit
-            arguments = (hidden, weight, labels.long(), sample_ids, state)
-            loss, stats = weighted_linear_loss(*arguments, bias=bias, reduction="token_mean", **options)
+        arguments = (hidden, head.weight, labels.long(), sample_ids, state)
+        loss, stats = weighted_linear_loss(*arguments, bias=head.bias, reduction="token_mean", **options)
         found.append(stats)
         return loss
 
-    with torch.set_grad_enabled(grad and not forward_only), _forward_of(head, forward):
+    with _forward_of(head, forward):
         outputs = model(**inputs)
     loss, outputs.logits = outputs.logits, None
     return loss, outputs, found[0]

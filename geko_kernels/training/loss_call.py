@@ -29,15 +29,19 @@ def forward_loss(
 
     `inputs` hold neither labels nor sample_ids. With every weight 1 the loss is that of Transformers' models.
 
-    forward_only: no graph; the state is updated all the same.
+    forward_only: a probe: no graph, and the state counts the visits all the same.
     head: the model's output embeddings, to compute them with the loss; the outputs then hold no logits.
 
     Returns: loss (), the model's outputs, and the statistics of the visits.
     """
+    if num_items is not None:  # 0 where a step has no label at all
+        num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
-    if head is not None:
-        return head_loss(model, head, inputs, labels, sample_ids, state, forward_only, options)
+    if forward_only:
+        options["update"] = True
     with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
+        if head is not None:
+            return head_loss(model, head, inputs, labels, sample_ids, state, options)
         outputs = model(**inputs)
     if labels.is_floating_point():
         raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
