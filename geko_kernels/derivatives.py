@@ -18,7 +18,7 @@ _PLAIN = {
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:
     """Raise `NotImplementedError` where a transform around the call of `name` would get no or a wrong derivative."""
-    if forward_ad._current_level >= 0 and any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, jacfwd, hessian); use "
             f"{_PLAIN[name]} for one"
@@ -41,7 +41,9 @@ def _levels(transform: TransformType) -> list[int]:
     return [each.level() for each in retrieve_all_functorch_interpreters() if each.key() == transform]
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def _has_tangent(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor):
+        return False
     if forward_ad.unpack_dual(tensor).tangent is not None:
         return True
     levels = _levels(TransformType.Jvp)

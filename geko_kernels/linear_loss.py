@@ -222,11 +222,11 @@ def weighted_linear_loss(
         transform of `torch.func` and `is_grads_batched` raise NotImplementedError, and so do tensors on the meta
         device and fake ones. Gradients are ordinary tensors, also to `resize_`.
     """
+    check_transforms("weighted_linear_loss", hidden, weight, bias)
     ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)
     check_switches("hidden", hidden, shift=shift, update=update, return_stats=return_stats)
     check_head(hidden, weight, bias)
     budget = chunk_budget(chunk_mib)
-    check_transforms("weighted_linear_loss", hidden, weight, bias)
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)

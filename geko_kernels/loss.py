@@ -220,14 +220,14 @@ def weighted_loss(
 
     Source: the GEKO document's weighted loss; see `reference.py` for every op in plain PyTorch.
     """
-    ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
-    check_switches("logits", logits, shift=shift, update=update, return_stats=return_stats, inplace=inplace)
-    code = REDUCTIONS[reduction]
     eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
     if eager:
         check_transforms("weighted_loss", logits)
-        if inplace:
-            check_inplace(logits)
+    ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
+    check_switches("logits", logits, shift=shift, update=update, return_stats=return_stats, inplace=inplace)
+    code = REDUCTIONS[reduction]
+    if inplace and eager:
+        check_inplace(logits)
     items = num_items_tensor(num_items, reduction, logits.device, eager)
     if eager and logits.device.type == "cpu":
         check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
@@ -276,10 +276,12 @@ def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tens
     """(upstream, predictions) of `state`, or those that all calls without a state share on `device`."""
     if state is not None:
         return state.upstream, state.predictions
-    if device not in _plain_prediction:
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        _plain_prediction[device] = torch.ones((), device=device), counts
-    return _plain_prediction[device]
+    pair = _plain_prediction.get(device)
+    if pair is None:
+        pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        if not torch._C._are_functorch_transforms_active():  # it wraps what is made within
+            _plain_prediction[device] = pair
+    return pair
 
 
 _plain_prediction: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -291,6 +293,6 @@ def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
     if eager and device in _plain:
         return _plain[device]
     pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
-    if eager:
+    if eager and not torch._C._are_functorch_transforms_active():
         _plain[device] = pair
     return pair
