@@ -147,12 +147,14 @@ class HeadGradients:
         return torch.float32 if dtype == torch.float16 else dtype
 
     def _refit(self, at: Tensor, missing: Tensor) -> Tensor:
-        """The power of two by which the rows `at` of dW's sum just fit into float16, () float32; sums follow it."""
+        """What makes the rows `at` of dW's sum just fit into float16, () float32; the sums so far follow it.
+
+        The largest coefficient becomes a power of two, so that where all are alike none is rounded.
+        """
         low, high = self.hidden.index_select(0, at).aminmax()
-        hidden = torch.maximum(-low, high).float().clamp(min=1)
-        largest = hidden * missing.index_select(0, at).abs().amax()
-        exponent = torch.frexp(largest.clamp(min=2.0**-100)).exponent
-        factor = torch.ldexp(torch.ones_like(largest), 15 - exponent)
+        exponent = torch.frexp(torch.maximum(-low, high).float().clamp(min=1)).exponent
+        largest = missing.index_select(0, at).abs().amax().clamp(min=2.0**-100)
+        factor = torch.ldexp(1 / largest, 15 - exponent)
         if self.factor is not None:
             for gradient in (self.weight_grad, self.bias_grad):
                 for part in gradient.parts if gradient is not None else ():
