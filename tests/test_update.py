@@ -127,6 +127,17 @@ def test_one_visited_sample_is_enough_and_nothing_due_needs_none():
     fresh.probed(torch.empty(0, dtype=torch.int64), 1)
 
 
+def test_a_state_made_in_inference_mode():
+    with torch.inference_mode():
+        state = state_of([FREEZE] * 80)
+        sampler, due = due_of(state)
+        with pytest.raises(ValueError, match="none of the 10 samples"):
+            sampler.probed(due, 1)
+        gk.weighted_loss(torch.zeros(10, 4), torch.zeros(10, dtype=torch.long), due, state, update=True)
+        sampler.probed(due, 1)
+    assert state.times_seen.sum() == 90
+
+
 def test_the_loop_in_the_samplers_help_runs_as_written(reference):
     """Sixty four samples that are learnt at once: those left out are looked at again, forward only."""
     loop = inspect.getdoc(gk.GEKOSampler).split("of the state:\n", 1)[1].split("\nSeveral processes", 1)[0]

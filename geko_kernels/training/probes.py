@@ -33,11 +33,11 @@ class ProbeSchedule:
 
     def hand_out_(self, ids: Tensor, times_seen: Tensor) -> None:
         """Remember that `ids` are to be visited."""
-        self._handed = ids, times_seen[ids], times_seen._version
+        self._handed = ids, times_seen[ids], _version(times_seen)
 
     def untouched(self, times_seen: Tensor) -> bool:
         """Whether nothing has counted a visit, or has tried to, since samples were handed out."""
-        return self._handed is not None and times_seen._version == self._handed[2]
+        return self._handed is not None and _version(times_seen) == self._handed[2]
 
     def check_visited(self, times_seen: Tensor) -> None:
         """Raise `ValueError` if none of the samples handed out has more visits than then."""
@@ -66,3 +66,8 @@ class ProbeSchedule:
             self.next_probe[part::STAGGER].masked_fill_(fresh[part::STAGGER], epoch + 1 + part)
         self.interval.masked_fill_(fresh, STAGGER // 2)
         self.interval.masked_fill_(~left_out, 0)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often `tensor` was written; 0 for one made in inference mode, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
