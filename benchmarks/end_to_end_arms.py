@@ -176,7 +176,7 @@ class Geko(Arm):
             start = engine.wait()
             looking = self.seconds["probes"]
             while len(due := self.sampler.due_probes(epoch, begin)):
-                self.look(due.long())
+                self.look(due)
                 self.sampler.probed(due, epoch, begin)
             self.sampler.set_epoch(epoch, begin)
             plan = self.sampler.plan

@@ -152,7 +152,9 @@ def planning(count: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     for epoch in range(6):
         start = time.perf_counter()
-        sampler.probed(sampler.due_probes(epoch), epoch)
+        due = sampler.due_probes(epoch)
+        state.times_seen[due.to(device)] += 1  # what probes would do
+        sampler.probed(due, epoch)
         sampler.set_epoch(epoch)
         seconds.append(time.perf_counter() - start)
         next(iter(sampler))

@@ -177,6 +177,7 @@ def selection_of_many(device: torch.device, table: int) -> Row:
             state.changed[mine] = True
         start = now()
         due = sampler.due_probes(epoch)
+        state.times_seen[due.to(device)] += 1  # what probes would do
         sampler.probed(due, epoch)
         sampler.set_epoch(epoch)
         seconds = now() - start

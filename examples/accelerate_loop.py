@@ -35,7 +35,7 @@ def probe(
             batch = {name: tensor.to(accelerator.device) for name, tensor in items.items()}
             with torch.no_grad():
                 logits = forward(model, batch)
-            gk.weighted_loss(logits, batch["labels"], batch["sample_ids"], sampler.state, shift=True)
+            gk.weighted_loss(logits, batch["labels"], batch["sample_ids"], sampler.state, shift=True, update=True)
         sampler.probed(due, epoch)
         looked += len(due)
     model.train()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from geko_kernels import ops
 
+_COPIED = 2**24  # elements of a float16 tile that are in float32 at a time
 HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
 
 
@@ -16,7 +17,11 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # no GEMM of the CPU widens: each product is rounded once, the sum is not
+    elif a.dtype == torch.float16:  # no GEMM of the CPU widens, and the range of float16 is too small for a product
+        wide, step = b.to(out.dtype), max(1, _COPIED // a.shape[1])
+        for start in range(0, len(out), step):
+            multiply_(out[start : start + step], a[start : start + step].to(out.dtype), wide, add)
+    else:  # each product is rounded once, the sum is not
         product = torch.mm(a, b)
         out.add_(product) if add else out.copy_(product)
 
@@ -89,7 +94,8 @@ class HeadGradients:
 
     Args:
         hidden, weight: as in the GEMM, of one dtype; the vocabulary may be padded.
-        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None.
+        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None. In place
+            of float16 all are float32: the upstream gradient is still to come, and with it the range they need.
     """
 
     def __init__(
@@ -101,8 +107,11 @@ class HeadGradients:
         bias_dtype: torch.dtype | None,
     ) -> None:
         self.hidden, self.weight = hidden, weight
-        self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
         self.hidden_needed = hidden_needed
+        self.hidden_dtype = self._held(hidden.dtype)
+        weight_dtype, bias_dtype = self._held(weight_dtype), self._held(bias_dtype)
+        self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
+        self.factor: Tensor | None = None  # of the float16 rows in the sums of dW and d(bias)
         self.hidden_grad: Tensor | None = None
         vocab, columns = weight.shape
         self.weight_grad: WeightGradient | None = None
@@ -120,6 +129,8 @@ class HeadGradients:
             missing (T,): what of `coeff` the sums of dW and d(bias) do not hold yet;
             last: nothing will follow.
         """
+        if self.weight.dtype == torch.float16 and (self.weight_grad is not None or self.bias_grad is not None):
+            missing = missing * self._refit(positions[: len(tile)], missing)
         if self.weight_grad is not None:
             rows = ops.gather_rows(self.hidden, positions, missing, len(tile))
             self.weight_grad.add(tile, rows, last)
@@ -129,12 +140,32 @@ class HeadGradients:
             self.bias_grad.add(tile, by_row[:, None], last)
         if self.hidden_needed:
             if self.hidden_grad is None:
-                self.hidden_grad = torch.zeros_like(self.hidden)
+                self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
             self._add_hidden(self.hidden_grad, tile, positions, coeff)
+
+    def _held(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _refit(self, at: Tensor, missing: Tensor) -> Tensor:
+        """What makes the rows `at` of dW's sum just fit into float16, () float32; the sums so far follow it.
+
+        The largest coefficient becomes a power of two, so that where all are alike none is rounded.
+        """
+        low, high = self.hidden.index_select(0, at).aminmax()
+        exponent = torch.frexp(torch.maximum(-low, high).float().clamp(min=1)).exponent
+        largest = missing.index_select(0, at).abs().amax().clamp(min=2.0**-100)
+        factor = torch.ldexp(1 / largest, 15 - exponent)
+        if self.factor is not None:
+            for gradient in (self.weight_grad, self.bias_grad):
+                for part in gradient.parts if gradient is not None else ():
+                    part *= factor / self.factor
+        self.factor = factor
+        return factor
 
     def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
         """Rows of `tile` are overwritten once they are done: the next products lie there."""
-        wide = tile.dtype if tile.dtype == torch.float64 or not tile.is_cuda else torch.float32
+        wide = torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
+        wide = torch.float64 if tile.dtype == torch.float64 else wide
         columns, count = self.weight.shape[1], len(tile)
         room = min(count, max(1, HIDDEN_BYTES // (columns * wide.itemsize)))
         product = torch.empty(room, columns, dtype=wide, device=tile.device)
@@ -151,7 +182,11 @@ class HeadGradients:
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""
         if self.hidden_needed and self.hidden_grad is None:
-            self.hidden_grad = torch.zeros_like(self.hidden)
+            self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
         weight_grad = self.weight_grad.finish() if self.weight_grad is not None else None
         bias_grad = self.bias_grad.finish()[:, 0] if self.bias_grad is not None else None
+        if self.factor is not None:
+            for grad in (weight_grad, bias_grad):
+                if grad is not None:
+                    grad /= self.factor
         return self.hidden_grad, weight_grad, bias_grad

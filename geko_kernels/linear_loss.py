@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geko_kernels import ops
-from geko_kernels.checks import REDUCTIONS, check_batch, check_flag, check_values, num_items_tensor
+from geko_kernels.checks import (
+    REDUCTIONS,
+    check_batch,
+    check_flag,
+    check_head,
+    check_switches,
+    check_values,
+    chunk_budget,
+    num_items_tensor,
+)
+from geko_kernels.derivatives import batched, check_transforms, link, once
 from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.linear_gradients import HeadGradients
-from geko_kernels.loss import Visits, _NoSecondDerivative, table_of
+from geko_kernels.loss import Visits, table_of
 from geko_kernels.reference import Reduction
 from geko_kernels.state import SampleState
 
 _SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
-_FLOAT16_FACTOR = 1024  # the mean over a sample's tokens would push gradients below float16's smallest number
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -34,8 +43,8 @@ class _Call:
     writes: bool
     chunk_mib: float | None
 
-    def score(self, head: Head, gradients: HeadGradients | None) -> tuple[Visits, Tensor | None]:
-        """The visits, and what `gradients` still have to be multiplied by (None: 1)."""
+    def score(self, head: Head, gradients: HeadGradients | None) -> Visits:
+        """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
         rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
         chunks = Chunks(head, self.batch, rows, gradients, all_kept=self.state is None)
@@ -49,15 +58,9 @@ class _Call:
             )
             return Visits._make((*outcome, tokens))
 
-        if head.weight.dtype == torch.float16:
-            by_token = self.reduction == Reduction.TOKEN_MEAN
-            factor = 1.0 if by_token else float(min(batch.labels.shape[1], _FLOAT16_FACTOR))
-            visits = chunks.run(self.scored, update, lambda visits: factor)
-            rest = visits.scale / factor
-        else:
-            visits, rest = chunks.run(self.scored, update, lambda visits: visits.scale), None
+        visits = chunks.run(self.scored, update, lambda visits: visits.scale)
         check_flag(columns[-1], self.state, head.vocab)
-        return visits, rest
+        return visits
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -71,53 +74,63 @@ class _LinearLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, seen: list[Visits]
     ) -> Tensor:
         head = make_head(hidden, weight, bias)
-        ctx.call, ctx.gradients = call, None
+        ctx.call, ctx.gradients, ctx.link = call, None, link(hidden, weight, bias)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         if call.reduction == Reduction.NONE:
-            ctx.save_for_backward(hidden, weight, bias)
-            visits, _ = call.score(head, None)
+            ctx.save_for_backward(hidden, weight, bias, call.batch.labels)
+            visits = call.score(head, None)
             ctx.visits = visits.tokens, visits.coeff, visits.token_visit  # those of the forward that was counted
         elif ops.recomputing():  # what runs is the backward of the first forward
-            visits, _ = call.score(head, None)
+            visits = call.score(head, None)
         else:
             gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
-            visits, ctx.rest = call.score(head, gradients)
+            visits = call.score(head, gradients)
             ctx.gradients = _unpadded(gradients, head)
         seen.append(visits)
         return visits.loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if batched(grad_output):
+            raise NotImplementedError(
+                "weighted_linear_loss makes one gradient at a time, and several are asked for at once "
+                "(is_grads_batched); call torch.autograd.grad for each, or use weighted_loss of the logits"
+            )
         with torch.no_grad():
             by_visit = ctx.call.reduction == Reduction.NONE
-            gradients = _gradients_by_visit(ctx, grad_output) if by_visit else _rescaled(ctx, grad_output)
-        if torch.is_grad_enabled():  # create_graph
-            apply = _NoSecondDerivative.apply
-            return *(apply(grad, grad_output) if grad is not None else None for grad in gradients), None, None
-        return *gradients, None, None
+            found = _gradients_by_visit(ctx, grad_output) if by_visit else _rescaled(ctx, grad_output)
+            gradients = [
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)
+            ]
+        sources = ctx.link, grad_output
+        return (
+            *(None if grad is None else once("weighted_linear_loss", grad, *sources) for grad in gradients),
+            None,
+            None,
+        )
 
 
 def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
     """The gradients of the forward times the upstream one, given away unless the graph is kept."""
     if ctx.gradients is None:
         raise RuntimeError("weighted_linear_loss: a second backward needs retain_graph=True at the first")
-    factor = grad_output if ctx.rest is None else grad_output * ctx.rest
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        hidden, weight, bias = (grad * factor if grad is not None else None for grad in ctx.gradients)
+        hidden, weight, bias = (grad * grad_output if grad is not None else None for grad in ctx.gradients)
         return hidden, weight, bias
     gradients, ctx.gradients = ctx.gradients, None
     for grad in gradients:
         if grad is not None:
-            ops.rescale_(grad, factor)
+            ops.rescale_(grad, grad_output)
     return gradients
 
 
 def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
-    hidden, weight, bias = ctx.saved_tensors
+    hidden, weight, bias, labels = ctx.saved_tensors
     tokens, coeff, token_visit = ctx.visits
-    batch = ctx.call.batch
+    batch = replace(ctx.call.batch, labels=labels)
     head = make_head(hidden, weight, bias)
     upstream = grad_output.to(coeff.dtype)
-    if token_visit.numel():
+    if batch.sample_ids is not None and batch.sample_ids.dim() == 2:
         upstream = upstream[token_visit.long()]
     else:
         upstream = upstream[:, None].expand(batch.labels.shape).flatten()
@@ -177,7 +190,7 @@ def weighted_linear_loss(
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
-    update: bool = True,
+    update: bool | None = None,
     return_stats: bool = False,
     chunk_mib: int | float | None = None,
 ) -> Any:  # as `weighted_loss`
@@ -195,7 +208,8 @@ def weighted_linear_loss(
         chunk_mib: memory for logits and their gradients at any time, or less where all take less; by default up to
             2048 MiB where all fit at once, else 1024. Besides, it takes dX, dW, and where dW is of 2 bytes an element
             and not all rows fit at once, as much again as dW; V not divisible by 8 takes a padded copy of the weight
-            on a GPU.
+            on a GPU. In float16 dX and dW are held in float32 until the backward, since its range is too small for
+            them before they are multiplied by the upstream gradient.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, update, return_stats: as in
             `weighted_loss`.
 
@@ -203,23 +217,30 @@ def weighted_linear_loss(
         since the host has to learn how many rows are kept.
 
     Raises: as `weighted_loss`; RuntimeError while a CUDA graph is being captured.
+
+    Limits: gradients come from `backward` and `torch.autograd.grad` alone. A second derivative, forward mode, every
+        transform of `torch.func` and `is_grads_batched` raise NotImplementedError, and so do tensors on the meta
+        device and fake ones. Gradients are ordinary tensors, also to `resize_`.
     """
-    check_batch("hidden", hidden, labels, sample_ids, state, reduction, shift, ignore_index, softcap)
-    _check_head(hidden, weight, bias, chunk_mib)
+    check_transforms("weighted_linear_loss", hidden, weight, bias)
+    ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)
+    check_switches("hidden", hidden, shift=shift, update=update, return_stats=return_stats)
+    check_head(hidden, weight, bias)
+    budget = chunk_budget(chunk_mib)
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     if device.type == "cpu":
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
-    batch = Batch(labels_2d, sample_ids, ignore_index, shift, float(softcap or 0.0))
+    batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap)
     call = _Call(
         batch=batch,
         scored=Scored(batch, weight.shape[0]),
         state=state,
-        num_items=num_items_tensor(num_items, reduction, device),
+        num_items=num_items_tensor(num_items, reduction, device, eager=True),
         reduction=REDUCTIONS[reduction],
-        writes=state is not None and update and torch.is_grad_enabled(),
-        chunk_mib=chunk_mib,
+        writes=state is not None and ops.counts(update),
+        chunk_mib=budget,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     seen: list[Visits] = []
@@ -228,7 +249,7 @@ def weighted_linear_loss(
             loss = _LinearLoss.apply(rows, weight, bias, call, seen)
         else:
             with torch.no_grad():
-                seen.append(call.score(make_head(rows, weight, bias), None)[0])
+                seen.append(call.score(make_head(rows, weight, bias), None))
             loss = seen[0].loss
     return (loss, seen[0].stats()) if return_stats else loss
 
@@ -242,33 +263,3 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} must be {hidden.dtype} like hidden outside of autocast, got {tensor.dtype}")
     return hidden
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_mib: int | float | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if hasattr(tensor, "full_tensor"):
-            raise TypeError(
-                f"{name} must be a plain tensor, got a {type(tensor).__name__}: gather it first, by unshard() of its "
-                "FSDP module, or by full_tensor() with the placements its gradient needs"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
-        raise ValueError(
-            f"weight must be (V, {hidden.shape[-1]}) with V >= 1 for this hidden, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be {tuple(weight.shape[:1])} for this weight, got {tuple(bias.shape)}")
-    if chunk_mib is not None:
-        if isinstance(chunk_mib, bool) or not isinstance(chunk_mib, (int, float)):
-            raise TypeError(f"chunk_mib must be a number of MiB or None, got {chunk_mib!r}")
-        if not chunk_mib > 0:
-            raise ValueError(f"chunk_mib must be above 0, got {chunk_mib}")
-    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("weighted_linear_loss cannot be captured in a CUDA graph: the host needs its row counts")

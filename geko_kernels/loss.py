@@ -9,8 +9,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from geko_kernels import ops
-from geko_kernels.checks import REDUCTIONS, check_batch, check_flag, check_values, debugging, num_items_tensor
+from geko_kernels.checks import (
+    REDUCTIONS,
+    check_batch,
+    check_flag,
+    check_inplace,
+    check_switches,
+    check_values,
+    debugging,
+    num_items_tensor,
+)
 from geko_kernels.config import GEKOConfig
+from geko_kernels.derivatives import batched, check_transforms, once
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
 
 
@@ -75,7 +85,7 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
         grad = _logits_grad(grad_output, logits, labels, ctx.visits, ctx.shift, ctx.softcap, ctx.inplace)
-        return _once(grad, logits), None, None, None, None, None
+        return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
 
 
 class _PlannedLoss(torch.autograd.Function):
@@ -94,12 +104,14 @@ class _PlannedLoss(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
         predicted, ctx.predicted = ctx.predicted, None  # given away: a second backward computes anew
+        if inplace:
+            _check_single(grad_output)
         args = (logits, labels, plan, kept, grad_output, inplace)
         grad = ops.planned_logits_grad(*args, predicted, ctx.prediction)
         if grad is None:
             saved = plan.saved(kept)
             grad = _logits_grad(grad_output, logits, labels, saved, plan.shift, plan.softcap, inplace)
-        return _once(grad, logits), None, None, None
+        return once("weighted_loss", grad, logits, grad_output), None, None, None
 
 
 _apply_planned = super(torch.autograd.Function, _PlannedLoss).apply  # see `_apply`; torch.func is not at work here
@@ -114,9 +126,12 @@ def _logits_grad(
     softcap: float,
     inplace: bool,
 ) -> Tensor:
+    if not logits.numel():
+        return torch.zeros_like(logits)
     with torch.no_grad():
         args = (grad_output, *_batch_of(logits, labels), *saved, shift, softcap)
         if inplace:
+            _check_single(grad_output)
             ops.logits_grad_(*args)
             return logits
         return ops.logits_grad(*args).view(logits.shape)
@@ -134,25 +149,12 @@ def _apply(*args: Any) -> Tensor:
     return super(torch.autograd.Function, _LogitsLoss).apply(*args)
 
 
-def _once(grad: Tensor, logits: Tensor) -> Tensor:
-    """`grad`, of which there is no derivative."""
-    return _NoSecondDerivative.apply(grad, logits) if torch.is_grad_enabled() else grad
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient under create_graph: usable as a value, an error in the backward, never silently a constant."""
-
-    @staticmethod
-    def forward(grad: Tensor, logits: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:
-        raise NotImplementedError("weighted_loss has no second derivative; use F.cross_entropy for one")
+def _check_single(grad_output: Tensor) -> None:
+    if batched(grad_output):
+        raise NotImplementedError(
+            "inplace=True has room for one gradient, where the logits are, and several are asked for at once "
+            "(is_grads_batched, jacrev); leave inplace=False"
+        )
 
 
 def weighted_loss(
@@ -166,7 +168,7 @@ def weighted_loss(
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
-    update: bool = True,
+    update: bool | None = None,
     return_stats: bool = False,
     inplace: bool = False,
 ) -> Any:  # a union would make every typed caller narrow it before backward()
@@ -181,7 +183,9 @@ def weighted_loss(
 
     Args:
         logits: (B, S, V), or (B, V) where each row is one visit; float32, bfloat16, float16 or float64, any strides.
-        labels: (B, S) or (B,) int64.
+            The classes are last: `F.cross_entropy`'s (B, C, S) needs `.transpose(1, 2)`, which only you can know
+            where S == C.
+        labels: (B, S) or (B,) int64 class indices.
         sample_ids: int64, (B,): one sample a row; or (B, S): one id a token, each run of one id in a row is a visit,
             -1 is padding. None (without a state): every row is a visit.
         state: the learning state to read and update; None gives the plain loss, weight 1 for all.
@@ -189,12 +193,15 @@ def weighted_loss(
         shift: causal-LM labels: position t predicts `labels[:, t + 1]`; the last position of a visit predicts nothing.
         ignore_index: label of tokens that do not count.
         num_items: the divisor of "mean" (visits) or "token_mean" (tokens) where the batch at hand is only a part:
-            gradient accumulation, several processes.
+            gradient accumulation, several processes. A finite number above 0, a constant to autograd. Whether a
+            tensor on a GPU holds one is not checked, as that would wait: any other value gives an infinite or NaN loss.
         softcap: c means `logits = c * tanh(logits / c)` first.
-        update: False reads the state and leaves it as it is; so does a call under `torch.no_grad`.
+        update: whether the visits count in the state. None: where gradients are enabled. True: always, so also in a
+            probe under `torch.no_grad` or `torch.inference_mode`. False: never. A repeat by activation checkpointing
+            does not count again (around a compiled loss, reentrant checkpointing needs None).
         return_stats: also return `SampleStats`.
         inplace: let the gradient be written over the logits, in the backward or already in this call; nothing else may
-            need them from now on.
+            need them from now on. Compiled code does not use this.
 
     Returns:
         The loss, float32: () or, for "none", one entry a visit; with `return_stats` a pair (loss, stats).
@@ -204,20 +211,28 @@ def weighted_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
         IndexError: on the CPU, a label outside [0, V) or an id outside the table. On a GPU such a visit is left out
             and `state.check()` raises (at once with GEKO_DEBUG=1).
+        NotImplementedError: a derivative that there is not, see the limits.
+
+    Limits: there is a first derivative in reverse mode: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
+        `jacrev`. A second one, forward mode (`jvp`, `jacfwd`) and `torch.vmap` over the call raise. On the meta device
+        and with fake tensors there are shapes only, and no value is checked. Gradients are ordinary tensors, also to
+        `resize_`, but with `inplace` they are the logits' own memory.
 
     Source: the GEKO document's weighted loss; see `reference.py` for every op in plain PyTorch.
     """
-    check_batch("logits", logits, labels, sample_ids, state, reduction, shift, ignore_index, softcap)
-    if inplace:
-        _check_inplace(logits)
-    code = REDUCTIONS[reduction]
-    cap = float(softcap or 0.0)
-    items = num_items_tensor(num_items, reduction, logits.device)
     eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
+    if eager:
+        check_transforms("weighted_loss", logits)
+    ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
+    check_switches("logits", logits, shift=shift, update=update, return_stats=return_stats, inplace=inplace)
+    code = REDUCTIONS[reduction]
+    if inplace and eager:
+        check_inplace(logits)
+    items = num_items_tensor(num_items, reduction, logits.device, eager)
     if eager and logits.device.type == "cpu":
         check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns = table_of(state, logits.device, eager)
-    writes = state is not None and update and torch.is_grad_enabled()
+    writes = state is not None and ops.counts(update)
     options = (code, ignore_index, shift, cap, writes)
     table = (rules, weights, items)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
@@ -261,10 +276,12 @@ def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tens
     """(upstream, predictions) of `state`, or those that all calls without a state share on `device`."""
     if state is not None:
         return state.upstream, state.predictions
-    if device not in _plain_prediction:
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        _plain_prediction[device] = torch.ones((), device=device), counts
-    return _plain_prediction[device]
+    pair = _plain_prediction.get(device)
+    if pair is None:
+        pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        if not torch._C._are_functorch_transforms_active():  # it wraps what is made within
+            _plain_prediction[device] = pair
+    return pair
 
 
 _plain_prediction: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -276,13 +293,6 @@ def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
     if eager and device in _plain:
         return _plain[device]
     pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
-    if eager:
+    if eager and not torch._C._are_functorch_transforms_active():
         _plain[device] = pair
     return pair
-
-
-def _check_inplace(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace=True would write the gradient over a leaf tensor; pass the output of a model")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("inplace=True cannot write over expanded logits (stride 0)")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import reference_rows
+from geko_kernels.derivatives import batched
 
 _COLUMNS = (
     "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
@@ -85,6 +86,17 @@ def recomputing() -> bool:
     """
     in_backward = torch._C._current_graph_task_id() != -1
     return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def counts(update: bool | None) -> bool:
+    """Whether a call with this `update` counts its visits, unless it turns out to be `recomputing` without hooks.
+
+    None: where gradients are enabled. True: always, and once: a reentrant checkpoint's first forward, under no_grad,
+    has counted when its repeat runs in the backward.
+    """
+    if update is None:
+        return torch.is_grad_enabled()
+    return update and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
 
 def _implement(op: str) -> Callable[..., Any]:
@@ -268,7 +280,7 @@ def planned_logits_grad(
     backend = _planning(logits, labels, grad_output)
     if inplace and predicted is not None:
         backend = _load("triton")
-    elif backend is None or not plan.fits(logits, labels):
+    elif backend is None or batched(grad_output) or not plan.fits(logits, labels):
         return None
     if predicted is None:
         grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)

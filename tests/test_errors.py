@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import geko_kernels as gk
 from geko_kernels import ops
+from geko_kernels.checks import num_items_tensor
 
 LOGITS, LABELS, IDS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.arange(2)
 
@@ -53,6 +55,37 @@ def call(**changes):
         ({"num_items": "3"}, TypeError, "num_items must be a number or a tensor of one element, got str"),
         ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a tensor of one element, got shape"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items divides only reduction='mean' or 'token_mean'"),
+        ({"num_items": 1e-50}, ValueError, "num_items must be in float32's range, 1.18e-38 to 3.4e+38, got 1e-50"),
+        ({"num_items": True}, TypeError, "num_items must be a number or a tensor of one element, got bool"),
+        ({"num_items": torch.tensor(True)}, TypeError, "num_items must be a tensor of real numbers, got torch.bool"),
+        *(
+            ({"num_items": torch.tensor(bad)}, ValueError, "num_items must be a finite number above 0, got ")
+            for bad in (0, -2, 0.0, -1.5, torch.nan, torch.inf, -torch.inf)
+        ),
+        ({"shift": 2}, TypeError, "shift must be True or False, got 2"),
+        ({"shift": "yes"}, TypeError, "shift must be True or False, got 'yes'"),
+        ({"update": "no"}, TypeError, "update must be None, True or False, got 'no'"),
+        ({"update": 0}, TypeError, "update must be None, True or False, got 0"),
+        ({"return_stats": 1}, TypeError, "return_stats must be True or False, got 1"),
+        ({"reduction": ["mean"]}, ValueError, "reduction must be one of ('none', 'mean', 'token_mean', 'sum'), got ["),
+        ({"softcap": 1e-50}, ValueError, "softcap must be in float32's range, 1.18e-38 to 3.4e+38, got 1e-50"),
+        ({"softcap": 1e39}, ValueError, "softcap must be in float32's range, 1.18e-38 to 3.4e+38, got 1e+39"),
+        ({"softcap": True}, TypeError, "softcap must be a number above 0 or None, got True"),
+        (
+            {"ignore_index": 2**63},
+            ValueError,
+            "ignore_index must be within int64, as labels are, got 9223372036854775808",
+        ),
+        ({"ignore_index": np.float64(1)}, TypeError, "ignore_index must be an int, got "),
+        ({"ignore_index": False}, TypeError, "ignore_index must be an int, got False"),
+        (
+            {"labels": LABELS.to_sparse()},
+            TypeError,
+            "labels must be a dense tensor, got one of layout torch.sparse_coo",
+        ),
+        ({"sample_ids": IDS.to_sparse()}, TypeError, "sample_ids must be a dense tensor, got one of layout"),
+        ({"labels": LABELS.bool()}, TypeError, "labels must be int64, got torch.bool; use labels.long()"),
+        ({"labels": LABELS.float()}, TypeError, "labels must be int64 class indices, got torch.float32; where all are"),
     ],
 )
 def test_what_python_can_see(changes, error, message):
@@ -62,19 +95,72 @@ def test_what_python_can_see(changes, error, message):
     assert not state.times_seen.any() and not state.changed.any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": LOGITS.to_sparse()}, TypeError, "must be a dense tensor, got one of layout torch.sparse_coo; use"),
+        ({"logits": LOGITS.to_mkldnn()}, TypeError, "must be a dense tensor, got one of layout torch._mkldnn; use"),
+        ({"logits": torch.nested.nested_tensor([LOGITS[0]])}, TypeError, "must be a dense tensor, got a nested one"),
+        (
+            {"logits": torch.nested.nested_tensor([LOGITS[0]], layout=torch.jagged)},
+            TypeError,
+            "must be a dense tensor, got a nested one; use torch.nested.to_padded_tensor",
+        ),
+        ({"labels": LOGITS.softmax(-1)}, TypeError, "class probabilities are not supported; use F.cross_entropy"),
+        ({"labels": LOGITS.long()}, ValueError, "got (2, 3, 5); one-hot labels need labels.argmax(-1)"),
+        ({"logits": LOGITS.transpose(1, 2)}, ValueError, "F.cross_entropy takes them, need logits.transpose(1, 2)"),
+    ],
+)
+def test_other_layouts_of_logits_and_labels(changes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call(**changes)
+    if "logits" in changes:
+        changes = {"hidden": changes["logits"]}
+    arguments = {"hidden": LOGITS, "weight": torch.randn(4, 5), "labels": LABELS, **changes}
+    with pytest.raises(error, match=re.escape(message.replace("logits", "hidden"))):
+        gk.weighted_linear_loss(**arguments)
+
+
+def test_the_classes_in_dimension_1_of_a_square_batch_cannot_be_told():
+    logits, labels = torch.randn(2, 4, 4), torch.randint(4, (2, 4))
+    want = torch.nn.functional.cross_entropy(logits, labels)
+    assert gk.weighted_loss(logits, labels) != want
+    torch.testing.assert_close(gk.weighted_loss(logits.transpose(1, 2), labels), want)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.int64(2), np.int32(2), np.uint8(2), np.float32(2), np.float64(2), torch.tensor(2), torch.tensor([2.0])],
+)
+def test_numbers_of_numpy_and_tensors(backend, device, number):
+    where = {name: value.to(device) for name, value in (("logits", LOGITS), ("labels", LABELS))}
+    want = gk.weighted_loss(**where, reduction="token_mean", num_items=2)
+    assert gk.weighted_loss(**where, reduction="token_mean", num_items=number).equal(want)
+    if not isinstance(number, torch.Tensor):
+        assert gk.weighted_loss(**where, softcap=number).equal(gk.weighted_loss(**where, softcap=2.0))
+    if isinstance(number, np.integer):
+        labels = torch.tensor([[0, 2, 1], [2, 2, 3]], device=device)
+        want = gk.weighted_loss(LOGITS.to(device), labels, ignore_index=2)
+        assert gk.weighted_loss(LOGITS.to(device), labels, ignore_index=number).equal(want)
+
+
+@pytest.mark.parametrize("items", [0.0, -3.0, torch.nan, torch.inf, -torch.inf])
+def test_a_divisor_that_nobody_looks_at_shows_in_the_loss(backend, device, items):
+    """As on a GPU, where looking would wait, and in compiled code."""
+    bad = num_items_tensor(torch.tensor(items, device=device), "token_mean", torch.device(device), eager=False)
+    state = gk.SampleState(2, device=device)
+    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
+    columns += (state.changed, state.claim, state.quarantined, state.error)
+    where = (LOGITS.to(device), LABELS.to(device), IDS.to(device), state.rules, state.weights, bad, *columns)
+    assert not ops.loss_forward_(*where, 2, -100, False, 0.0, True)[0].isfinite()
+
+
 def test_flat_logits_take_one_id_a_row_and_no_shift():
     flat = {"logits": torch.randn(2, 5), "labels": torch.zeros(2, dtype=torch.long)}
     with pytest.raises(ValueError, match=re.escape("sample_ids must be (2,), got (2, 3)")):
         call(**flat, sample_ids=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="shift=True needs logits of 3 dimensions"):
         call(**flat, shift=True)
-
-
-def test_inplace_needs_memory_of_its_own():
-    with pytest.raises(ValueError, match="inplace=True would write the gradient over a leaf"):
-        call(logits=LOGITS.clone().requires_grad_(), inplace=True)
-    with pytest.raises(ValueError, match="inplace=True cannot write over expanded logits"):
-        call(logits=LOGITS[:1].expand(2, 3, 5), inplace=True)
 
 
 @pytest.mark.parametrize(

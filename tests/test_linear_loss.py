@@ -233,6 +233,13 @@ def test_bad_values_raise_on_the_cpu_before_anything_is_counted(reference):
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"softcap": -1.0}, ValueError, "softcap must be"),
         ({"num_items": 0}, ValueError, "num_items must be"),
+        ({"shift": 2}, TypeError, "shift must be True or False, got 2"),
+        ({"update": "no"}, TypeError, "update must be None, True or False, got 'no'"),
+        ({"return_stats": None}, TypeError, "return_stats must be True or False, got None"),
+        ({"weight": torch.zeros(50, 24).to_sparse()}, TypeError, "weight must be a dense tensor, got one of layout"),
+        ({"weight": torch.zeros(50, 24).to_mkldnn()}, TypeError, "weight must be a dense tensor, got one of layout"),
+        ({"bias": torch.zeros(50).to_sparse()}, TypeError, "bias must be a dense tensor, got one of layout"),
+        ({"chunk_mib": float("nan")}, ValueError, "chunk_mib must be above 0"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

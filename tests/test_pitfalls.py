@@ -271,7 +271,9 @@ def test_pitfall_12_evaluation_leaves_the_state(backend, device, how):
     before = columns(state)
     context = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode()}.get(how, torch.enable_grad())
     with context:
-        loss, stats = gk.weighted_loss(logits, labels, ids, state, update=how != "update_false", return_stats=True)
+        loss, stats = gk.weighted_loss(
+            logits, labels, ids, state, update=False if how == "update_false" else None, return_stats=True
+        )
     assert same(before, state) and stats.num_tokens.tolist() == [4, 4, 4]
     again, counted = gk.weighted_loss(logits, labels, ids, state, return_stats=True)
     assert loss == again and stats.q_value.equal(counted.q_value), "what it would have been"

@@ -66,6 +66,7 @@ def test_probes_of_a_budget_of_samples_count_passes_not_epochs():
     for epoch in range(100):
         due = sampler.due_probes(epoch, start=epoch / 100)
         probed += len(due)
+        visit(state, due, margin=9.0)
         sampler.probed(due, epoch, start=epoch / 100)
         sampler.set_epoch(epoch, start=epoch / 100)
         assert len(list(sampler)) == 10
@@ -84,6 +85,7 @@ def test_a_resumed_run_does_not_probe_all_once_more_in_the_same_pass():
     for each in (sampler, resumed):  # alike: the pass has had its alarm
         others = each.due_probes(2, start=0.12)
         assert len(others) == 70
+        state.times_seen[others] += 1
         each.probed(others, 2, start=0.12)
         assert len(each.due_probes(2, start=0.12)) == 0
         assert each._hurried == 1

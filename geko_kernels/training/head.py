@@ -119,19 +119,14 @@ def loss_in_head(
     sample_ids: Tensor | None,
     state: SampleState | None,
     form: LossForm,
-    forward_only: bool,
     options: dict[str, Any],
 ) -> Iterator[list[SampleStats]]:
     """Within, `head` returns `weighted_linear_loss` in the place of logits; yields a list that gets its statistics."""
-    grad = torch.is_grad_enabled()
     found: list[SampleStats] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        weight, bias = (p.detach() if forward_only and p is not None else p for p in (head.weight, head.bias))
-        targets = fit_labels(labels, hidden, form.prompt)
-        with torch.set_grad_enabled(grad):  # also forward-only: it is what makes the state count the visit
-            arguments = (hidden, weight, targets, sample_ids, state)
-            loss, stats = weighted_linear_loss(*arguments, bias=bias, reduction="token_mean", **options)
+        arguments = (hidden, head.weight, fit_labels(labels, hidden, form.prompt), sample_ids, state)
+        loss, stats = weighted_linear_loss(*arguments, bias=head.bias, reduction="token_mean", **options)
         found.append(stats)
         return loss
 

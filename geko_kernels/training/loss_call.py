@@ -48,15 +48,19 @@ def forward_loss(
         base: `model` without any wrapper; `form` and `head`: what was found for it.
         inputs: neither labels nor sample_ids.
         shifted: labels that a collator has shifted already, in the place of `labels`.
-        forward_only: no graph; the state is updated all the same.
+        forward_only: a probe: no graph, and the state counts the visits all the same.
     """
     shift = form.shift and shifted is None
+    if num_items is not None:  # 0 where a step has no label at all
+        num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
+    if forward_only:
+        options["update"] = True
     targets = labels if shifted is None else shifted
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:
         if head is not None:
-            in_head = loss_in_head(head, targets, sample_ids, state, form, forward_only, options)
+            in_head = loss_in_head(head, targets, sample_ids, state, form, options)
             found = stack.enter_context(in_head)
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
         stack.enter_context(without_cross_entropy(base, form.route))

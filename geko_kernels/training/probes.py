@@ -7,7 +7,6 @@ from torch import Tensor
 
 MAX_INTERVAL = 64  # epochs
 STAGGER = 8  # epochs that the first probes of a crowd are spread over
-_PART = 1 << 20  # samples whose ids are held as int64 at a time
 
 
 class ProbeSchedule:
@@ -23,26 +22,38 @@ class ProbeSchedule:
     def __init__(self, num_samples: int, device: torch.device) -> None:
         self.interval = torch.zeros(num_samples, dtype=torch.uint8, device=device)
         self.next_probe = torch.zeros(num_samples, dtype=torch.int32, device=device)
+        self._handed: tuple[Tensor, Tensor, int] | None = None  # ids, their visits, version of all visits
 
     def due(self, left_out: Tensor, epoch: int) -> Tensor:
-        """left_out (N,) bool -> ids (n,) int32 to probe before `epoch`, ascending."""
+        """left_out (N,) bool -> ids (n,) int64 to probe before `epoch`, ascending."""
         due = self.next_probe <= epoch
         due &= left_out
         due &= self.interval > 0
-        ids = torch.empty(int(due.count_nonzero()), dtype=torch.int32, device=due.device)
-        filled = 0
-        for start, part in enumerate(due.split(_PART)):
-            found = part.nonzero()[:, 0]
-            ids[filled : filled + len(found)] = found + start * _PART
-            filled += len(found)
-        return ids
+        return due.nonzero()[:, 0]
+
+    def hand_out_(self, ids: Tensor, times_seen: Tensor) -> None:
+        """Remember that `ids` are to be visited."""
+        self._handed = ids, times_seen[ids], _version(times_seen)
+
+    def untouched(self, times_seen: Tensor) -> bool:
+        """Whether nothing has counted a visit, or has tried to, since samples were handed out."""
+        return self._handed is not None and _version(times_seen) == self._handed[2]
+
+    def check_visited(self, times_seen: Tensor) -> None:
+        """Raise `ValueError` if none of the samples handed out has more visits than then."""
+        assert self._handed is not None
+        ids, seen, _ = self._handed
+        if len(ids) and bool((times_seen[ids] == seen).all()):
+            raise ValueError(
+                f"none of the {len(ids)} samples that due_probes returned has been visited: run them through "
+                "weighted_loss(..., update=True) under torch.no_grad() before you call probed()"
+            )
 
     def probed_(self, ids: Tensor, epoch: int) -> None:
         """Double the interval of `ids`, just probed; those that came back are reset by `follow_`."""
-        for part in ids.split(_PART):
-            at = part.long()
-            self.interval[at] = (self.interval[at] * 2).clamp(max=MAX_INTERVAL)
-            self.next_probe[at] = epoch + self.interval[at].int()
+        interval = (self.interval[ids] * 2).clamp(max=MAX_INTERVAL)
+        self.interval[ids] = interval
+        self.next_probe[ids] = epoch + interval.int()
 
     def hurry_(self, epoch: int) -> None:
         """All that are left out are due at `epoch`."""
@@ -55,3 +66,8 @@ class ProbeSchedule:
             self.next_probe[part::STAGGER].masked_fill_(fresh[part::STAGGER], epoch + 1 + part)
         self.interval.masked_fill_(fresh, STAGGER // 2)
         self.interval.masked_fill_(~left_out, 0)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often `tensor` was written; 0 for one made in inference mode, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version

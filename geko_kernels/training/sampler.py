@@ -42,17 +42,25 @@ class GEKOSampler(Sampler[int]):
     those never seen; of LIGHT each has its turn every `light_interval` epochs. The last `uniform_finish` of the run
     takes every sample but the quarantined.
 
-    In a loop of your own:
+    In a loop of your own, with `inputs` and `labels` of all samples on the device of the state:
 
         sampler = GEKOSampler(state, num_epochs=3)
-        loader = DataLoader(dataset, batch_size=B, sampler=sampler)
+        loader = DataLoader(range(len(state)), batch_size=32, sampler=sampler)  # of sample ids
         for epoch in range(3):
-            while len(probes := sampler.due_probes(epoch)):
-                ...                                # run them forward-only through weighted_loss, then
-                sampler.probed(probes, epoch)
-            sampler.set_epoch(epoch)               # draws the plan: len(loader) is this epoch's
-            for step, batch in enumerate(loader):
-                sampler.advance(step * B)          # moves the weights along the curriculum
+            model.eval()
+            with torch.no_grad():
+                while len(due := sampler.due_probes(epoch)):
+                    for ids in due.to(state.device).split(128):
+                        weighted_loss(model(inputs[ids]), labels[ids], ids, state, update=True)  # counts the visit
+                    sampler.probed(due, epoch)
+            model.train()
+            sampler.set_epoch(epoch)  # draws the plan: len(loader) is this epoch's
+            for step, ids in enumerate(loader):
+                sampler.advance(step * 32)  # moves the weights along the curriculum
+                ids = ids.to(state.device)
+                weighted_loss(model(inputs[ids]), labels[ids], ids, state).backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
     Several processes: give every rank the same arguments; `due_probes` and `set_epoch` sync the state and draw the
     same plan everywhere. The sampler yields the whole plan; sharding is accelerate's part (`accelerator.prepare`).
@@ -220,7 +228,9 @@ class GEKOSampler(Sampler[int]):
             self._row = row
 
     def due_probes(self, epoch: int, start: float | None = None) -> Tensor:
-        """ids (n,) int32 on the CPU that are due for a look, forward only, before `epoch` is drawn.
+        """ids (n,) int64 on the CPU that are due for a look, forward only, before `epoch` is drawn.
+
+        Look with `weighted_loss(..., update=True)` under `torch.no_grad`, then call `probed`.
 
         Those are samples that it leaves out, and samples that one more wrong visit would send to quarantine. None
         where the uniform finish makes up most of the epoch and so looks at all of them anyway.
@@ -228,11 +238,12 @@ class GEKOSampler(Sampler[int]):
         self.state.sync()
         begin, end = self._span(epoch, start)
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
-            return torch.empty(0, dtype=torch.int32)
+            return torch.empty(0, dtype=torch.int64)
         self.note_forgotten_()
         due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
         if self._guards() and self._looked < epoch:
-            due = torch.cat([due, nearly_suspects(self.state).int()])
+            due = torch.cat([due, nearly_suspects(self.state)])
+        self.probes.hand_out_(due, self.state.times_seen)
         return due.cpu()
 
     def _guards(self) -> bool:
@@ -245,8 +256,15 @@ class GEKOSampler(Sampler[int]):
         """`ids` have been run forward-only: their next probe is twice as far off, unless they came back.
 
         Were more than a tenth of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
+
+        Raises:
+            ValueError: no call has counted a visit since `due_probes`. Samples without a valid label or with a NaN
+                loss are never counted and may be among them.
         """
+        idle = self.probes.untouched(self.state.times_seen)  # by this process; the sync brings the others' visits
         self.state.sync()
+        if idle:
+            self.probes.check_visited(self.state.times_seen)
         self._looked = epoch
         clock = self._clock(epoch, start)
         at = ids.to(self.state.device).long()

@@ -1,0 +1,104 @@
+"""Which derivatives the losses have: the first, in reverse mode. Any other is refused and never silently zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+_PLAIN = {
+    "weighted_loss": "F.cross_entropy",
+    "weighted_linear_loss": "F.cross_entropy(F.linear(hidden, weight, bias), ...)",
+}
+
+
+def check_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raise `NotImplementedError` where a transform around the call of `name` would get no or a wrong derivative."""
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, jacfwd, hessian); use "
+            f"{_PLAIN[name]} for one"
+        )
+    if not torch._C._are_functorch_transforms_active():
+        return
+    if name == "weighted_linear_loss":
+        raise NotImplementedError(
+            "weighted_linear_loss does not run under the transforms of torch.func (grad, vjp, jacrev, vmap, jvp); use "
+            "weighted_loss(F.linear(hidden, weight, bias), ...) there, or backward()"
+        )
+    if _levels(TransformType.Vmap):
+        raise NotImplementedError(
+            "weighted_loss does not run under torch.vmap: its state is updated in place, a batch at a time. Give it "
+            "the whole batch; reduction='none' returns the loss of each visit"
+        )
+
+
+def _levels(transform: TransformType) -> list[int]:
+    return [each.level() for each in retrieve_all_functorch_interpreters() if each.key() == transform]
+
+
+def _has_tangent(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor):
+        return False
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    levels = _levels(TransformType.Jvp)
+    while levels and is_functorch_wrapped_tensor(tensor):
+        if maybe_get_level(tensor) in levels:
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
+
+
+def once(name: str, grad: Tensor, *sources: Tensor) -> Tensor:
+    """`grad`, of which there is no derivative; `sources` carry the graph of all it depends on."""
+    return _NoSecondDerivative.apply(name, grad, *sources) if torch.is_grad_enabled() else grad
+
+
+def link(*tensors: Tensor | None) -> Tensor:
+    """An empty tensor with a graph that leads to `tensors`, for `once`: it keeps none of their values."""
+    with torch.enable_grad():
+        return super(torch.autograd.Function, _Link).apply(*tensors)  # past torch.func, which is refused
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient under create_graph: usable as a value, an error in the backward, never silently a constant."""
+
+    @staticmethod
+    def forward(name: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(f"{ctx.name} has no second derivative; use {_PLAIN[ctx.name]} for one")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, grad: Tensor, *sources: Tensor) -> tuple[Tensor, Any]:
+        return _NoSecondDerivative.apply(name, grad, *sources), in_dims[1]
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
+        raise AssertionError("behind _NoSecondDerivative, which raises")
+
+
+def batched(grad_output: Tensor) -> bool:
+    """Whether several gradients are asked for at once (is_grads_batched, jacrev): then the tensor has no memory."""
+    try:
+        grad_output.data_ptr()
+    except RuntimeError:
+        return True
+    return False
