@@ -21,10 +21,12 @@ from geko_kernels.cli.data import Records, encode, label_names, read_records
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
 from geko_kernels.config import GEKOConfig
+from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
-from geko_kernels.training.checkpoint import last_complete
+from geko_kernels.training.checkpoint import STATE_NAME, last_complete
 from geko_kernels.training.efficiency import REPORT_NAME
 from geko_kernels.training.report import write_report
+from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.trainer import GEKOTrainer
 
 
@@ -42,6 +44,8 @@ def train(options: TrainOptions) -> None:
     """
     checkpoint = _checkpoint(options)
     config, arguments = _config(options), _arguments(options)
+    if checkpoint is not None:
+        _check_loss(checkpoint, options.loss)
     records = read_records(options.data)
     held_out = read_records(options.eval_data) if options.eval_data else None
     tokenizer = _tokenizer(options.model)
@@ -58,7 +62,10 @@ def train(options: TrainOptions) -> None:
     )
     if trainer.is_world_process_zero():
         print(f"{options.data}: {len(data.train)} samples with {', '.join(records.fields)}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ResumeError as error:
+        raise UsageError(f"--resume: {error}") from error
     trainer.save_model()
     if trainer.is_world_process_zero():
         _print_summary(trainer.get_efficiency_report(), write_report(options.output_dir))
@@ -79,6 +86,20 @@ def _checkpoint(options: TrainOptions) -> str | None:
     if not Path(options.resume).is_dir():
         raise UsageError(f"--resume: there is no directory {options.resume}; give a checkpoint-N directory")
     return options.resume
+
+
+def _check_loss(checkpoint: str, loss: str) -> None:
+    """A run begun with one loss and ended with the other would be neither."""
+    state = Path(checkpoint) / STATE_NAME
+    if not state.is_file():
+        return  # the trainer says what is missing
+    before = "standard" if SampleState.load(state).config == GEKOConfig.uniform() else "geko"
+    if before != loss:
+        raise UsageError(
+            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with a run that "
+            f"is neither. Give --loss {before}, or start a run of its own with another --output-dir (from the weights "
+            f"trained so far with --model {checkpoint})"
+        )
 
 
 def _config(options: TrainOptions) -> GEKOConfig:
