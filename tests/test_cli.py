@@ -137,6 +137,27 @@ class TestTrain:
         assert (killed / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
         assert "trained 48 samples of the standard run's 48" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("first", ["geko", "standard"])
+    def test_a_run_is_not_ended_with_the_other_loss(self, model, prompts, tmp_path, capsys, first):
+        other = {"geko": "standard", "standard": "geko"}[first]
+        output = tmp_path / "run"
+        assert train(model, prompts, output, "--loss", first, "--epochs", "1") == 0
+        command = ("train", "--model", str(model), "--data", prompts, "--output-dir", str(output), "--resume")
+        text = refused(capsys, *command, "--loss", other)
+        assert f"checkpoint-3 was written with --loss {first}, and --loss {other} would go on" in text
+        assert f"Give --loss {first}, or start a run of its own with another --output-dir" in text
+        capsys.readouterr()
+        assert train(model, prompts, output, "--loss", first, "--epochs", "1", "--resume") == 0
+
+    def test_a_run_is_not_ended_on_other_data(self, model, prompts, finished_run, tmp_path, capsys):
+        killed = tmp_path / "killed"
+        shutil.copytree(finished_run, killed)
+        rows = [{"prompt": f"{word} is no", "completion": " thing"} for word in WORDS * 3]
+        other = write_jsonl(tmp_path / "other.jsonl", rows)
+        command = ("train", "--model", str(model), "--data", other, "--output-dir", str(killed), "--resume")
+        text = refused(capsys, *command)
+        assert "--resume: " in text and "written with another train_dataset: of 24 items compared 24" in text
+
 
 class TestReport:
     def test_report_of_a_run(self, finished_run, tmp_path, capsys):

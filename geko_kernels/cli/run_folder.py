@@ -13,7 +13,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
-from geko_kernels.training.checkpoint import last_complete
+from geko_kernels.config import GEKOConfig
+from geko_kernels.state import SampleState
+from geko_kernels.training.checkpoint import STATE_NAME, last_complete
 from geko_kernels.training.efficiency import REPORT_NAME
 
 
@@ -63,6 +65,24 @@ def find_checkpoint(options: TrainOptions) -> str | None:
             + (f"give {inside}" if inside else "give a checkpoint-N directory")
         )
     return options.resume
+
+
+def check_loss(checkpoint: str, loss: str) -> None:
+    """Refuses to end with one loss a run that was begun with the other."""
+    state = Path(checkpoint) / STATE_NAME
+    if not state.is_file():
+        return  # the trainer says what is missing
+    try:
+        config = SampleState.load(state).config
+    except ValueError as error:
+        raise UsageError(f"--resume: {error}") from error
+    before = "standard" if config == GEKOConfig.uniform() else "geko"
+    if before != loss:
+        raise UsageError(
+            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with a run that "
+            f"is neither. Give --loss {before}, or start a run of its own with another --output-dir (from the weights "
+            f"trained so far with --model {checkpoint})"
+        )
 
 
 def check_checkpoint(checkpoint: str, model: Any) -> None:

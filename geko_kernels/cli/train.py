@@ -20,10 +20,11 @@ from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.labels import find_classes
 from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most_tokens
 from geko_kernels.cli.options import TrainOptions
-from geko_kernels.cli.run_folder import check_checkpoint, check_output, find_checkpoint, newest_checkpoint
+from geko_kernels.cli.run_folder import check_checkpoint, check_loss, check_output, find_checkpoint, newest_checkpoint
 from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
 from geko_kernels.training.efficiency import REPORT_NAME
 from geko_kernels.training.report import write_report
+from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.trainer import GEKOTrainer
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -61,6 +62,8 @@ def train(options: TrainOptions) -> None:
     checkpoint = find_checkpoint(options)
     config, arguments = make_config(options), make_arguments(options)
     begun = _Begun()
+    if checkpoint:
+        check_loss(checkpoint, options.loss)
     with _interrupt_told(options):
         task = _make_task(options)
         check_best_metric(arguments, task.is_classification)
@@ -111,7 +114,7 @@ def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
             ) from error
         if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError)):
             raise
-        raise UsageError(str(error)) from error
+        raise UsageError(f"--resume: {error}" if isinstance(error, ResumeError) else str(error)) from error
 
 
 def _cannot_write(error: Exception) -> bool:

@@ -1,10 +1,11 @@
-"""The progress bar with the bucket shares."""
+"""The progress bar with the bucket shares, and what `epoch` means in logs and checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 
@@ -30,3 +31,16 @@ class BucketBar(ProgressCallback):
         if self.training_bar is not None and logs and "geko_freeze" in logs:
             shares = (f"{name} {logs[f'geko_{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
             self.training_bar.set_postfix_str(", ".join(shares))
+
+
+class RunEpoch(TrainerCallback):
+    """Sets `state.epoch` to `epoch()` after each step, before other callbacks and the log see it.
+
+    Trainer takes each of its epochs for one whole pass over the data.
+    """
+
+    def __init__(self, epoch: Callable[[], float]) -> None:
+        self.epoch = epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.epoch = self.epoch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save_files(
     rest = {name: value for name, value in sampler.items() if not isinstance(value, Tensor)}
     temporary = folder / f".{SAMPLER_NAME}.{uuid.uuid4().hex}.tmp"
     try:
-        save_file(columns, temporary, {"format": _FORMAT, "rest": json.dumps(rest)})
+        save_file(columns, temporary, {"format": _FORMAT, "rest": json.dumps(rest, allow_nan=False)})
         os.replace(temporary, folder / SAMPLER_NAME)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,21 +71,40 @@ def load_files(
     return state, {**sampler, **json.loads(metadata["rest"])}, json.loads((folder / EFFICIENCY_NAME).read_text())
 
 
+def set_aside(folder: Path, final_name: str) -> None:
+    """Rename a checkpoint that is about to be written again: it lasts until the new one is whole."""
+    kept = folder.with_name(f".{folder.name}.old")
+    if _is_whole(folder, final_name):
+        shutil.rmtree(kept, ignore_errors=True)
+        folder.rename(kept)
+    else:
+        (folder / final_name).unlink(missing_ok=True)
+
+
+def drop_set_aside(output_dir: Path) -> None:
+    """A new checkpoint is whole: what `set_aside` has kept is no longer needed."""
+    for kept in output_dir.glob(".checkpoint-*.old"):
+        shutil.rmtree(kept, ignore_errors=True)
+
+
 def last_complete(output_dir: str | os.PathLike[str], final_name: str) -> str | None:
     """The newest `checkpoint-N` whose last-written file `final_name` (JSON) is whole; None if there is none.
 
-    A process killed while it saves leaves a folder without that file, or with half of it.
+    A process killed while it saves leaves a folder without that file, or with half of it; if that was a step that had
+    been saved before, what `set_aside` kept of it is taken.
     """
     folder = Path(output_dir)
-    steps = {}
+    found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        match = re.fullmatch(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.old", path.name)
         if match:
-            steps[int(match[1])] = path
-    for step in sorted(steps, reverse=True):
-        try:
-            json.loads((steps[step] / final_name).read_text())
-        except (OSError, ValueError):
-            continue
-        return str(steps[step])
-    return None
+            found.append((int(match[1] or match[2]), match[1] is not None, path))
+    return next((str(path) for _, _, path in sorted(found, reverse=True) if _is_whole(path, final_name)), None)
+
+
+def _is_whole(checkpoint: Path, final_name: str) -> bool:
+    try:
+        json.loads((checkpoint / final_name).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

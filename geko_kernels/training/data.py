@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class IdCollator:
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
+        batch = copy.copy(batch)  # it may be an item of the dataset's
         name = label_of(batch, self.label_names)
         if name is None:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
 from geko_kernels.training.head import find_head
@@ -134,6 +135,15 @@ def computes_loss(base: nn.Module, label_name: str) -> bool:
     parameters = inspect.signature(base.forward).parameters
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return isinstance(base, PreTrainedModel) or label_name in parameters or takes_all
+
+
+def trainer_counts(base: nn.Module) -> tuple[bool, bool]:
+    """(gets `num_items_in_batch`, it counts labels behind the first position alone), as Trainer decides both."""
+    parameters = inspect.signature(base.forward).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    shifts = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return bool(getattr(base, "accepts_loss_kwargs", takes_all)), shifts and not encodes
 
 
 @contextmanager

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from geko_kernels.config import GEKOConfig
-from geko_kernels.state import SampleState
-from geko_kernels.training.checkpoint import last_complete, load_files, save_files
-from geko_kernels.training.efficiency import Efficiency, bucket_names
-from geko_kernels.training.sampler import GEKOSampler
-from geko_kernels.training.schedule import follow_progress
+from geko_kernels.training.audit import bypassed
+from geko_kernels.training.beginning import BeginningTrainer
+from geko_kernels.training.checkpoint import drop_set_aside, last_complete, load_files, save_files, set_aside
+from geko_kernels.training.efficiency import bucket_names
+from geko_kernels.training.fingerprint import fingerprint
+from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
+from geko_kernels.training.schedule import read_progress_
 
 logger = logging.get_logger(__name__)
 
 
-class PlannedTrainer(Trainer):
+class PlannedTrainer(BeginningTrainer):
     """`transformers.Trainer` whose epochs are as long as the plans of a `GEKOSampler`.
 
-    A subclass makes the sampler and its `_micro_batch` (samples in one batch of all processes) in
-    `_get_train_sampler`, and looks at samples forward-only in `_probe`.
+    A subclass looks at samples forward-only in `_probe` and writes the report in `_write_report`.
     """
 
     control: Any
-    config: GEKOConfig
-    sample_state: SampleState | None
-    sampler: GEKOSampler | None
-    efficiency: Efficiency
-    _micro_batch: int
     _resume: dict[str, Any] | None  # the sampler's values of the checkpoint to go on from
     _counts_at_sync: Tensor  # (4,) samples per bucket when all processes last knew the same
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
-        """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end."""
+        """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end.
+
+        Called again, it goes on with the learning state as it does with the model, and begins the plan, the counts
+        and the report anew. Where `model_init` makes the model, or `trainer.model` is another one than before, nothing
+        has been learnt yet, and so the learning state begins anew too.
+        """
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
                 raise ValueError(
@@ -57,70 +54,76 @@ class PlannedTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in output_dir {self.args.output_dir}")
             logger.info(f"Resuming from {resume_from_checkpoint}")
-        if self.config.spend_saved and self.args.max_steps <= 0:
-            steps = math.ceil(len(self.train_dataset) / self.get_total_train_batch_size(self.args))
-            self.args.max_steps = math.ceil(self.args.num_train_epochs * steps)
-        self.efficiency, self._resume = self._new_efficiency(), None
+        self._forget_model()
+        self._follow_model()
+        self.efficiency, self._resume, self._beginning = self._new_efficiency(), None, None
+        self._fingerprint: dict[str, Any] | None = None
+        self._saved = None
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
-        elif self.model_init is not None:
-            self.sample_state = self._new_state()  # another model, nothing learnt yet
-        if self.sample_state is not None:
-            self.efficiency.predictions = self.sample_state.predictions
+        self._begin_run()
+        self.efficiency.predictions = self.sample_state.predictions
         self.efficiency.switch("other")
         output = super().train(resume_from_checkpoint, *rest, **named)
+        self._audit.end(self.state.global_step - self._begun_at[0])
         self._end_epoch()
         self.efficiency.switch(None)
         if self.is_world_process_zero():
             self._write_report()
         return output
 
-    def _new_state(self) -> SampleState | None:
-        if self.train_dataset is None:
-            return None
-        return SampleState(len(self.train_dataset), self.config, self.args.device)
-
-    def _new_efficiency(self) -> Efficiency:
-        several = dist.is_available() and dist.is_initialized() and self.args.world_size > 1
-        return Efficiency(self.args.device, dist.all_reduce if several else None)
-
     def _load(self, checkpoint: str) -> None:
         assert self.sample_state is not None
         state, self._resume, counts = load_files(checkpoint, len(self.sample_state), self.args.device)
+        check_data(checkpoint, self._resume.get("data"), self._data())
+        if holds_only_the_model(checkpoint):
+            logger.warning(
+                f"{checkpoint} holds no optimizer and no random numbers (save_only_model=True): the run goes on with a "
+                "new optimizer, and is not the run that would have gone on."
+            )
+        self._resume["run"] = {**self._resume.get("run", {}), "GEKOConfig": state.config.to_dict()}
+        self._saved = Path(checkpoint).resolve()
         self.efficiency.load_state_dict(counts)
-        if state.config != self.config:
-            logger.warning("The checkpoint was written with another GEKOConfig; going on with the trainer's own.")
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
 
+    def _data(self) -> dict[str, Any]:
+        if self._fingerprint is None:
+            workers, context = self.args.dataloader_num_workers, self.args.dataloader_multiprocessing_context
+            self._fingerprint = fingerprint(self.train_dataset, workers > 0, context)
+        return self._fingerprint
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._resume is None:
-            return epochs, batches
-        sampler = self._planned()
-        sampler.load_state_dict(self._resume)
+        self.state.num_train_epochs = self._num_epochs
+        if self._resume is not None:
+            epochs, batches = self._go_on(self._resume)
+        self._begun_at = self.state.global_step, self.efficiency.train["samples"]
+        return epochs, batches
+
+    def _go_on(self, resume: dict[str, Any]) -> tuple[int, int]:
+        """(epoch, batches of it to skip) where the run of the checkpoint stands."""
+        sampler, accumulate = self._planned(), self.args.gradient_accumulation_steps
+        sampler.load_state_dict(resume)
         assert sampler.plan is not None
         consumed, sampler.position = sampler.position, 0
         finished = consumed >= len(sampler.plan.ids)
-        batches = math.ceil(consumed / self._micro_batch)
-        self._place(batches, batches if finished else math.ceil(len(sampler) / self._micro_batch))
-        if finished:
-            return sampler.epoch + 1, 0
-        return sampler.epoch, 0 if self.args.ignore_data_skip else batches
-
-    def _place(self, batches: int, epoch_batches: int) -> None:
-        """The run stands behind so many of the epoch's batches."""
-        accumulate = self.args.gradient_accumulation_steps
-        self._batches, self._epoch_batches = batches, epoch_batches
-        self._epoch_steps = math.ceil(epoch_batches / accumulate)
-        self._first_step = self.state.global_step - math.ceil(batches / accumulate)  # at which the epoch began
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        values = super().set_initial_training_values(args, dataloader)
-        self._place(0, 1)
-        self._full_epoch_steps, self._full_run_steps = values[1], values[-1]
-        # a run counted in steps goes on for as many planned epochs as they take
-        return (sys.maxsize, *values[1:]) if args.max_steps > 0 else values
+        step = self._micro_batch * accumulate
+        batches = math.ceil(consumed / self._micro_batch) if finished else consumed // step * accumulate
+        self._place(batches, batches if finished else self._standard.batches_of(len(sampler)))
+        now = {**run_settings(self), "GEKOConfig": self.config.to_dict()}
+        changed = differences(resume["run"], now)
+        if changed:
+            sampler.relocate_(self._first_step / self._run_steps if self.counts_steps else None)
+            logger.warning(
+                "The run goes on with other settings than its checkpoint was written with, so it is not the run that "
+                "would have gone on. " + ". ".join(changed) + "."
+            )
+        epoch = sampler.epoch + finished
+        over = self.state.global_step >= self._run_steps if self.counts_steps else epoch >= self._num_epochs
+        if over and changed:
+            logger.warning(f"The checkpoint's run is past the end of this one (epoch {epoch}): nothing is trained.")
+        return epoch, 0 if finished or self.args.ignore_data_skip else batches
 
     def _run_epoch(
         self,
@@ -135,7 +138,7 @@ class PlannedTrainer(Trainer):
     ) -> None:
         resumed = resume_from_checkpoint is not None and epoch == epochs_trained
         done = steps_trained_in_current_epoch if resumed else 0
-        if self.args.max_steps > 0 and self.state.global_step >= self.args.max_steps:
+        if self.counts_steps and self.state.global_step >= self._run_steps:
             self.control.should_training_stop = True  # resumed after its end
             return
         if resumed and done == 0:
@@ -143,9 +146,12 @@ class PlannedTrainer(Trainer):
             resume_from_checkpoint = None
         if done == 0:
             self._begin_epoch(model, epoch)
+        after_empty = self._epoch_batches == 0
         self._place(done, len(train_dataloader))
-        if self.args.max_steps <= 0:
-            later = max(self._full_run_steps - (epoch + 1) * self._full_epoch_steps, 0)
+        if after_empty and self._follows:
+            read_progress_(self.lr_scheduler)
+        if not self.counts_steps:
+            later = max(self._run_steps - (epoch + 1) * self._standard.epoch_steps, 0)
             self.state.max_steps = self._first_step + self._epoch_steps + later
         self._counts_at_sync = self._planned().state.bucket_counts()
         if self._epoch_batches == 0:
@@ -162,20 +168,30 @@ class PlannedTrainer(Trainer):
                 **{**rest, "steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps},
             )
             self.efficiency.collect()  # waits for the device, so the steps' time is theirs
+        if not (self.control.should_epoch_stop or self.control.should_training_stop):
+            self._audit.check()
+        self._audit.end(self.state.global_step - self._begun_at[0])
 
     def _pass_empty_epoch(self, model: nn.Module, epoch: int, rest: dict[str, Any]) -> None:
-        """Nothing is left to teach in this epoch: log, evaluate and save as after any other."""
-        self.state.epoch = epoch + 1.0
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        last = self.state.global_step >= self.state.max_steps
-        self.control.should_save |= last and self.args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
+        """Nothing is left to teach in this epoch, or no batch can be made: log, evaluate and save all the same."""
+        if self.counts_steps:  # the next ones would be as empty
+            self.control.should_training_stop = True
+            logger.warning(self._why_nothing())
+        args, step, last = self.args, self.state.global_step, self.state.global_step >= self.state.max_steps
+        last |= self.control.should_training_stop
+        self.state.epoch = self._epoch()
+        self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+        self.control.should_save |= last and args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
+        if last and args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= step:
+            self.control.should_evaluate |= step % self.state.eval_steps != 0  # as Trainer does at its last step
         trial, ignored, start = rest["trial"], rest["ignore_keys_for_eval"], rest["start_time"]
         self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignored, start)
 
     def _begin_epoch(self, model: nn.Module, epoch: int) -> None:
         """Close the last epoch, probe what is due, draw the plan."""
         sampler, counts = self._planned(), self.efficiency
-        start = self.state.global_step / self.args.max_steps if self.args.max_steps > 0 else None
+        start = self.state.global_step / self._run_steps if self.counts_steps else None
+        falls = self._rate_falls()
         with counts.timed("selection"):
             self._end_epoch()
             counts.begin_epoch(epoch, self.state.global_step)
@@ -188,12 +204,40 @@ class PlannedTrainer(Trainer):
                 due = sampler.due_probes(epoch, start)
         with counts.timed("selection"):
             sampler.set_epoch(epoch, start)
+            self._fill_up(epoch, start, falls)
+
+    def _fill_up(self, epoch: int, start: float | None, falls: bool) -> None:
+        """Fill up a plan too small to train, where without it the run would not end or its rate would not fall.
+
+        The last epoch of a run counted in epochs, if it is empty, becomes as long as the epochs were on average.
+        """
+        sampler, counts = self._planned(), self.efficiency
+        assert sampler.plan is not None
+        size, batch = len(sampler.plan.ids), self._micro_batch if self.args.dataloader_drop_last else 1
+        if size >= batch:
+            return
+        if size or self.counts_steps:
+            sampler.fill_up_(batch, start)
+        elif falls and epoch + 1 == self._num_epochs and self.state.global_step > 0:
+            sampler.fill_up_(max(batch, math.ceil(counts.train["samples"] / self._num_epochs)), start)
+
+    def _why_nothing(self) -> str:
+        state, plan = self._planned().state, self._planned().plan
+        held = int(state.quarantined.count_nonzero())
+        drops = f", and dataloader_drop_last=True drops batches of fewer than {self._micro_batch}"
+        return (
+            f"GEKOTrainer stops at step {self.state.global_step} of {self._run_steps}: no batch can be trained. "
+            f"{held} of {len(state)} samples are quarantined"
+            + (drops if self.args.dataloader_drop_last and plan is not None and held < len(state) else "")
+            + "."
+        )
 
     def _end_epoch(self) -> None:
         sampler = self._planned()
         sampler.state.sync()
         sampler.note_forgotten_()
         marks = {
+            "end": self._epoch(),
             "buckets": bucket_names(sampler.state.bucket_counts().tolist()),
             "quarantined": int(sampler.state.quarantined.count_nonzero()),
             "forgotten": int(sampler.lost),
@@ -202,57 +246,43 @@ class PlannedTrainer(Trainer):
         self.efficiency.samples_standard = self._samples_standard()
         self.efficiency.end_epoch(self.state.global_step, marks)
 
-    def _planned(self) -> GEKOSampler:
-        assert self.sampler is not None
-        return self.sampler
-
-    def _progress(self) -> float:
-        """Finished share of the run once the batches fetched so far are trained."""
-        steps = math.ceil(self._batches / self.args.gradient_accumulation_steps)
-        if self.args.max_steps > 0:
-            return min((self._first_step + steps) / self.args.max_steps, 1.0)
-        if self.sampler is None or self.sampler.plan is None:
-            return 0.0
-        share = steps / self._epoch_steps if self._epoch_steps else 1.0
-        return self.sampler.progress(len(self.sampler.plan.ids) * share)
-
-    def _consumed(self) -> int:
-        """Samples of the plan that the batches fetched so far hold."""
-        plan = self._planned().plan
-        if plan is None or self._batches >= self._epoch_batches:
-            return 0 if plan is None else len(plan.ids)
-        return min(self._batches * self._micro_batch, len(plan.ids))
-
-    def _samples_standard(self) -> int:
-        sampler = self._planned()
-        return round(self._progress() * sampler.num_epochs * len(sampler.state))
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        given = self.lr_scheduler is not None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not given:
-            follow_progress(scheduler, self._progress, num_training_steps)
-        return scheduler
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        self._audit.check()
         self._planned().advance(self._consumed())
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches += len(batches)
+        self._audit.fetch(batches)
         return batches, num_items
+
+    def training_step(self, *args: Any, **named: Any) -> Tensor:
+        try:
+            return super().training_step(*args, **named)
+        except TypeError as error:
+            if "sample_ids" in str(error):  # a model was given the batch as it came
+                raise bypassed(self, f"the model was called with 'sample_ids' ({error})", ("compute_loss",)) from error
+            raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         sampler = self._planned()
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self._epoch_batches == 0 and self._saved == folder.resolve():
+            return  # only empty epochs since: who resumes from it passes them again, and finds the same
         with self.efficiency.timed("checkpoints"):
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             sampler.state.sync()
             self._counts_at_sync = sampler.state.bucket_counts()
             self.efficiency.samples_standard = self._samples_standard()
             self.efficiency.collect()
             if self.args.should_save:
-                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # written last: its presence says all is there
-                position = sampler.state_dict(self._consumed())
+                set_aside(folder, TRAINER_STATE_NAME)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                about = {"run": run_settings(self), "data": self._data()}
+                position = {**sampler.state_dict(self._consumed()), **about}
                 save_files(folder, sampler.state, position, self.efficiency.state_dict())
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # ends with trainer_state.json: its presence says all is there
+            if self.args.should_save:
+                drop_set_aside(folder.parent)
+            self._saved = folder.resolve()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -85,5 +85,6 @@ def _curves(run: Mapping[str, Any], quantity: str) -> dict[str, Curve]:
     }
     if len(logged["training"]) < 2:
         epochs = run["efficiency"]["epochs"]
-        logged["training"] = [(row["epoch"] + 1, row[quantity]) for row in epochs if row[quantity] is not None]
+        known = [row for row in epochs if row[quantity] is not None]
+        logged["training"] = [(row.get("end", row["epoch"] + 1), row[quantity]) for row in known]  # older runs lack it
     return {name: points for name, points in logged.items() if points}

@@ -95,6 +95,7 @@ class GEKOSampler(Sampler[int]):
             raise ValueError(f"lengths must have one entry for each of the {len(state)} samples, got {len(lengths)}")
         self.state = state
         self.num_epochs = float(num_epochs)
+        self.last_slots: int | None = None  # samples of a partial last epoch, where a trainer makes whole steps of it
         self.shuffle, self.pad_to = shuffle, pad_to
         self.orders = Orders(len(state), seed)
         self.lengths, self.window = lengths, window
@@ -117,6 +118,11 @@ class GEKOSampler(Sampler[int]):
         """Ids in this epoch's plan, padding included; all samples' before the first plan is drawn."""
         size = len(self.state) if self.plan is None else len(self.plan.ids)
         return math.ceil(size / self.pad_to) * self.pad_to
+
+    @property
+    def handed_out(self) -> bool:
+        """Has the plan at hand been yielded to its end?"""
+        return self._finished
 
     def __iter__(self) -> Iterator[int]:
         if self.plan is None or self._finished:
@@ -176,8 +182,9 @@ class GEKOSampler(Sampler[int]):
         kept = keep.cpu().index_select(0, perm)
         if start is None:  # a slot passes whether its sample is trained or not
             slots = round((longest - begin) * self.num_epochs * total)
-            cut = min(max(round((finish - begin) * self.num_epochs * total), 0), slots)
-            turn, end = begin + cut / (self.num_epochs * total), longest
+            if slots < total and self.last_slots is not None:
+                slots = self.last_slots
+            cut = min(max(round((finish - begin) / max(longest - begin, 1e-12) * slots), 0), slots)
         else:  # only samples drawn count
             slots = total
             cut = cut_after(kept, round((finish - begin) * self.num_epochs * total))
@@ -185,13 +192,39 @@ class GEKOSampler(Sampler[int]):
             kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
         ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
         head = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
-        if start is not None:
-            turn = begin + head / (self.num_epochs * total)
-            end = begin + len(ids) / (self.num_epochs * total)
         self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
-        return Plan(ids, head, begin, min(turn, 1.0), min(end, 1.0))
+        return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)))
+
+    def _stretch(self, epoch: int, start: float | None, head: int, size: int) -> tuple[float, float, float]:
+        """Progress at the begin of a plan of `size`, where its head ends, and at its end."""
+        begin, longest = self._span(epoch, start)
+        if start is not None:
+            drawn = self.num_epochs * len(self.state)
+            return begin, min(begin + head / drawn, 1.0), min(begin + size / drawn, 1.0)
+        return begin, min(max(1 - self.state.config.uniform_finish, begin), longest), longest
+
+    def fill_up_(self, size: int, start: float | None = None) -> None:
+        """Extend the plan at hand to `size` samples by others, in the epoch's order; quarantined ones stay out.
+
+        Those beyond the head have weight 1 where their batch begins beyond it. `start` as for `set_epoch`.
+        """
+        assert self.plan is not None
+        ids, head = self.plan.ids, self.plan.head
+        others = ~self.state.quarantined.cpu()
+        others[ids.long()] = False
+        order = self.orders.of(self.epoch) if self.shuffle else torch.arange(len(self.state), dtype=torch.int32)
+        more = order[others[order.long()]][: max(size - len(ids), 0)]
+        begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
+        self.plan = Plan(torch.cat([ids, more]), head, begin, turn if head else begin, end)
+        self.advance(0)
+
+    def relocate_(self, start: float | None = None) -> None:
+        """Place the plan at hand, drawn for a run of another length, within this one; `start` as for `set_epoch`."""
+        if self.plan is not None:
+            ids, head = self.plan.ids, self.plan.head
+            self.plan = Plan(ids, head, *self._stretch(self.epoch, start, head, len(ids)))
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""

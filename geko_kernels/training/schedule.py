@@ -1,26 +1,44 @@
-"""The learning rate by progress: fully decayed at the end of the run, however short its epochs get."""
+"""The learning rate by progress, however short a run's epochs get."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+Factor = Callable[[Any], float]
 
-def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_steps: int) -> LRScheduler:
+
+def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_steps: int) -> Callable[[], bool]:
     """Make a schedule over `num_steps` read `progress() * num_steps` in place of its count of steps.
 
     `scheduler` is a LambdaLR as `transformers.get_scheduler` makes; another kind (by plateau) stays as it is.
+
+    Returns: a function that says whether the rate would still fall from where the run stands to its end.
     """
-    if type(scheduler) is LambdaLR:
-        scheduler.lr_lambdas = [_at_progress(factor, progress, num_steps) for factor in scheduler.lr_lambdas]
-    return scheduler
+    if type(scheduler) is not LambdaLR:
+        return lambda: False
+    factors: list[Factor] = list(scheduler.lr_lambdas)
+    scheduler.lr_lambdas = [_at_progress(factor, progress, num_steps) for factor in factors]
+    return lambda: any(factor(num_steps) < factor(progress() * num_steps) for factor in factors)
 
 
-def _at_progress(
-    factor: Callable[[Any], float], progress: Callable[[], float], num_steps: int
-) -> Callable[[int], float]:
+def read_progress_(scheduler: LRScheduler | None) -> None:
+    """Set the rate of where the run stands now: it has passed epochs without a step of the schedule."""
+    if type(scheduler) is not LambdaLR:
+        return
+    rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _at_progress(factor: Factor, progress: Callable[[], float], num_steps: int) -> Factor:
     def at_progress(_step: int) -> float:
         return factor(progress() * num_steps)
 

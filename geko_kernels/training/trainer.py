@@ -19,8 +19,8 @@ from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
-from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_json
-from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of
+from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
+from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
 from geko_kernels.training.own_loss import Route, is_compiled, unwrap_compiled
@@ -44,13 +44,22 @@ class GEKOTrainer(PlannedTrainer):
     evaluation (plain loss, the learning state untouched). What changes:
 
     - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
-      plan. `max_steps` is kept to exactly, with more and shorter epochs.
+      plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
+      Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
+      can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
     - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
       where Trainer (5.17) adds up the means of the micro-batches.
-    - the learning rate follows the finished share of the run and so always decays fully.
-    - a checkpoint carries the learning state, the plan and the counts; resuming is exact. `resume_from_checkpoint=True`
-      takes the newest whole checkpoint.
+    - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
+      a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
+      epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
+    - a checkpoint carries the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
+      `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
+      in a warning, with what they change.
+    - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
+
+    A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
+    `RuntimeError` at the first step that says which, and what it has to do.
 
     Args: those of Trainer, and
         config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.
@@ -64,9 +73,11 @@ class GEKOTrainer(PlannedTrainer):
         ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
             without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
             whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
+        RuntimeError: by `train`, see above.
     """
 
     model_accepts_loss_kwargs: bool
+    _found: FoundLoss | None
     _loss_shifts_labels: bool
     label_names: list[str]
 
@@ -96,8 +107,6 @@ class GEKOTrainer(PlannedTrainer):
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
         if not self.label_names and args.label_names is None:  # the model's forward takes none: they are ours
             self.label_names = ["labels"]
-        self._counts_shifted = self._loss_shifts_labels  # how Trainer counts labels
-        self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # our loss is divided by num_items_in_batch, whatever the model takes
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -105,9 +114,8 @@ class GEKOTrainer(PlannedTrainer):
         self.sample_state: SampleState | None = self._new_state()
         self.sampler: GEKOSampler | None = None
         self.efficiency = self._new_efficiency()
-        self._resume: dict[str, Any] | None = None
-        self._found: FoundLoss | None = None
-        self._place(0, 1)
+        self._remember_model()
+        self._forget_model()
 
     def _check_arguments(self) -> None:
         if self.compute_loss_func is not None:
@@ -160,16 +168,18 @@ class GEKOTrainer(PlannedTrainer):
         split = args.accelerator_config.split_batches
         self._micro_batch = self._train_batch_size if split else step // args.gradient_accumulation_steps
         even = args.world_size > 1 and not args.dataloader_drop_last
-        self.sampler = GEKOSampler(
+        sampler = GEKOSampler(
             state,
-            args.max_steps * step / len(state) if args.max_steps > 0 else args.num_train_epochs,
+            1.0 if args.max_steps > 0 else args.num_train_epochs,  # a run sets its exact length
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
             window=50 * step,
         )
-        return self.sampler
+        if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
+            self.sampler = sampler
+        return sampler
 
     # Loss
 
@@ -200,7 +210,9 @@ class GEKOTrainer(PlannedTrainer):
         return Route.LOSS_FUNCTION, Route.UNUSED if is_compiled(model) else Route.CROSS_ENTROPY
 
     def _forget_model(self) -> None:
+        """What was found out about the model, which may be another one from now on."""
         self._found = None
+        self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
 
     def _check_labels_given(self, found: FoundLoss) -> None:
         if found.form.shift or not isinstance(self.data_collator, CausalCollator):
@@ -320,9 +332,12 @@ class GEKOTrainer(PlannedTrainer):
             "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
             **{f"geko_phase_{name}": w for name, w in zip(("hard", "focus", "light"), weights, strict=False)},
         }
-        if new["labels"]:
-            measures["geko_loss"] = new["loss"] / new["labels"]
+        loss = mean_loss(new)
+        if loss is not None:
+            measures["geko_loss"] = loss
             measures["geko_accuracy"] = new["hits"] / new["labels"]
+        if new["nonfinite"]:
+            measures["geko_nonfinite"] = new["nonfinite"]
         return measures
 
     def get_efficiency_report(self) -> dict[str, Any]:
@@ -338,8 +353,9 @@ class GEKOTrainer(PlannedTrainer):
     def _write_report(self) -> None:
         sampler = self._planned()
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history)
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        write_json(Path(self.args.output_dir) / REPORT_NAME, summary)
+        folder = self._get_output_dir(trial=self._trial)
+        os.makedirs(folder, exist_ok=True)
+        write_json(Path(folder) / REPORT_NAME, summary)
 
 
 def _is_causal(base: nn.Module) -> bool:

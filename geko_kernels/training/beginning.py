@@ -1,0 +1,115 @@
+"""Where a run begins: of which model, and, with `auto_find_batch_size`, again at a smaller batch."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers.utils import logging
+
+from geko_kernels.state import SampleState
+from geko_kernels.training.efficiency import Efficiency
+from geko_kernels.training.progress import ProgressTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class BeginningTrainer(ProgressTrainer):
+    """`transformers.Trainer` whose learning state is of the model that it trains."""
+
+    model_wrapped: Any
+    sample_state: SampleState | None
+    _beginning: Beginning | None  # of the run, where it may have to begin again at a smaller batch
+    _saved: Path | None  # the checkpoint that holds the run as it stands
+
+    def _forget_model(self) -> None:
+        """Forget what has been found out about the model's layers."""
+
+    def _follow_model(self) -> None:
+        """Begin the learning state anew where the model is another one; train a model that was set since."""
+        whole, wrapped = (
+            extract_model_from_parallel(m, keep_torch_compile=False) for m in (self.model, self.model_wrapped)
+        )
+        if self.model_init is None and whole is not wrapped:
+            logger.warning(
+                "trainer.model is another model than before: its optimizer and its learning state begin anew."
+            )
+            self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+            if self.place_model_on_device:
+                self._move_model_to_device(self.model, self.args.device)
+        model, state = self._known
+        if self.model_init is not None or (model is not whole and state is self.sample_state):
+            self.sample_state = self._new_state()
+        self._remember_model()
+
+    def _remember_model(self) -> None:
+        """Remember of which model the learning state is."""
+        kept = self.model_init is None  # else it is made anew, and the old one's memory is to be free
+        model = extract_model_from_parallel(self.model, keep_torch_compile=False) if kept else None
+        self._known: tuple[nn.Module | None, SampleState | None] = model, self.sample_state
+
+    def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
+        assert self.sample_state is not None
+        if self.args.auto_find_batch_size:  # is called again after running out of memory
+            if self._beginning is None:
+                self._beginning = Beginning(self.sample_state, self.efficiency)
+            else:
+                self._beginning.restore_(self.sample_state, self.efficiency)
+                self.current_flos, self._saved = 0, None
+                self._forget_model()
+        self._begin_run()
+        return super()._inner_training_loop(*args, **named)
+
+    def _new_state(self) -> SampleState | None:
+        if self.train_dataset is None:
+            return None
+        return SampleState(len(self.train_dataset), self.config, self.args.device)
+
+    def _new_efficiency(self) -> Efficiency:
+        several = dist.is_available() and dist.is_initialized() and self.args.world_size > 1
+        return Efficiency(self.args.device, dist.all_reduce if several else None)
+
+
+class Beginning:
+    """Copies of the learning state, of the counts, and of the random numbers' states.
+
+    The model keeps what a given up attempt has trained, as in Trainer.
+    """
+
+    def __init__(self, state: SampleState, counts: Efficiency) -> None:
+        self._columns = {name: column.clone() for name, column in state.state_dict().items()}
+        self._upstream = state.upstream.clone()
+        self._counts = copy.deepcopy(counts.state_dict())
+        self._random = _random_states()
+
+    def restore_(self, state: SampleState, counts: Efficiency) -> None:
+        """Forget what an attempt that ran out of memory has left; its wall time goes to "other"."""
+        state.load_state_dict(self._columns)
+        state.upstream.copy_(self._upstream)
+        state.predictions.zero_()
+        spent = sum(counts.state_dict()["spent"].values())
+        counts.load_state_dict(copy.deepcopy(self._counts))
+        counts.spent["other"] += spent - sum(counts.spent.values())
+        _set_random_states(self._random)
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,56 @@
+"""The run that `transformers.Trainer` makes of the same arguments: what the figures are compared with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StandardRun(NamedTuple):
+    """How a run without selection goes through its samples.
+
+    The last batch of an epoch may be short, or be dropped, and so may its last step.
+    """
+
+    num_samples: int
+    batch: int  # samples in one batch of all processes
+    batches: int  # in an epoch
+    accumulation: int  # batches in an optimizer step
+    steps: int  # optimizer steps of the whole run
+    drop_last: bool  # a batch that is short
+
+    @property
+    def epoch_steps(self) -> int:
+        return max(-(-self.batches // self.accumulation), 1)
+
+    @property
+    def epoch_samples(self) -> int:
+        return min(self.batches * self.batch, self.num_samples)
+
+    @property
+    def last_samples(self) -> int:
+        """Samples of a partial last epoch, 0 where it is whole."""
+        return min(self.steps % self.epoch_steps * self.accumulation * self.batch, self.num_samples)
+
+    @property
+    def passes(self) -> float:
+        """Length of the run in passes over the dataset; the last one may be partial."""
+        return self.steps // self.epoch_steps + self.last_samples / self.num_samples
+
+    def batches_of(self, plan: int) -> int:
+        """Batches that so many samples make."""
+        return plan // self.batch if self.drop_last else -(-plan // self.batch)
+
+    def samples(self, steps: int) -> int:
+        """Samples trained by `steps` steps from the start."""
+        whole, rest = divmod(steps, self.epoch_steps)
+        return whole * self.epoch_samples + min(rest * self.accumulation * self.batch, self.epoch_samples)
+
+    def epoch(self, steps: int) -> float:
+        """What Trainer logs as `epoch` after `steps` steps."""
+        whole, rest = divmod(steps, self.epoch_steps)
+        return whole + min(rest * self.accumulation, self.batches) / max(self.batches, 1)
+
+    def steps_of(self, epoch: int) -> int:
+        """Steps of that epoch within the run; the last one may be partial. Behind the run's end epochs are whole."""
+        rest = self.steps - epoch * self.epoch_steps
+        return min(rest, self.epoch_steps) if rest > 0 else self.epoch_steps
