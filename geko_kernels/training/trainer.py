@@ -229,7 +229,7 @@ class GEKOTrainer(PlannedTrainer):
         name = label_of(batch_samples[0], self.label_names)
         self._loss_shifts_labels = self._counts_shifted
         if "sample_ids" in batch_samples[0] or (name and not computes_loss(self._base(), name)):
-            form = self._find_loss(self.model_wrapped, self._prepare_inputs(batch_samples[0])).form
+            form = self._find_loss(self.model_wrapped, self._prepare_inputs(dict(batch_samples[0]))).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
         if name is not None and name != "labels":
