@@ -1,4 +1,4 @@
-"""One training run for test_resume.py: `python resume_run.py OUTPUT_DIR [--resume] [--kill-at STEP]`."""
+"""One training run for test_resume.py: `python resume_run.py OUTPUT_DIR [--resume] [--kill-at STEP] [--setting S]`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,57 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def learnable() -> gk.GEKOConfig:
+# name -> (training arguments, fields of the config): what the position of a checkpoint may depend on
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({"gradient_accumulation_steps": 1}, {}),
+    "accumulate 2": ({"gradient_accumulation_steps": 2}, {}),
+    "accumulate 3, max_steps": ({"gradient_accumulation_steps": 3, "max_steps": 14}, {}),
+    "drop_last": ({"gradient_accumulation_steps": 1, "dataloader_drop_last": True}, {"light_interval": 2}),
+    "drop_last, accumulate 2": ({"gradient_accumulation_steps": 2, "dataloader_drop_last": True}, {}),
+    "workers": ({"gradient_accumulation_steps": 1, "dataloader_num_workers": 2}, {}),
+    "workers, accumulate 3": ({"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}, {"noise_guard": False}),
+    "persistent workers": (
+        {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {},
+    ),
+    "group_by_length": ({"gradient_accumulation_steps": 1, "train_sampling_strategy": "group_by_length"}, {}),
+    "uniform_finish": ({"gradient_accumulation_steps": 2, "num_train_epochs": 3.5}, {"uniform_finish": 0.4}),
+    "uniform_finish, max_steps": ({"gradient_accumulation_steps": 1, "max_steps": 31}, {"uniform_finish": 0.3}),
+    "no curriculum, turns": (
+        {"gradient_accumulation_steps": 2},
+        {"use_curriculum": False, "bucket_weights": (3, 2, 1), "light_interval": 3, "uniform_finish": 0.0},
+    ),
+    "spend_saved": ({"gradient_accumulation_steps": 2}, {"spend_saved": True}),
+    "rare logs": ({"gradient_accumulation_steps": 1, "logging_steps": 3}, {"quality": "std"}),
+}
+
+
+def config_of(**fields: Any) -> gk.GEKOConfig:
     """Everything on, thresholds so low that samples freeze, thaw and are quarantined within a few epochs."""
-    return gk.GEKOConfig(
-        correct_loss=2.6, freeze_confidence=0.14, focus_confidence=0.1, freeze_quality=0.1, noise_guard_share=0.1
-    )
+    low = {"correct_loss": 2.6, "freeze_confidence": 0.14, "focus_confidence": 0.1, "freeze_quality": 0.1}
+    return gk.GEKOConfig(**{**low, "noise_guard_share": 0.1, **fields})
 
 
-def trainer_of(folder: str, **fields: Any) -> gk.GEKOTrainer:
+def trainer_of(folder: str, samples: int = 30, config: dict[str, Any] | None = None, **fields: Any) -> gk.GEKOTrainer:
     options = {
         "num_train_epochs": 8,
         "learning_rate": 2e-2,
         "save_strategy": "steps",
         "save_steps": 5,
         "warmup_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
     }
-    args = arguments(
-        folder, **{**options, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **fields}
-    )
     model = tiny_llama(attention_dropout=0.2)
-    return gk.GEKOTrainer(model, args, train_dataset=sentences(30, ragged=True), config=learnable())
+    args = arguments(folder, **{**options, **fields})
+    return gk.GEKOTrainer(model, args, train_dataset=sentences(samples, ragged=True), config=config_of(**(config or {})))
+
+
+def trainer_in(setting: str, folder: str) -> gk.GEKOTrainer:
+    """A short run that saves at every step."""
+    fields, config = SETTINGS[setting]
+    quick = {"num_train_epochs": 5, "learning_rate": 4e-2, "save_steps": 1, **fields}
+    return trainer_of(folder, 13, config, **quick)
 
 
 def summary(trainer: gk.GEKOTrainer) -> dict[str, Any]:
@@ -70,11 +101,11 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--setting", choices=SETTINGS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     ops._override = "reference"
-    trainer = trainer_of(given.folder, **given.options)
+    trainer = trainer_in(given.setting, given.folder) if given.setting else trainer_of(given.folder)
     if given.kill_at is not None:
         trainer.add_callback(KillAt(given.kill_at))
     trainer.train(resume_from_checkpoint=given.resume)

@@ -166,7 +166,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("geko_kernels.state.save_file", full_disk)
+    monkeypatch.setattr("geko_kernels._files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         gk.SampleState(9).save(tmp_path / "s")
     assert (tmp_path / "s").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

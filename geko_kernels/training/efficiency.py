@@ -50,12 +50,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
 from geko_kernels.loss import SampleStats
 
@@ -215,7 +215,4 @@ def bucket_names(counts: list[int]) -> dict[str, int]:
 
 def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
     """Write JSON so that a process killed meanwhile leaves the old file whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1), encoding="utf-8"))

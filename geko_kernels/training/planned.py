@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
-from geko_kernels.training.checkpoint import last_complete, load_files, save_files
+from geko_kernels.training.checkpoint import SAMPLER_NAME, last_complete, load_files, save_files
 from geko_kernels.training.efficiency import Efficiency, bucket_names
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.schedule import follow_progress
@@ -86,26 +86,33 @@ class PlannedTrainer(Trainer):
 
     def _load(self, checkpoint: str) -> None:
         assert self.sample_state is not None
-        state, self._resume, counts = load_files(checkpoint, len(self.sample_state), self.args.device)
+        like = self.efficiency.state_dict()
+        state, self._resume, counts = load_files(checkpoint, len(self.sample_state), self.args.device, like)
         self.efficiency.load_state_dict(counts)
         if state.config != self.config:
             logger.warning("The checkpoint was written with another GEKOConfig; going on with the trainer's own.")
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._resume is None:
+    def _init_training_state(
+        self, max_steps: int, num_update_steps: int, num_train_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, num_update_steps, num_train_epochs, checkpoint, trial)
+        if self._resume is None or checkpoint is None:
             return epochs, batches
         sampler = self._planned()
-        sampler.load_state_dict(self._resume)
-        assert sampler.plan is not None
-        consumed, sampler.position = sampler.position, 0
-        finished = consumed >= len(sampler.plan.ids)
-        batches = math.ceil(consumed / self._micro_batch)
+        try:
+            sampler.load_state_dict(self._resume)
+            if sampler.plan is None:
+                raise ValueError("state_dict['plan'] is None: the run had not begun")
+        except ValueError as error:
+            raise ValueError(f"{Path(checkpoint) / SAMPLER_NAME}: {error}") from error
+        sampler.position = 0  # the loader skips what has been trained
+        finished = sampler.next_epoch > sampler.epoch
+        batches = math.ceil(self._resume["position"] / self._micro_batch)
         self._place(batches, batches if finished else math.ceil(len(sampler) / self._micro_batch))
         if finished:
-            return sampler.epoch + 1, 0
+            return sampler.next_epoch, 0
         return sampler.epoch, 0 if self.args.ignore_data_skip else batches
 
     def _place(self, batches: int, epoch_batches: int) -> None:
