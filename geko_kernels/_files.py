@@ -47,9 +47,7 @@ def save_tensors(
     write_whole(path, lambda temporary: save_file(held, temporary, described))
 
 
-def load_tensors(
-    path: str | os.PathLike[str], layout: str, writer: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | os.PathLike[str], layout: str, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(columns, metadata) that `save_tensors` wrote; metadata has no "version" in files of the first layout.
 
     Raises:
@@ -82,5 +80,5 @@ def _checksum(columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     crc = zlib.crc32(json.dumps([sorted(metadata.items()), described]).encode())
     for name in names:
         if columns[name].numel():
-            crc = zlib.crc32(columns[name].reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(columns[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

@@ -201,7 +201,7 @@ class SampleState:
                 names the file, and the column and its first such row.
         """
         columns, metadata = load_tensors(path, _FORMAT, "SampleState.save")
-        if "config" not in metadata or columns.get("times_seen", torch.empty(0)).dim() != 1:
+        if "config" not in metadata or "times_seen" not in columns:
             raise ValueError(f"{path} is a safetensors file, but not one that SampleState.save wrote")
         if "version" not in metadata and not metadata.keys() <= _METADATA:
             raise ValueError(f"{path} is damaged: it has metadata {sorted(metadata)}")

@@ -1,4 +1,4 @@
-"""One training run for test_resume.py: `python resume_run.py OUTPUT_DIR [--resume] [--kill-at STEP] [--setting S]`."""
+"""One training run for test_resume.py and kill_runs.py: `resume_run.py OUTPUT_DIR [--setting NAME] [--resume]`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,31 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Doing(TrainerCallback):
+    """Says in a file what the run is at, for who kills it."""
+
+    def __init__(self, trainer: gk.GEKOTrainer, path: Path) -> None:
+        self.path = path
+        for name in ("_probe", "_save_checkpoint"):
+            setattr(trainer, name, self.told(name, getattr(trainer, name)))
+
+    def told(self, name: str, call: Any) -> Any:
+        def calling(*args: Any, **named: Any) -> None:
+            self.path.write_text(name)
+            call(*args, **named)
+            self.path.write_text("training")
+
+        return calling
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.path.write_text("training")
+
+
 # name -> (training arguments, fields of the config): what the position of a checkpoint may depend on
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"gradient_accumulation_steps": 1}, {}),
     "accumulate 2": ({"gradient_accumulation_steps": 2}, {}),
-    "accumulate 3, max_steps": ({"gradient_accumulation_steps": 3, "max_steps": 14}, {}),
+    "accumulate 3, max_steps": ({"gradient_accumulation_steps": 3, "max_steps": 16}, {}),
     "drop_last": ({"gradient_accumulation_steps": 1, "dataloader_drop_last": True}, {"light_interval": 2}),
     "drop_last, accumulate 2": ({"gradient_accumulation_steps": 2, "dataloader_drop_last": True}, {}),
     "workers": ({"gradient_accumulation_steps": 1, "dataloader_num_workers": 2}, {}),
@@ -48,8 +68,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"gradient_accumulation_steps": 2},
         {"use_curriculum": False, "bucket_weights": (3, 2, 1), "light_interval": 3, "uniform_finish": 0.0},
     ),
+    "quarantine": (
+        {"gradient_accumulation_steps": 1, "learning_rate": 2e-2},
+        {
+            "noise_guard_margin": 0.3,
+            "noise_guard_min_share": 0.0,
+            "noise_guard_share": 0.3,
+            "correct_loss": 3.2,
+            "focus_confidence": 0.8,
+            "freeze_confidence": 0.85,
+        },
+    ),
     "spend_saved": ({"gradient_accumulation_steps": 2}, {"spend_saved": True}),
-    "rare logs": ({"gradient_accumulation_steps": 1, "logging_steps": 3}, {"quality": "std"}),
+    "rare logs": ({"gradient_accumulation_steps": 1, "logging_steps": 3, "save_steps": 3}, {"quality": "std"}),
 }
 
 
@@ -71,14 +102,19 @@ def trainer_of(folder: str, samples: int = 30, config: dict[str, Any] | None = N
     }
     model = tiny_llama(attention_dropout=0.2)
     args = arguments(folder, **{**options, **fields})
-    return gk.GEKOTrainer(model, args, train_dataset=sentences(samples, ragged=True), config=config_of(**(config or {})))
+    data = sentences(samples, ragged=True)
+    return gk.GEKOTrainer(model, args, train_dataset=data, config=config_of(**(config or {})))
 
 
 def trainer_in(setting: str, folder: str) -> gk.GEKOTrainer:
     """A short run that saves at every step."""
     fields, config = SETTINGS[setting]
-    quick = {"num_train_epochs": 5, "learning_rate": 4e-2, "save_steps": 1, **fields}
-    return trainer_of(folder, 13, config, **quick)
+    quick = {"per_device_train_batch_size": 3, "learning_rate": 4e-2, "save_steps": 1, **fields}
+    trainer = trainer_of(folder, 14, config, **quick)
+    if setting == "quarantine":  # one token is the answer to all, but for two samples
+        for number, item in enumerate(trainer.train_dataset):
+            item["labels"] = [9 if number in (3, 8) else 5] * len(item["labels"])
+    return trainer
 
 
 def summary(trainer: gk.GEKOTrainer) -> dict[str, Any]:
@@ -96,10 +132,17 @@ def summary(trainer: gk.GEKOTrainer) -> dict[str, Any]:
     }
 
 
+def after(result: dict[str, Any], step: int) -> dict[str, Any]:
+    """The summary with only the curve's part behind `step`, as JSON has it."""
+    result = json.loads(json.dumps(result))
+    return {**result, "curve": [entry for entry in result["curve"] if entry["step"] > step]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--from", dest="checkpoint")
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--setting", choices=SETTINGS)
     given = parser.parse_args()
@@ -108,7 +151,8 @@ def main() -> None:
     trainer = trainer_in(given.setting, given.folder) if given.setting else trainer_of(given.folder)
     if given.kill_at is not None:
         trainer.add_callback(KillAt(given.kill_at))
-    trainer.train(resume_from_checkpoint=given.resume)
+    trainer.add_callback(Doing(trainer, Path(given.folder, "doing")))
+    trainer.train(resume_from_checkpoint=given.checkpoint or given.resume)
     Path(given.folder, "summary.json").write_text(json.dumps(summary(trainer)))
 
 

@@ -41,10 +41,17 @@ class PlannedTrainer(Trainer):
     efficiency: Efficiency
     _micro_batch: int
     _resume: dict[str, Any] | None  # the sampler's values of the checkpoint to go on from
+    _seeds_anew: bool  # persistent workers start anew, whose seed the resumed run has drawn in its first epoch
+    _rng_to_keep: Tensor | None  # torch's generator before those workers drew their seed
     _counts_at_sync: Tensor  # (4,) samples per bucket when all processes last knew the same
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
-        """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end."""
+        """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end.
+
+        A resumed run equals the one that never stopped, to the bit, where items and batches do not depend on random
+        numbers (Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead)
+        and, with `dataloader_persistent_workers`, where nothing is evaluated during training.
+        """
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
                 raise ValueError(
@@ -60,13 +67,14 @@ class PlannedTrainer(Trainer):
         if self.config.spend_saved and self.args.max_steps <= 0:
             steps = math.ceil(len(self.train_dataset) / self.get_total_train_batch_size(self.args))
             self.args.max_steps = math.ceil(self.args.num_train_epochs * steps)
-        self.efficiency, self._resume = self._new_efficiency(), None
+        self.efficiency, self._resume, self._rng_to_keep = self._new_efficiency(), None, None
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         elif self.model_init is not None:
             self.sample_state = self._new_state()  # another model, nothing learnt yet
         if self.sample_state is not None:
             self.efficiency.predictions = self.sample_state.predictions
+        self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers
         self.efficiency.switch("other")
         output = super().train(resume_from_checkpoint, *rest, **named)
         self._end_epoch()
@@ -158,6 +166,8 @@ class PlannedTrainer(Trainer):
         if self._epoch_batches == 0:
             self._pass_empty_epoch(model, epoch, rest)
             return
+        if self._seeds_anew and done == 0:
+            self._rng_to_keep, self._seeds_anew = torch.get_rng_state(), False
         with self.efficiency.timed("steps"):
             super()._run_epoch(
                 model=model,
@@ -244,6 +254,9 @@ class PlannedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self._planned().advance(self._consumed())
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rng_to_keep is not None:
+            torch.set_rng_state(self._rng_to_keep)
+            self._rng_to_keep = None
         self._batches += len(batches)
         return batches, num_items
 
