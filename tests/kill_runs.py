@@ -14,52 +14,58 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
-from resume_run import SETTINGS, after
+from resume_run import SETTINGS, after, run
 
-SCRIPT = Path(__file__).with_name("resume_run.py")
+import geko_kernels as gk
+
 KILLED = ("plain", "accumulate 3, max_steps", "drop_last", "workers", "persistent workers", "uniform_finish")
 KILLED += ("quarantine", "spend_saved")
 
 
-def start(folder: Path, setting: str, *extra: str) -> subprocess.Popen:
-    paths = [str(SCRIPT.parent), str(SCRIPT.parents[1]), *filter(None, sys.path)]
-    environment = {**os.environ, "PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, str(SCRIPT), str(folder), "--setting", setting, *extra]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+class Run:
+    """A process that trains in `folder`, from its newest checkpoint if it has one; it shares our imports."""
 
+    def __init__(self, folder: Path, setting: str, checkpoint: Path | None = None) -> None:
+        whole = any(path.is_file() for path in folder.glob("checkpoint-*/trainer_state.json"))
+        self.log = folder / "log"
+        arguments = (folder, setting, str(checkpoint) if checkpoint else whole)
+        self.process = get_context("fork").Process(target=self.work, args=arguments)
+        self.process.start()
 
-def finish(process: subprocess.Popen) -> int:
-    _, errors = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise AssertionError(errors.decode()[-2000:])
-    return process.returncode
+    def work(self, folder: Path, setting: str, resume: bool | str) -> None:
+        with self.log.open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            run(str(folder), setting, resume)
+
+    def end(self) -> int:
+        """Its exit code: 0, or -9 if it was killed."""
+        self.process.join()
+        code = self.process.exitcode
+        assert code in (0, -signal.SIGKILL), f"exit code {code}:\n{self.log.read_text()[-3000:]}"
+        return code
 
 
 def result_of(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def has_checkpoint(folder: Path) -> bool:
-    return any(path.is_file() for path in folder.glob("checkpoint-*/trainer_state.json"))
-
-
 def kill_once(folder: Path, setting: str, seconds: float) -> str | None:
     """Start or resume the run, kill it `seconds` after it began to train; what it was at, None if it ended before."""
     doing = folder / "doing"
     doing.unlink(missing_ok=True)
-    process = start(folder, setting, *(["--resume"] if has_checkpoint(folder) else []))
-    while process.poll() is None and not doing.exists():
+    started = Run(folder, setting)
+    while started.process.is_alive() and not doing.exists():
         time.sleep(0.01)
     time.sleep(seconds)
-    process.kill()
-    return doing.read_text() if finish(process) == -signal.SIGKILL else None
+    started.process.kill()
+    return (doing.read_text() or "training") if started.end() == -signal.SIGKILL else None
 
 
 def kills_of(setting: str, kills: int, draw: random.Random) -> Counter[str]:
@@ -69,18 +75,17 @@ def kills_of(setting: str, kills: int, draw: random.Random) -> Counter[str]:
         whole = Path(name, "whole")
         whole.mkdir()
         begin = time.perf_counter()
-        finish(start(whole, setting))
-        expected, most = result_of(whole), (time.perf_counter() - begin) / 4
+        Run(whole, setting).end()
+        expected, most = result_of(whole), (time.perf_counter() - begin) / 2
         while tally.total() < kills:
-            folder = Path(name, str(tally.total()))
-            folder.mkdir()
+            folder = Path(mkdtemp(dir=name))
             for _ in range(min(kills - tally.total(), draw.randint(1, 5))):
                 phase = kill_once(folder, setting, draw.uniform(0, most))
                 if phase is None:
                     break
                 tally[phase] += 1
             if not (folder / "summary.json").exists():
-                finish(start(folder, setting, *(["--resume"] if has_checkpoint(folder) else [])))
+                Run(folder, setting).end()
             assert result_of(folder) == expected, f"{setting} differs after {dict(tally)}"
     return tally
 
@@ -90,11 +95,11 @@ def resume_everywhere(setting: str) -> int:
     with TemporaryDirectory() as name:
         whole = Path(name, "whole")
         whole.mkdir()
-        finish(start(whole, setting))
+        Run(whole, setting).end()
         expected, checkpoints = result_of(whole), sorted(whole.glob("checkpoint-*"))
         for checkpoint in checkpoints:
             step = int(checkpoint.name.split("-")[1])
-            finish(start(Path(name), setting, "--from", str(checkpoint)))
+            Run(Path(name), setting, checkpoint).end()
             assert after(result_of(Path(name)), step) == after(expected, step), f"{setting}: from step {step}"
         return len(checkpoints)
 
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--every", action="store_true")
     given = parser.parse_args()
+    _ = gk.GEKOTrainer  # imported here, and not by each run
     draw, total = random.Random(given.seed), Counter[str]()
     print("seed", given.seed, flush=True)
     for number, setting in enumerate(KILLED):

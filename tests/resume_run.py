@@ -1,4 +1,4 @@
-"""One training run for test_resume.py and kill_runs.py: `resume_run.py OUTPUT_DIR [--setting NAME] [--resume]`."""
+"""Training runs for test_resume.py and kill_runs.py: `resume_run.py OUTPUT_DIR [--resume] [--kill-at STEP]`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def config_of(**fields: Any) -> gk.GEKOConfig:
+def learnable(**fields: Any) -> gk.GEKOConfig:
     """Everything on, thresholds so low that samples freeze, thaw and are quarantined within a few epochs."""
     low = {"correct_loss": 2.6, "freeze_confidence": 0.14, "focus_confidence": 0.1, "freeze_quality": 0.1}
     return gk.GEKOConfig(**{**low, "noise_guard_share": 0.1, **fields})
@@ -103,7 +103,7 @@ def trainer_of(folder: str, samples: int = 30, config: dict[str, Any] | None = N
     model = tiny_llama(attention_dropout=0.2)
     args = arguments(folder, **{**options, **fields})
     data = sentences(samples, ragged=True)
-    return gk.GEKOTrainer(model, args, train_dataset=data, config=config_of(**(config or {})))
+    return gk.GEKOTrainer(model, args, train_dataset=data, config=learnable(**(config or {})))
 
 
 def trainer_in(setting: str, folder: str) -> gk.GEKOTrainer:
@@ -138,22 +138,25 @@ def after(result: dict[str, Any], step: int) -> dict[str, Any]:
     return {**result, "curve": [entry for entry in result["curve"] if entry["step"] > step]}
 
 
+def run(folder: str, setting: str | None = None, resume: bool | str = False, kill_at: int | None = None) -> None:
+    """Train, and write the summary into `folder`."""
+    torch.set_num_threads(1)
+    ops._override = "reference"
+    trainer = trainer_in(setting, folder) if setting else trainer_of(folder)
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.add_callback(Doing(trainer, Path(folder, "doing")))
+    trainer.train(resume_from_checkpoint=resume)
+    Path(folder, "summary.json").write_text(json.dumps(summary(trainer)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--from", dest="checkpoint")
     parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--setting", choices=SETTINGS)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    ops._override = "reference"
-    trainer = trainer_in(given.setting, given.folder) if given.setting else trainer_of(given.folder)
-    if given.kill_at is not None:
-        trainer.add_callback(KillAt(given.kill_at))
-    trainer.add_callback(Doing(trainer, Path(given.folder, "doing")))
-    trainer.train(resume_from_checkpoint=given.checkpoint or given.resume)
-    Path(given.folder, "summary.json").write_text(json.dumps(summary(trainer)))
+    run(given.folder, None, given.resume, given.kill_at)
 
 
 if __name__ == "__main__":

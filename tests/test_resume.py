@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_runs
 import pytest
 import torch
 from resume_run import SETTINGS, after, summary, trainer_in, trainer_of
@@ -66,6 +67,12 @@ def test_kill_9_at_a_random_step(whole, tmp_path):
     assert run(tmp_path, "--resume") == 0
     resumed = json.loads((tmp_path / "summary.json").read_text())
     assert resumed == expected
+
+
+def test_kills_at_random_moments():
+    """`python tests/kill_runs.py` kills 100 runs in eight settings."""
+    tally = kill_runs.kills_of("plain", 2, random.Random())
+    assert tally.total() == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": 37}], ids=["epochs", "steps"])
@@ -138,6 +145,9 @@ def test_foreign_checkpoints_are_refused(whole, tmp_path):
     other = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(31))
     with pytest.raises(ValueError, match="state of 30 samples, but train_dataset has 31"):
         other.train(resume_from_checkpoint=str(checkpoint))
+    for options in ({"num_train_epochs": 9}, {"max_steps": 50}):
+        with pytest.raises(ValueError, match=r"geko_sampler.safetensors: state_dict is of a run of 8.0 passes over"):
+            trainer_of(str(tmp_path), **options).train(resume_from_checkpoint=str(checkpoint))
     state = checkpoint / "geko_state.safetensors"
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
