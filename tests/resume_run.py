@@ -58,7 +58,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "workers": ({"gradient_accumulation_steps": 1, "dataloader_num_workers": 2}, {}),
     "workers, accumulate 3": ({"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}, {"noise_guard": False}),
     "persistent workers": (
-        {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {
+            "gradient_accumulation_steps": 2,
+            "dataloader_num_workers": 2,
+            "dataloader_persistent_workers": True,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        },
         {},
     ),
     "group_by_length": ({"gradient_accumulation_steps": 1, "train_sampling_strategy": "group_by_length"}, {}),
@@ -103,7 +109,7 @@ def trainer_of(folder: str, samples: int = 30, config: dict[str, Any] | None = N
     model = tiny_llama(attention_dropout=0.2)
     args = arguments(folder, **{**options, **fields})
     data = sentences(samples, ragged=True)
-    return gk.GEKOTrainer(model, args, train_dataset=data, config=learnable(**(config or {})))
+    return gk.GEKOTrainer(model, args, train_dataset=data, eval_dataset=data[:4], config=learnable(**(config or {})))
 
 
 def trainer_in(setting: str, folder: str) -> gk.GEKOTrainer:

@@ -41,7 +41,8 @@ class PlannedTrainer(Trainer):
     efficiency: Efficiency
     _micro_batch: int
     _resume: dict[str, Any] | None  # the sampler's values of the checkpoint to go on from
-    _seeds_anew: bool  # persistent workers start anew, whose seed the resumed run has drawn in its first epoch
+    _seeds_anew: bool  # persistent workers start anew, whose seed the resumed run has drawn in its first epoch,
+    _evaluates_anew: bool  # and those of the evaluation, which it drew before its first one
     _rng_to_keep: Tensor | None  # torch's generator before those workers drew their seed
     _counts_at_sync: Tensor  # (4,) samples per bucket when all processes last knew the same
 
@@ -49,8 +50,7 @@ class PlannedTrainer(Trainer):
         """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end.
 
         A resumed run equals the one that never stopped, to the bit, where items and batches do not depend on random
-        numbers (Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead)
-        and, with `dataloader_persistent_workers`, where nothing is evaluated during training.
+        numbers: Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead.
         """
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
@@ -75,6 +75,7 @@ class PlannedTrainer(Trainer):
         if self.sample_state is not None:
             self.efficiency.predictions = self.sample_state.predictions
         self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers
+        self._evaluates_anew = False
         self.efficiency.switch("other")
         output = super().train(resume_from_checkpoint, *rest, **named)
         self._end_epoch()
@@ -108,6 +109,8 @@ class PlannedTrainer(Trainer):
         epochs, batches = super()._init_training_state(max_steps, num_update_steps, num_train_epochs, checkpoint, trial)
         if self._resume is None or checkpoint is None:
             return epochs, batches
+        evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
+        self._evaluates_anew = self._seeds_anew and evaluated
         sampler = self._planned()
         try:
             sampler.load_state_dict(self._resume)
@@ -279,8 +282,13 @@ class PlannedTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every rank's file is there before trainer_state.json
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        rng, anew = torch.get_rng_state(), self._evaluates_anew
         with self.efficiency.timed("evaluation"):
-            return super()._evaluate(*args, **kwargs)
+            metrics = super()._evaluate(*args, **kwargs)
+        if anew:
+            torch.set_rng_state(rng)
+            self._evaluates_anew = False
+        return metrics
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         raise NotImplementedError
