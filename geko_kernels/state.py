@@ -13,7 +13,7 @@ from torch import Tensor
 from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference_state import quality_of
-from geko_kernels.state_checks import check_columns
+from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ class SampleState:
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         state._copy_in(columns, str(path))
+        check_streaks(columns, str(path))
         state.upstream.fill_(upstream)
         return state
 

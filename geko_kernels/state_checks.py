@@ -53,6 +53,10 @@ def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], sou
     for name, (allows, words) in _ALLOWED.items():
         for start, part in _parts(columns[name]):
             _refuse(allows(part), part, f"{source}[{name!r}]", start, words)
+
+
+def check_streaks(columns: Mapping[str, Tensor], source: str) -> None:
+    """No sample of a file was wrong at more visits running than it had; of a `state_dict` made by hand any will do."""
     for start, part in _parts(columns["wrong_streak"]):
         seen = columns["times_seen"][start : start + len(part)]
         _refuse(part <= seen, part, f"{source}['wrong_streak']", start, "at most times_seen")
