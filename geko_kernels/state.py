@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference_state import quality_of
+from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 HISTORY = 5  # losses kept per sample
 NO_ERROR = torch.iinfo(torch.int64).max
 _FORMAT = "geko_kernels.SampleState"
+_METADATA = {"format", "config", "upstream"}  # of files of the first layout, without version and checksum
 # name -> (dtype, value of a sample never seen, columns); what a checkpoint holds
 _COLUMNS: dict[str, tuple[torch.dtype, float, int]] = {
     "q_value": (torch.float32, 0.5, 0),
@@ -164,41 +163,33 @@ class SampleState:
         return {**{name: getattr(self, name) for name in _COLUMNS}, "weights": self.weights}
 
     def load_state_dict(self, columns: dict[str, Tensor]) -> None:
-        """Copy the columns of `state_dict()` in; a missing, unknown or misshapen one raises `ValueError`."""
+        """Copy the columns of `state_dict()` in.
+
+        Raises:
+            ValueError: a column is missing, unknown or misshapen, or holds a value that no visit leaves there; names
+                the column and the first such row. Nothing is changed then.
+        """
+        self._copy_in(columns, "state_dict")
+
+    def _copy_in(self, columns: dict[str, Tensor], source: str) -> None:
         own = self.state_dict()
-        if columns.keys() != own.keys():
-            missing, unknown = sorted(own.keys() - columns.keys()), sorted(columns.keys() - own.keys())
-            raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
-        for name, mine in own.items():
-            theirs = columns[name]
-            if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                raise ValueError(
-                    f"state_dict[{name!r}] must be {tuple(mine.shape)} {mine.dtype}, got {tuple(theirs.shape)} "
-                    f"{theirs.dtype}; the state of another dataset?"
-                )
+        check_columns(columns, own, source)
         for name, mine in own.items():
             mine.copy_(columns[name])
         self.changed.fill_(False)
         self.claim.zero_()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, config included; a process killed meanwhile leaves the old file whole."""
-        path = Path(path)
-        columns = {name: column.detach().cpu().contiguous() for name, column in self.state_dict().items()}
+        """Write a safetensors file, config and a checksum included.
+
+        A process killed meanwhile leaves the old file whole, and so does an error.
+        """
+        upstream = float(self.upstream)
         metadata = {
-            "format": _FORMAT,
             "config": json.dumps(self.config.to_dict()),
-            "upstream": str(float(self.upstream)),
+            "upstream": str(upstream if math.isfinite(upstream) else 1.0),  # only a guess of the next one
         }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the umask allows; save_file gives its file to the owner alone
-            save_file(columns, temporary, metadata)
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(path, _FORMAT, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
@@ -206,20 +197,25 @@ class SampleState:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a state file, truncated, or of an unknown layout.
+            ValueError: not a state file, damaged, of a newer layout, or with a value that no visit leaves there;
+                names the file, and the column and its first such row.
         """
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT or "config" not in metadata or "times_seen" not in columns:
+        columns, metadata = load_tensors(path, _FORMAT, "SampleState.save")
+        if "config" not in metadata or "times_seen" not in columns:
             raise ValueError(f"{path} is a safetensors file, but not one that SampleState.save wrote")
-        config = GEKOConfig.from_dict(json.loads(metadata["config"]))
-        state = cls(columns["times_seen"].numel(), config, device)
-        state.load_state_dict(columns)
-        state.upstream.fill_(float(metadata.get("upstream", 1)))
+        if "version" not in metadata and not metadata.keys() <= _METADATA:
+            raise ValueError(f"{path} is damaged: it has metadata {sorted(metadata)}")
+        try:
+            config = GEKOConfig.from_dict(json.loads(metadata["config"]))
+            upstream = float(metadata.get("upstream", 1))
+            if not abs(upstream) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"upstream must be a finite float32, got {upstream}")
+            state = cls(columns["times_seen"].numel(), config, device)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        state._copy_in(columns, str(path))
+        check_streaks(columns, str(path))
+        state.upstream.fill_(upstream)
         return state
 
 

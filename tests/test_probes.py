@@ -81,7 +81,7 @@ def test_a_resumed_run_does_not_probe_all_once_more_in_the_same_pass():
     visit(state, due, margin=-5.0)
     sampler.probed(due, 1, start=0.1)
     resumed = gk.GEKOSampler(state, num_epochs=10)
-    resumed.load_state_dict(sampler.state_dict())
+    resumed.load_state_dict(sampler.state_dict(consumed=20))
     for each in (sampler, resumed):  # alike: the pass has had its alarm
         others = each.due_probes(2, start=0.12)
         assert len(others) == 70

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_runs
 import pytest
 import torch
-from resume_run import summary, trainer_of
+from resume_run import SETTINGS, after, summary, trainer_in, trainer_of
 from training import sentences, tiny_llama
 
 import geko_kernels as gk
@@ -47,11 +48,6 @@ def run(folder: Path, *extra: str) -> int:
     return subprocess.run([sys.executable, SCRIPT, folder, *extra], env=environment, capture_output=True).returncode
 
 
-def after(result: dict, step: int) -> dict:
-    """The result with only the curve's part behind `step`."""
-    return {**result, "curve": [entry for entry in result["curve"] if entry["step"] > step]}
-
-
 def test_the_run_exercises_selection(whole):
     """Samples freeze, are probed, forgotten and quarantined: what resuming has to carry over is there."""
     _, result = whole()
@@ -73,6 +69,12 @@ def test_kill_9_at_a_random_step(whole, tmp_path):
     assert resumed == expected
 
 
+def test_kills_at_random_moments():
+    """`python tests/kill_runs.py` kills 100 runs in eight settings."""
+    tally = kill_runs.kills_of("plain", 2, random.Random())
+    assert tally.total() == 2
+
+
 @pytest.mark.parametrize("options", [{}, {"max_steps": 37}], ids=["epochs", "steps"])
 def test_every_checkpoint_resumes_exactly(whole, tmp_path, options):
     """Whether it lies in the middle of an epoch, at its end, or after accumulated micro-batches."""
@@ -83,7 +85,32 @@ def test_every_checkpoint_resumes_exactly(whole, tmp_path, options):
         trainer = trainer_of(str(tmp_path), **options)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         step = int(checkpoint.name.split("-")[1])
-        assert after(json.loads(json.dumps(summary(trainer))), step) == after(expected, step)
+        assert after(summary(trainer), step) == after(expected, step)
+
+
+def steps_to_resume(epochs: list[dict], every: int) -> list[int]:
+    """The last saved step before the end of the longest epoch, which the loader has read to its end by then, and
+    that of a later epoch's end.
+    """
+    ends = [sum(epoch["steps"] for epoch in epochs[: number + 1]) for number in range(len(epochs))]
+    longest = max(range(len(epochs)), key=lambda number: (epochs[number]["steps"], number))
+    steps = (ends[longest] - 1, ends[min(longest + 1, len(ends) - 2)])
+    return [step - step % every for step in steps]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_resumes_exactly(setting, tmp_path):
+    """Where the loader has fetched ahead, by one batch or with workers by a whole epoch, too."""
+    trainer = trainer_in(setting, str(tmp_path / "whole"))
+    trainer.train()
+    expected = summary(trainer)
+    if setting == "quarantine":
+        assert max(epoch["quarantined"] for epoch in expected["epochs"]) > 0
+    steps = steps_to_resume(expected["epochs"], trainer.args.save_steps)
+    for step in steps[:1] if "workers" in setting else steps:
+        resumed = trainer_in(setting, str(tmp_path / "resumed"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert after(summary(resumed), step) == after(expected, step), f"from step {step}"
 
 
 def test_a_finished_run_does_not_train_again(whole, tmp_path):
@@ -105,7 +132,7 @@ def test_half_a_checkpoint_is_passed_over(whole, tmp_path):
     (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"epoch": 2.')
     trainer = trainer_of(str(tmp_path))
     trainer.train(resume_from_checkpoint=True)
-    assert after(json.loads(json.dumps(summary(trainer))), 10) == after(expected, 10)
+    assert after(summary(trainer), 10) == after(expected, 10)
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer_of(str(tmp_path / "empty")).train(resume_from_checkpoint=True)
 
@@ -118,6 +145,9 @@ def test_foreign_checkpoints_are_refused(whole, tmp_path):
     other = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(31))
     with pytest.raises(ValueError, match="state of 30 samples, but train_dataset has 31"):
         other.train(resume_from_checkpoint=str(checkpoint))
+    for options in ({"num_train_epochs": 9}, {"max_steps": 50}):
+        with pytest.raises(ValueError, match=r"geko_sampler.safetensors: state_dict is of a run of 8.0 passes over"):
+            trainer_of(str(tmp_path), **options).train(resume_from_checkpoint=str(checkpoint))
     state = checkpoint / "geko_state.safetensors"
     state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from sampling import FOCUS, FREEZE, HARD, LIGHT, PLAIN, plan_of, state_of
+from sampling import FOCUS, FREEZE, HARD, LIGHT, PLAIN, plan_of, state_of, visit
 from torch.utils.data import DataLoader
 
 import geko_kernels as gk
@@ -153,7 +154,9 @@ def test_resume_in_the_middle_of_an_epoch():
     first.set_epoch(0)
     iterator = iter(first)
     head = [next(iterator) for _ in range(7)]
-    saved = {name: value.clone() if torch.is_tensor(value) else value for name, value in first.state_dict().items()}
+    saved = {
+        name: value.clone() if torch.is_tensor(value) else value for name, value in first.state_dict(consumed=7).items()
+    }
     rest_of_epoch = list(iterator)
     assert not set(head) & set(rest_of_epoch)
     rest = rest_of_epoch + plan_of(first, 1) + plan_of(first, 2)
@@ -164,6 +167,58 @@ def test_resume_in_the_middle_of_an_epoch():
     assert list(second) + plan_of(second, 1) + plan_of(second, 2) == rest
     with pytest.raises(ValueError, match="100 samples, this one has 10"):
         gk.GEKOSampler(gk.SampleState(10)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("config", [{}, {"uniform_finish": 0.3}])
+def test_the_loop_of_the_docstring_resumes_exactly_from_every_step(workers, config):
+    """With workers the loader has asked for the whole of a short epoch before its first batch is trained."""
+    batch_size = 4
+
+    def loop(state, position=None):
+        """(ids and weights of each batch, states and positions after each) of the loop in GEKOSampler's docstring."""
+        sampler = gk.GEKOSampler(state, num_epochs=3, seed=5)
+        if position is not None:
+            sampler.load_state_dict(position)
+        loader = DataLoader(range(len(state)), batch_size=batch_size, sampler=sampler, num_workers=workers)
+        batches, saved = [], []
+        for epoch in range(sampler.next_epoch, 3):
+            while len(probes := sampler.due_probes(epoch)):
+                visit(state, probes, 1.0)
+                sampler.probed(probes, epoch)
+            sampler.set_epoch(epoch)
+            for step, batch in enumerate(loader, sampler.position // batch_size):
+                sampler.advance(step * batch_size)
+                batches.append((batch.tolist(), state.weights.tolist()))
+                visit(state, batch, 9.0 if step % 3 == 0 else -5.0)
+                saved.append(copy.deepcopy((state.state_dict(), sampler.state_dict((step + 1) * batch_size))))
+        return batches, saved
+
+    first = state_of([FREEZE, LIGHT, FOCUS, HARD] * 5, **{"noise_guard": True, **config})
+    batches, saved = loop(first)
+    assert len(batches) > 8
+    for done, (columns, position) in enumerate(saved, 1):
+        other = gk.SampleState(20, first.config)
+        other.load_state_dict(columns)
+        resumed, _ = loop(other, position)
+        assert resumed == batches[done:], f"from batch {done}"
+        assert all(column.equal(other.state_dict()[name]) for name, column in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("consumed", "error", "message"),
+    [
+        (-1, ValueError, "consumed must be at least 0, got -1"),
+        (2.0, TypeError, "consumed must be an int, the samples of the plan trained so far, got 2.0"),
+        (True, TypeError, "consumed must be an int"),
+    ],
+)
+def test_how_much_is_consumed_has_to_be_said(consumed, error, message):
+    sampler = gk.GEKOSampler(gk.SampleState(10))
+    with pytest.raises(error, match=message):
+        sampler.state_dict(consumed)
+    with pytest.raises(TypeError, match="consumed"):
+        sampler.state_dict()  # what the loader has asked for is not what was trained
 
 
 def test_padding_marks_repeats():

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
+from geko_kernels._files import VERSION, load_tensors, save_tensors
 from geko_kernels.state import SampleState
-from geko_kernels.training.efficiency import write_json
+from geko_kernels.training.efficiency import strict, write_json
 
 STATE_NAME = "geko_state.safetensors"
 SAMPLER_NAME = "geko_sampler.safetensors"
@@ -31,44 +33,114 @@ def save_files(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state.save(folder / STATE_NAME)
-    write_json(folder / EFFICIENCY_NAME, efficiency)
-    columns = {name: value.cpu().contiguous() for name, value in sampler.items() if isinstance(value, Tensor)}
+    counts = strict(efficiency)
+    write_json(folder / EFFICIENCY_NAME, {"version": int(VERSION), "crc32": _checksum(counts), **counts})
+    columns = {name: value for name, value in sampler.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in sampler.items() if not isinstance(value, Tensor)}
-    temporary = folder / f".{SAMPLER_NAME}.{uuid.uuid4().hex}.tmp"
-    try:
-        save_file(columns, temporary, {"format": _FORMAT, "rest": json.dumps(rest, allow_nan=False)})
-        os.replace(temporary, folder / SAMPLER_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(folder / SAMPLER_NAME, _FORMAT, columns, {"rest": json.dumps(rest, allow_nan=False)})
 
 
 def load_files(
-    folder: str | os.PathLike[str], num_samples: int, device: torch.device
+    folder: str | os.PathLike[str], num_samples: int, device: torch.device, like: dict[str, Any]
 ) -> tuple[SampleState, dict[str, Any], dict[str, Any]]:
-    """(state, sampler's values, efficiency's values) of a checkpoint.
+    """(state, sampler's values, efficiency's values) of a checkpoint; efficiency's are of the kinds of those in `like`.
+
+    What the sampler's values are is looked at by `GEKOSampler.load_state_dict`.
 
     Raises:
-        ValueError: not a checkpoint of GEKOTrainer, a damaged file, or the state of another dataset.
+        ValueError: not a whole checkpoint of GEKOTrainer, a damaged file, or the state of another dataset; names it.
     """
     folder = Path(folder)
-    missing = [name for name in (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME) if not (folder / name).is_file()]
+    names = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME, TRAINER_STATE_NAME)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: it has no {', '.join(missing)}")
+    _check_trainer_state(folder / TRAINER_STATE_NAME)
     state = SampleState.load(folder / STATE_NAME, device)
     if len(state) != num_samples:
         raise ValueError(
             f"{folder} holds the learning state of {len(state)} samples, but train_dataset has {num_samples}: resume "
             "with the dataset that the run was started with"
         )
+    return state, _load_sampler(folder / SAMPLER_NAME), _load_efficiency(folder / EFFICIENCY_NAME, like)
+
+
+def _load_sampler(path: Path) -> dict[str, Any]:
+    columns, metadata = load_tensors(path, _FORMAT, "GEKOTrainer")
+    if "version" not in metadata:
+        raise ValueError(
+            f"{path} was written by an earlier geko_kernels, whose checkpoints have no version and do not say exactly "
+            f"where the run stood: start the run anew. SampleState.load still reads its {STATE_NAME}"
+        )
     try:
-        with safe_open(folder / SAMPLER_NAME, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            sampler: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / SAMPLER_NAME} is truncated or not a safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{folder / SAMPLER_NAME} is a safetensors file, but not one that GEKOTrainer wrote")
-    return state, {**sampler, **json.loads(metadata["rest"])}, json.loads((folder / EFFICIENCY_NAME).read_text())
+        return {**json.loads(metadata["rest"]), **columns}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _load_efficiency(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+    values = _read_json(path)
+    version, crc = values.pop("version", None), values.pop("crc32", None)
+    if version != int(VERSION):
+        raise ValueError(
+            f"{path} has version {version}, this geko_kernels reads {VERSION}; resume with the geko_kernels that "
+            "wrote it, or start the run anew"
+        )
+    if crc != _checksum(values):
+        raise ValueError(f"{path} is damaged: its checksum is of other contents; resume from another checkpoint")
+    return _of_kind(values, like, str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _check_trainer_state(path: Path) -> None:
+    values = _read_json(path)
+    try:
+        state = TrainerState(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version of Transformers: {error}") from error
+    for name in ("global_step", "epoch", "train_batch_size", "log_history"):
+        if name not in values:
+            raise ValueError(f"{path} is damaged: it has no {name}")
+    step = state.global_step
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{path} is damaged: global_step must be an integer of at least 0, got {step!r}")
+    if not isinstance(state.epoch, (int, float)) or not isinstance(state.train_batch_size, int):
+        got = f"{state.epoch!r} and {state.train_batch_size!r}"
+        raise ValueError(f"{path} is damaged: epoch and train_batch_size must be numbers, got {got}")
+    if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
+        raise ValueError(f"{path} is damaged: log_history must be a list of objects")
+
+
+def _of_kind(value: Any, like: Any, name: str) -> Any:
+    """`value` if it has the keys and kinds of `like`, NaN in place of a number that is None; lists are of dicts."""
+    if isinstance(like, dict):
+        if not isinstance(value, dict) or value.keys() != like.keys():
+            got = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{name} must hold {sorted(like)}, got {got}")
+        return {key: _of_kind(value[key], like[key], f"{name}[{key!r}]") for key in like}
+    if isinstance(like, list):
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise ValueError(f"{name} must be a list of objects")
+        return value
+    if isinstance(like, float) and value is None:
+        return math.nan
+    kinds = (float, int) if isinstance(like, float) else (int, type(None)) if like is None else type(like)
+    if isinstance(value, bool) != isinstance(like, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} must be a {type(like).__name__}, got {value!r}")
+    return value
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def set_aside(folder: Path, final_name: str) -> None:

@@ -60,13 +60,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
 from geko_kernels.loss import SampleStats
 
@@ -250,17 +250,16 @@ def mean_loss(counts: dict[str, float]) -> float | None:
 
 def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
     """Write strict JSON, so that a process killed meanwhile leaves the old file whole; NaN and infinity become null."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_strict(values), indent=1, allow_nan=False))
-    os.replace(temporary, path)
+    text = json.dumps(strict(values), indent=1, allow_nan=False)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """`value` as strict JSON has it: None for a number that is not finite, tensors and arrays of one element plain."""
     if isinstance(value, dict):
-        return {name: _strict(item) for name, item in value.items()}
+        return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,9 +90,9 @@ def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
     """As a run that had ended at the checkpoint would have written them."""
     trained = _read_json(checkpoint / _TRAINER_STATE)
     state = SampleState.load(checkpoint / STATE_NAME, "cpu")
-    _, sampler, counts = load_files(checkpoint, len(state), torch.device("cpu"))
-    _check_shape(trained, {"log_history": [{"epoch": _NUMBER}]}, str(checkpoint / _TRAINER_STATE), "")
     efficiency = Efficiency(torch.device("cpu"))
+    _, sampler, counts = load_files(checkpoint, len(state), efficiency.sums.device, efficiency.state_dict())
+    _check_shape(trained, {"log_history": [{"epoch": _NUMBER}]}, str(checkpoint / _TRAINER_STATE), "")
     efficiency.load_state_dict(counts)
     told: Any = SimpleNamespace(forgotten=sampler["forgotten"], doubtful=sampler.get("doubtful", 0))
     return run_summary(state, told, efficiency.report(), trained["log_history"])

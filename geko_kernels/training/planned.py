@@ -16,7 +16,14 @@ from transformers.utils import logging
 
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.beginning import BeginningTrainer
-from geko_kernels.training.checkpoint import drop_set_aside, last_complete, load_files, save_files, set_aside
+from geko_kernels.training.checkpoint import (
+    SAMPLER_NAME,
+    drop_set_aside,
+    last_complete,
+    load_files,
+    save_files,
+    set_aside,
+)
 from geko_kernels.training.efficiency import bucket_names
 from geko_kernels.training.fingerprint import fingerprint
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
@@ -33,6 +40,9 @@ class PlannedTrainer(BeginningTrainer):
 
     control: Any
     _resume: dict[str, Any] | None  # the sampler's values of the checkpoint to go on from
+    _seeds_anew: bool  # persistent workers start anew, whose seed the resumed run has drawn in its first epoch,
+    _evaluates_anew: bool  # and those of the evaluation, which it drew before its first one
+    _rng_to_keep: Tensor | None  # torch's generator before those workers drew their seed
     _counts_at_sync: Tensor  # (4,) samples per bucket when all processes last knew the same
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
@@ -41,6 +51,9 @@ class PlannedTrainer(BeginningTrainer):
         Called again, it goes on with the learning state as it does with the model, and begins the plan, the counts
         and the report anew. Where `model_init` makes the model, or `trainer.model` is another one than before, nothing
         has been learnt yet, and so the learning state begins anew too.
+
+        A resumed run equals the one that never stopped, to the bit, where items and batches do not depend on random
+        numbers: Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead.
         """
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
@@ -58,7 +71,8 @@ class PlannedTrainer(BeginningTrainer):
         self._follow_model()
         self.efficiency, self._resume, self._beginning = self._new_efficiency(), None, None
         self._fingerprint: dict[str, Any] | None = None
-        self._saved = None
+        self._saved, self._rng_to_keep, self._evaluates_anew = None, None, False
+        self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         self._begin_run()
@@ -74,7 +88,9 @@ class PlannedTrainer(BeginningTrainer):
 
     def _load(self, checkpoint: str) -> None:
         assert self.sample_state is not None
-        state, self._resume, counts = load_files(checkpoint, len(self.sample_state), self.args.device)
+        state, self._resume, counts = load_files(
+            checkpoint, len(self.sample_state), self.args.device, self.efficiency.state_dict()
+        )
         check_data(checkpoint, self._resume.get("data"), self._data())
         if holds_only_the_model(checkpoint):
             logger.warning(
@@ -93,21 +109,29 @@ class PlannedTrainer(BeginningTrainer):
             self._fingerprint = fingerprint(self.train_dataset, workers > 0, context)
         return self._fingerprint
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps: int, num_update_steps: int, num_train_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, num_update_steps, num_train_epochs, checkpoint, trial)
         self.state.num_train_epochs = self._num_epochs
-        if self._resume is not None:
-            epochs, batches = self._go_on(self._resume)
+        if self._resume is not None and checkpoint is not None:
+            evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
+            self._evaluates_anew = self._seeds_anew and evaluated
+            epochs, batches = self._go_on(self._resume, Path(checkpoint))
         self._begun_at = self.state.global_step, self.efficiency.train["samples"]
         return epochs, batches
 
-    def _go_on(self, resume: dict[str, Any]) -> tuple[int, int]:
+    def _go_on(self, resume: dict[str, Any], checkpoint: Path) -> tuple[int, int]:
         """(epoch, batches of it to skip) where the run of the checkpoint stands."""
         sampler, accumulate = self._planned(), self.args.gradient_accumulation_steps
-        sampler.load_state_dict(resume)
-        assert sampler.plan is not None
-        consumed, sampler.position = sampler.position, 0
-        finished = consumed >= len(sampler.plan.ids)
+        try:
+            sampler.load_state_dict({name: value for name, value in resume.items() if name not in ("data", "run")})
+            if sampler.plan is None:
+                raise ValueError("state_dict['plan'] is None: the run had not begun")
+        except ValueError as error:
+            raise ValueError(f"{checkpoint / SAMPLER_NAME}: {error}") from error
+        sampler.position = 0  # the loader skips what has been trained
+        consumed, finished = resume["position"], sampler.next_epoch > sampler.epoch
         step = self._micro_batch * accumulate
         batches = math.ceil(consumed / self._micro_batch) if finished else consumed // step * accumulate
         self._place(batches, batches if finished else self._standard.batches_of(len(sampler)))
@@ -157,6 +181,8 @@ class PlannedTrainer(BeginningTrainer):
         if self._epoch_batches == 0:
             self._pass_empty_epoch(model, epoch, rest)
             return
+        if self._seeds_anew and done == 0:
+            self._rng_to_keep, self._seeds_anew = torch.get_rng_state(), False
         with self.efficiency.timed("steps"):
             super()._run_epoch(
                 model=model,
@@ -250,6 +276,9 @@ class PlannedTrainer(BeginningTrainer):
         self._audit.check()
         self._planned().advance(self._consumed())
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rng_to_keep is not None:
+            torch.set_rng_state(self._rng_to_keep)
+            self._rng_to_keep = None
         self._batches += len(batches)
         self._audit.fetch(batches)
         return batches, num_items
@@ -289,8 +318,13 @@ class PlannedTrainer(BeginningTrainer):
         self.accelerator.wait_for_everyone()  # every rank's file is there before trainer_state.json
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        rng, anew = torch.get_rng_state(), self._evaluates_anew
         with self.efficiency.timed("evaluation"):
-            return super()._evaluate(*args, **kwargs)
+            metrics = super()._evaluate(*args, **kwargs)
+        if anew:
+            torch.set_rng_state(rng)
+            self._evaluates_anew = False
+        return metrics
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         raise NotImplementedError

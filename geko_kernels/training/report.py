@@ -6,12 +6,14 @@ import base64
 import io
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
+from geko_kernels._files import write_whole
 from geko_kernels.training.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
 from geko_kernels.training.figures import read_figures
 from geko_kernels.training.guard import few_samples_factor
@@ -36,8 +38,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     for name, figure in _charts(run).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-        (run_dir / f"report_{name}.png").write_bytes(buffer.getvalue())
-        images[name] = {"title": figure.axes[0].get_title("left"), "data": base64.b64encode(buffer.getvalue()).decode()}
+        picture = buffer.getvalue()
+        write_whole(run_dir / f"report_{name}.png", partial(Path.write_bytes, data=picture))
+        images[name] = {"title": figure.axes[0].get_title("left"), "data": base64.b64encode(picture).decode()}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = run_dir / "report.html"
@@ -48,7 +51,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         "colours": BUCKET_COLOURS,
         "doubtful": doubtful if doubtful > _DOUBTFUL * few_samples_factor(total) * total else 0,
     }
-    page.write_text(template.render(run=run, images=images, **values), encoding="utf-8")
+    text = template.render(run=run, images=images, **values)
+    write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return page
 
 

@@ -16,6 +16,7 @@ from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
 from geko_kernels.training.guard import generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.orders import Orders, by_length, cut_after, in_turn, iterate_padded
+from geko_kernels.training.position import check_position
 from geko_kernels.training.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
@@ -45,8 +46,8 @@ class GEKOSampler(Sampler[int]):
     In a loop of your own, with `inputs` and `labels` of all samples on the device of the state:
 
         sampler = GEKOSampler(state, num_epochs=3)
-        loader = DataLoader(range(len(state)), batch_size=32, sampler=sampler)  # of sample ids
-        for epoch in range(3):
+        loader = DataLoader(range(len(state)), batch_size=B, sampler=sampler)  # of sample ids
+        for epoch in range(sampler.next_epoch, 3):  # from 0, or where load_state_dict has left it
             model.eval()
             with torch.no_grad():
                 while len(due := sampler.due_probes(epoch)):
@@ -55,12 +56,13 @@ class GEKOSampler(Sampler[int]):
                     sampler.probed(due, epoch)
             model.train()
             sampler.set_epoch(epoch)  # draws the plan: len(loader) is this epoch's
-            for step, ids in enumerate(loader):
-                sampler.advance(step * 32)  # moves the weights along the curriculum
+            for step, ids in enumerate(loader, sampler.position // B):
+                sampler.advance(step * B)  # moves the weights along the curriculum
                 ids = ids.to(state.device)
                 weighted_loss(model(inputs[ids]), labels[ids], ids, state).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                position = sampler.state_dict(consumed=(step + 1) * B)  # for a checkpoint, beside model and state
 
     Several processes: give every rank the same arguments; `due_probes` and `set_epoch` sync the state and draw the
     same plan everywhere. The sampler yields the whole plan; sharding is accelerate's part (`accelerator.prepare`).
@@ -126,7 +128,7 @@ class GEKOSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         if self.plan is None or self._finished:
-            self.set_epoch(self.epoch + self._finished)
+            self.set_epoch(self.next_epoch)
         assert self.plan is not None
         if self.shuffle:
             self.orders.prepare(self.epoch + 1)
@@ -141,7 +143,7 @@ class GEKOSampler(Sampler[int]):
         `start` is the finished share of the run where it is counted in samples drawn, so that a run of shorter
         epochs has more of them (`max_steps`); left out, epoch e begins at `e / num_epochs`.
         """
-        if self.plan is not None and epoch == self.epoch and not self._finished:
+        if self._has_plan_of(epoch):
             return
         self.state.sync()
         if self._guards():
@@ -151,6 +153,9 @@ class GEKOSampler(Sampler[int]):
         self.plan = self._draw(epoch, start)
         self.epoch, self.position, self._finished = epoch, 0, False
         self.advance(0)
+
+    def _has_plan_of(self, epoch: int) -> bool:
+        return self.plan is not None and epoch == self.epoch and not self._finished
 
     def _span(self, epoch: int, start: float | None) -> tuple[float, float]:
         """Progress at the epoch's begin and its longest possible end."""
@@ -266,8 +271,11 @@ class GEKOSampler(Sampler[int]):
         Look with `weighted_loss(..., update=True)` under `torch.no_grad`, then call `probed`.
 
         Those are samples that it leaves out, and samples that one more wrong visit would send to quarantine. None
-        where the uniform finish makes up most of the epoch and so looks at all of them anyway.
+        where the uniform finish makes up most of the epoch and so looks at all of them anyway, nor where the plan of
+        `epoch` is at hand, as after resuming in its middle.
         """
+        if self._has_plan_of(epoch):
+            return torch.empty(0, dtype=torch.int64)
         self.state.sync()
         begin, end = self._span(epoch, start)
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
@@ -320,12 +328,23 @@ class GEKOSampler(Sampler[int]):
         self.was_correct.copy_(correct)
         self.lost += lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
 
-    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """What resuming in the middle of an epoch needs, beside the SampleState.
+    @property
+    def next_epoch(self) -> int:
+        """The epoch to go on with: that of the plan at hand until it has been handed out, then the one after it."""
+        return self.epoch + self._finished
 
-        `consumed` is how many samples of the plan the loop has trained, where loader workers have fetched ahead.
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """What resuming in the middle of an epoch needs, beside the SampleState; tensors are not copies.
+
+        `consumed` is how many samples of the plan have been trained. The sampler only knows how many it has handed
+        out, and a loader fetches ahead. Padding may be counted in.
         """
+        if isinstance(consumed, bool) or not isinstance(consumed, int):
+            raise TypeError(f"consumed must be an int, the samples of the plan trained so far, got {consumed!r}")
+        if consumed < 0:
+            raise ValueError(f"consumed must be at least 0, got {consumed}")
         plan = self.plan
+        size = 0 if plan is None else len(plan.ids)
         return {
             **{name: getattr(self._owner(name), name) for name in _COLUMNS},
             "plan": None if plan is None else plan.ids,
@@ -333,25 +352,32 @@ class GEKOSampler(Sampler[int]):
             "lost": int(self.lost),
             "doubtful": self.doubtful,
             "epoch": self.epoch,
-            "position": self.position if consumed is None else consumed,
-            "finished": self._finished,
+            "position": min(consumed, size),
+            "finished": plan is not None and consumed >= size,
             "guarded": self._guarded,
             "hurried": self._hurried,
+            "num_epochs": self.num_epochs,
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Carry on from `state_dict()`; the state of another dataset size raises `ValueError`."""
-        rows = len(values["interval"])
-        if rows != len(self.state):
-            raise ValueError(f"state_dict is of a sampler over {rows} samples, this one has {len(self.state)}")
+        """Carry on from `state_dict()`: iterating hands out what its plan has left, `next_epoch` is its epoch.
+
+        Raises:
+            ValueError: a value is missing, unknown or damaged, or of a run over other data; names it. Nothing is
+                changed then.
+        """
+        check_position(values, len(self.state))
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
         self.lost.fill_(values["lost"])
-        self.doubtful = values.get("doubtful", 0)  # older states lack it
+        self.doubtful = values["doubtful"]
         self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
-        self.epoch, self.position, self._finished = values["epoch"], values["position"], values["finished"]
+        self.epoch, self._finished = values["epoch"], values["finished"]
+        self.position = 0 if self._finished else values["position"]
         self._guarded, self._hurried = values["guarded"], values["hurried"]
         self._row = None
+        if values["num_epochs"] != self.num_epochs:
+            self.relocate_()
 
     def _owner(self, column: str) -> Any:
         return self.probes if column in ("interval", "next_probe") else self

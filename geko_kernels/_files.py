@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all, and files of tensors that tell when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+VERSION = "2"  # of the files that `save_tensors` writes; those without a version are the first layout
+_UNREADABLE = (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError)
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` write a file beside `path`, then move it there, with the mode that the umask gives.
+
+    A process killed meanwhile leaves the old file whole, and so does an error, which leaves no temporary file either.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # save_file gives its file to the owner alone
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], layout: str, columns: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file of `columns` with a version and a checksum of all that it holds."""
+    held = {name: column.detach().cpu().contiguous() for name, column in columns.items()}
+    described = {**metadata, "format": layout, "version": VERSION}
+    described["crc32"] = _checksum(held, described)
+    write_whole(path, lambda temporary: save_file(held, temporary, described))
+
+
+def load_tensors(path: str | os.PathLike[str], layout: str, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(columns, metadata) that `save_tensors` wrote; metadata has no "version" in files of the first layout.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of a newer version, or not a file that `writer` wrote; names the file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if metadata.get("format") != layout:
+        raise ValueError(f"{path} is a safetensors file, but not one that {writer} wrote")
+    if "version" not in metadata:
+        return columns, metadata
+    if metadata["version"] != VERSION:
+        raise ValueError(
+            f"{path} has version {metadata['version']}, this geko_kernels reads {VERSION}; update geko_kernels"
+        )
+    if metadata.pop("crc32", None) != _checksum(columns, metadata):
+        raise ValueError(f"{path} is damaged: its checksum is of other contents; take another copy of it")
+    return columns, metadata
+
+
+def _checksum(columns: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of the metadata and of the columns' names, dtypes, shapes and bytes, in order of name."""
+    names = sorted(columns)
+    described = [(name, str(columns[name].dtype), list(columns[name].shape)) for name in names]
+    crc = zlib.crc32(json.dumps([sorted(metadata.items()), described]).encode())
+    for name in names:
+        if columns[name].numel():
+            crc = zlib.crc32(columns[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,77 @@
+"""What a column of the learning state may hold: checked before a file or a `state_dict` is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-3  # a mean of float32 values in [0, 1] may lie outside by less
+_MOST = torch.iinfo(torch.int32).max - 1  # visits: one more can be counted
+_PART = 1 << 20  # rows looked at at a time
+
+
+def _share(column: Tensor) -> Tensor:
+    return (column >= -_ROUNDING) & (column <= 1 + _ROUNDING)
+
+
+def _not_negative(column: Tensor) -> Tensor:
+    return (column >= -_ROUNDING) & column.isfinite()
+
+
+# name -> (which values are allowed, in words)
+_ALLOWED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "q_value": (_share, "in [0, 1]"),
+    "confidence": (_share, "in [0, 1]"),
+    "loss_history": (_not_negative, "finite and >= 0"),
+    "times_seen": (lambda column: (column >= 0) & (column <= _MOST), f"from 0 to {_MOST}"),
+    "bucket": (lambda column: column <= 3, "a Bucket, from 0 to 3"),
+    "quarantined": (lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
+    "weights": (lambda column: (column >= 0) & column.isfinite(), "finite and >= 0"),
+}
+
+
+def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
+    """Compare `columns` with `like` in names, shapes and dtypes, and look at every value.
+
+    `source` says where the columns are from. Values on a meta device are none, and so not looked at.
+
+    Raises:
+        ValueError: names the source, the column and the first row that does not fit.
+    """
+    if columns.keys() != like.keys():
+        missing, unknown = sorted(like.keys() - columns.keys()), sorted(columns.keys() - like.keys())
+        raise ValueError(f"{source} does not fit: missing {missing}, unknown {unknown}")
+    for name, mine in like.items():
+        theirs = columns[name]
+        wanted = f"{source}[{name!r}] must be {tuple(mine.shape)} {mine.dtype}"
+        if not isinstance(theirs, Tensor):
+            raise ValueError(f"{wanted}, got {type(theirs).__name__}")
+        if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            raise ValueError(f"{wanted}, got {tuple(theirs.shape)} {theirs.dtype}; the state of another dataset?")
+    for name, (allows, words) in _ALLOWED.items():
+        for start, part in _parts(columns[name]):
+            _refuse(allows(part), part, f"{source}[{name!r}]", start, words)
+
+
+def check_streaks(columns: Mapping[str, Tensor], source: str) -> None:
+    """No sample of a file was wrong at more visits running than it had; of a `state_dict` made by hand any will do."""
+    for start, part in _parts(columns["wrong_streak"]):
+        seen = columns["times_seen"][start : start + len(part)]
+        _refuse(part <= seen, part, f"{source}['wrong_streak']", start, "at most times_seen")
+
+
+def _parts(column: Tensor) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of each part of a column; none of one without values."""
+    if column.is_meta:
+        return []
+    return [(start, column[start : start + _PART]) for start in range(0, len(column), _PART)]
+
+
+def _refuse(fits: Tensor, part: Tensor, name: str, start: int, words: str) -> None:
+    if bool(fits.all()):
+        return
+    row = int(fits.reshape(len(part), -1).all(1).logical_not().nonzero()[0])
+    values = part.view(torch.uint8)[row] if part.dtype == torch.bool else part[row]
+    raise ValueError(f"{name}[{start + row}] must be {words}, got {values.tolist()}")
