@@ -1,4 +1,4 @@
-"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias)."""
+"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias) in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
+from geko_kernels.reference_state import sum_dtype
 
 HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
 
@@ -84,6 +85,19 @@ def narrow_(wide: Tensor, memory: Tensor) -> None:
         start = stop
 
 
+class BiasGradient:
+    """`by_row @ tile` summed over calls of `add`, (V,) in `dtype`; see `ops.column_sums`."""
+
+    def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.total = dtype, torch.zeros(vocab, dtype=sum_dtype(device), device=device)
+
+    def add(self, tile: Tensor, by_row: Tensor) -> None:
+        self.total += ops.column_sums(tile, by_row)
+
+    def finish(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
 class HeadGradients:
     """The gradients of `hidden` (T, H), `weight` (V, H) and `bias` (V,) that are asked for; the others cost nothing.
 
@@ -106,11 +120,11 @@ class HeadGradients:
         self.hidden_grad: Tensor | None = None
         vocab, columns = weight.shape
         self.weight_grad: WeightGradient | None = None
-        self.bias_grad: WeightGradient | None = None
+        self.bias_grad: BiasGradient | None = None
         if weight_dtype is not None:
             self.weight_grad = WeightGradient(vocab, columns, weight_dtype, weight.dtype, weight.device)
         if bias_dtype is not None:
-            self.bias_grad = WeightGradient(vocab, 1, bias_dtype, weight.dtype, weight.device)
+            self.bias_grad = BiasGradient(vocab, bias_dtype, weight.device)
 
     def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
         """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
@@ -125,8 +139,7 @@ class HeadGradients:
             self.weight_grad.add(tile, rows, last)
             del rows
         if self.bias_grad is not None:
-            by_row = missing.index_select(0, positions[: len(tile)]).to(tile.dtype)
-            self.bias_grad.add(tile, by_row[:, None], last)
+            self.bias_grad.add(tile, missing.index_select(0, positions[: len(tile)]))
         if self.hidden_needed:
             if self.hidden_grad is None:
                 self.hidden_grad = torch.zeros_like(self.hidden)
@@ -153,5 +166,5 @@ class HeadGradients:
         if self.hidden_needed and self.hidden_grad is None:
             self.hidden_grad = torch.zeros_like(self.hidden)
         weight_grad = self.weight_grad.finish() if self.weight_grad is not None else None
-        bias_grad = self.bias_grad.finish()[:, 0] if self.bias_grad is not None else None
+        bias_grad = self.bias_grad.finish() if self.bias_grad is not None else None
         return self.hidden_grad, weight_grad, bias_grad
