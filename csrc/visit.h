@@ -44,9 +44,10 @@ struct Visit {
   SampleRow row;  // after the visit; where not finite, the old one but for its bucket
 };
 
-// 1 - min(r, 1): r is the root mean square of the upward moves, or the standard deviation (by_std), of the last losses.
+// 1 - min(r, 1), 0 for a NaN: r is the root mean square of the upward moves, or the standard deviation (by_std), of the
+// last losses.
 GEKO_HD float quality_of(const float* history, int32_t times_seen, const Rules& rules) {
-  const int count = times_seen < kHistory ? times_seen : kHistory, first = kHistory - count;
+  const int count = times_seen < 0 ? 0 : times_seen < kHistory ? times_seen : kHistory, first = kHistory - count;
   float sum = 0.f, divisor;
   if (rules.by_std > 0.f) {
     divisor = static_cast<float>(count > 1 ? count : 1);
@@ -62,7 +63,7 @@ GEKO_HD float quality_of(const float* history, int32_t times_seen, const Rules& 
     }
   }
   const float unsteady = sqrtf(sum / divisor);
-  return 1.f - (unsteady > 1.f ? 1.f : unsteady);
+  return 1.f - (unsteady < 1.f ? unsteady : 1.f);
 }
 
 GEKO_HD uint8_t bucket_of(const Visit& visit, const Rules& rules) {
@@ -71,11 +72,17 @@ GEKO_HD uint8_t bucket_of(const Visit& visit, const Rules& rules) {
   return steady && visit.row.q_value >= rules.min_q ? FREEZE : LIGHT;
 }
 
-// The visit of a sample whose row was `old`, from the sums over its `tokens` valid tokens.
+// One visit more than `times_seen`, which a damaged file may have made negative, up to the largest int32.
+GEKO_HD int32_t seen_again(int32_t times_seen) {
+  return times_seen < 0 ? 1 : times_seen < INT32_MAX ? times_seen + 1 : INT32_MAX;
+}
+
+// The visit of a sample whose row was `old`, whatever that holds, from the sums over its `tokens` valid tokens.
 GEKO_HD Visit judge(
-    const SampleRow& old, int64_t tokens, float loss_sum, float confidence_sum, float hits, const Rules& rules) {
-  const float divisor = static_cast<float>(tokens > 1 ? tokens : 1);
-  Visit visit{tokens, loss_sum / divisor, confidence_sum / divisor, hits / divisor, 0.f, false, false, old};
+    const SampleRow& old, int64_t tokens, double loss_sum, double confidence_sum, double hits, const Rules& rules) {
+  const double divisor = static_cast<double>(tokens > 1 ? tokens : 1);
+  const auto mean = [divisor](double sum) { return static_cast<float>(sum / divisor); };
+  Visit visit{tokens, mean(loss_sum), mean(confidence_sum), mean(hits), 0.f, false, false, old};
   SampleRow& row = visit.row;
   visit.finite = tokens > 0 && std::isfinite(visit.loss) && std::isfinite(visit.confidence);
   if (visit.finite) {
@@ -84,7 +91,7 @@ GEKO_HD Visit judge(
     const float scaled = visit.loss / rules.q_scale;
     row.q_value = (1.f - rules.q_lr) * old.q_value + rules.q_lr * (1.f - (scaled > 1.f ? 1.f : scaled));
     row.confidence = visit.confidence;
-    row.times_seen = old.times_seen + 1;
+    row.times_seen = seen_again(old.times_seen);
     const bool by_loss = visit.loss < rules.correct_loss, by_accuracy = visit.accuracy >= rules.correct_accuracy;
     visit.correct = rules.by_accuracy > 0.f ? by_accuracy : by_loss;
     row.wrong_streak = visit.correct ? 0 : old.wrong_streak < 255 ? old.wrong_streak + 1 : 255;

@@ -13,6 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the extension was not built at install, or not for this torch: {error}") from error
 
+CHECKED = {"token_stats", "sample_update_", "loss_forward_", "logits_grad", "logits_grad_"}  # in C++, see `op_checks`
 build_info, cpu_capability, num_threads = _C.build_info, _C.cpu_capability, _C.num_threads
 
 token_stats = torch.ops.geko_cpu.token_stats.default

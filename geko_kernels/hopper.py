@@ -102,6 +102,7 @@ class RowsLaunch:
     """`reference_predicted.predicted_rows_` on tensors of one layout; all but the pointers settled.
 
     Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: how many counts there are.
+    Raises: ValueError for a shape without a kernel; RuntimeError at a launch, for rows that do not lie as in `serves`.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class RowsLaunch:
         parts: int,
     ) -> None:
         batch, length, vocab = shape
-        tiling = tiling_of(vocab, dtype.itemsize)
-        assert tiling is not None
+        tiling = tiling_of(vocab, dtype.itemsize) if dtype in _DTYPES and vocab > 0 else None
+        if tiling is None or not 0 < batch * length < 2**31 or parts < 0:
+            raise ValueError(f"no kernel for {dtype} logits of shape {tuple(shape)} and {parts} counts")
         self._library = library()
         self._device = device.index or 0
         self._shape = _Shape(self._device, _DTYPES[dtype], tiling.warps, tiling.blocks, tiling.shared)

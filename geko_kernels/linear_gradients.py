@@ -1,4 +1,4 @@
-"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias)."""
+"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias) in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
+from geko_kernels.reference_state import sum_dtype
 
 _COPIED = 2**24  # elements of a float16 tile that are in float32 at a time
 HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
@@ -89,6 +90,19 @@ def narrow_(wide: Tensor, memory: Tensor) -> None:
         start = stop
 
 
+class BiasGradient:
+    """`by_row @ tile` summed over calls of `add`, (V,) in `dtype`; see `ops.column_sums`."""
+
+    def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.total = dtype, torch.zeros(vocab, dtype=sum_dtype(device), device=device)
+
+    def add(self, tile: Tensor, by_row: Tensor) -> None:
+        self.total += ops.column_sums(tile, by_row)
+
+    def finish(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
 class HeadGradients:
     """The gradients of `hidden` (T, H), `weight` (V, H) and `bias` (V,) that are asked for; the others cost nothing.
 
@@ -111,15 +125,15 @@ class HeadGradients:
         self.hidden_dtype = self._held(hidden.dtype)
         weight_dtype, bias_dtype = self._held(weight_dtype), self._held(bias_dtype)
         self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
-        self.factor: Tensor | None = None  # of the float16 rows in the sums of dW and d(bias)
+        self.factor: Tensor | None = None  # of the float16 rows in the sum of dW
         self.hidden_grad: Tensor | None = None
         vocab, columns = weight.shape
         self.weight_grad: WeightGradient | None = None
-        self.bias_grad: WeightGradient | None = None
+        self.bias_grad: BiasGradient | None = None
         if weight_dtype is not None:
             self.weight_grad = WeightGradient(vocab, columns, weight_dtype, weight.dtype, weight.device)
         if bias_dtype is not None:
-            self.bias_grad = WeightGradient(vocab, 1, bias_dtype, weight.dtype, weight.device)
+            self.bias_grad = BiasGradient(vocab, bias_dtype, weight.device)
 
     def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
         """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
@@ -129,15 +143,14 @@ class HeadGradients:
             missing (T,): what of `coeff` the sums of dW and d(bias) do not hold yet;
             last: nothing will follow.
         """
-        if self.weight.dtype == torch.float16 and (self.weight_grad is not None or self.bias_grad is not None):
-            missing = missing * self._refit(positions[: len(tile)], missing)
+        at = positions[: len(tile)]
         if self.weight_grad is not None:
-            rows = ops.gather_rows(self.hidden, positions, missing, len(tile))
+            fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
+            rows = ops.gather_rows(self.hidden, positions, fitting, len(tile))
             self.weight_grad.add(tile, rows, last)
             del rows
         if self.bias_grad is not None:
-            by_row = missing.index_select(0, positions[: len(tile)]).to(tile.dtype)
-            self.bias_grad.add(tile, by_row[:, None], last)
+            self.bias_grad.add(tile, missing.index_select(0, at))
         if self.hidden_needed:
             if self.hidden_grad is None:
                 self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
@@ -156,9 +169,8 @@ class HeadGradients:
         largest = missing.index_select(0, at).abs().amax().clamp(min=2.0**-100)
         factor = torch.ldexp(1 / largest, 15 - exponent)
         if self.factor is not None:
-            for gradient in (self.weight_grad, self.bias_grad):
-                for part in gradient.parts if gradient is not None else ():
-                    part *= factor / self.factor
+            for part in self.weight_grad.parts if self.weight_grad is not None else ():
+                part *= factor / self.factor
         self.factor = factor
         return factor
 
@@ -184,9 +196,7 @@ class HeadGradients:
         if self.hidden_needed and self.hidden_grad is None:
             self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
         weight_grad = self.weight_grad.finish() if self.weight_grad is not None else None
-        bias_grad = self.bias_grad.finish()[:, 0] if self.bias_grad is not None else None
-        if self.factor is not None:
-            for grad in (weight_grad, bias_grad):
-                if grad is not None:
-                    grad /= self.factor
+        if self.factor is not None and weight_grad is not None:
+            weight_grad /= self.factor
+        bias_grad = self.bias_grad.finish() if self.bias_grad is not None else None
         return self.hidden_grad, weight_grad, bias_grad

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels import reference_rows
+from geko_kernels import op_checks, reference_rows
 from geko_kernels.derivatives import batched
+from geko_kernels.reference_state import sum_dtype
 
 _COLUMNS = (
     "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
@@ -43,10 +44,11 @@ _SCHEMAS = {
     "Tensor labels, Tensor tokens, int first, int last, int ready_from, int vocab, bool shift, float softcap) -> ()",
     "gather_rows": "(Tensor hidden, Tensor positions, Tensor coeff, int count) -> Tensor",
     "scatter_rows_": "(Tensor(a!) out, Tensor product, Tensor positions, Tensor coeff, int first) -> ()",
+    "column_sums": "(Tensor tile, Tensor by_row) -> Tensor",
     "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
 }
 # the argument that says which backend runs
-_PROBES = ("logits", "hidden", "out", "tokens", "coeff", "labels", "values")
+_PROBES = ("logits", "hidden", "out", "tokens", "coeff", "labels", "tile", "values")
 _MODULES = {"reference": "geko_kernels.reference", "triton": "geko_kernels.kernels", "cpp": "geko_kernels.cpp"}
 _override = os.environ.get("GEKO_BACKEND", "")  # tests replace it
 _loaded: dict[str, ModuleType] = {}
@@ -105,13 +107,22 @@ def _implement(op: str) -> Callable[..., Any]:
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
     updates = arguments[-1].name == "update"
     names = [argument.name for argument in arguments]
+    check = op_checks.CHECKS[op]
+    needed = [place for place, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
     probe = names.index(next(name for name in _PROBES if name in names))
 
     def run(*args: Any) -> Any:
         if updates and args[-1] and recomputing():
             args = (*args[:-1], False)
+        if args[probe] is None:  # the dispatcher takes None for any tensor
+            raise ValueError(f"{names[probe]} must be a tensor, got None")
         name = backend_name(args[probe].device, args[probe].dtype)
         backend = _loaded.get(name) or _load(name)
+        if op not in getattr(backend, "CHECKED", ()):
+            for place in needed:
+                if args[place] is None:
+                    raise ValueError(f"{names[place]} must be a tensor, got None")
+            check(*args)
         result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
         if written and (not updates or args[-1]):
             torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
@@ -168,6 +179,10 @@ def _fake_gather_rows(hidden: Tensor, _positions: Tensor, _coeff: Tensor, count:
     return hidden.new_empty((count, hidden.shape[1]))
 
 
+def _fake_column_sums(tile: Tensor, _by_row: Tensor) -> Tensor:
+    return tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device))
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -184,6 +199,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "score_rows_": _fake_nothing,
     "gather_rows": _fake_gather_rows,
     "scatter_rows_": _fake_nothing,
+    "column_sums": _fake_column_sums,
     "rescale_": _fake_nothing,
 }
 
@@ -204,6 +220,7 @@ gradient_rows_ = torch.ops.geko.gradient_rows_.default
 score_rows_ = torch.ops.geko.score_rows_.default
 gather_rows = torch.ops.geko.gather_rows.default
 scatter_rows_ = torch.ops.geko.scatter_rows_.default
+column_sums = torch.ops.geko.column_sums.default
 rescale_ = torch.ops.geko.rescale_.default
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels.reference_layout import Layout, layout
-from geko_kernels.reference_state import Table, Visits, learn, visit_means, write_rows_
+from geko_kernels.reference_state import Table, Visits, learn, sum_dtype, visit_means, write_rows_
 
 
 class Reduction(enum.IntEnum):
@@ -46,7 +46,9 @@ def token_stats(
     """
     where = layout(labels, sample_ids, -1, logits.shape[-1], ignore_index, shift)
     scored = where.scored
-    z = _cap(logits.reshape(-1, logits.shape[-1])[scored].to(_compute_dtype(logits)), softcap)
+    if not logits.shape[-1]:
+        return torch.zeros(5, labels.numel(), dtype=_compute_dtype(logits), device=logits.device)
+    z = _cap(logits.flatten(0, 1)[scored].to(_compute_dtype(logits)), softcap)
     top = z.amax(-1)
     total = (z - top[:, None]).exp().sum(-1)
     at_target = z.gather(1, where.target[scored, None])[:, 0]
@@ -98,9 +100,12 @@ def sample_update_(
     table = Table(q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, quarantined)
     visits = visit_means(tokens, where, rows)
     learnt = learn(visits, table, rules)
-    weight = torch.ones_like(visits.loss) if q_value is None else weights[3 - learnt.bucket].to(tokens.dtype)
+    weight = (
+        torch.ones_like(visits.loss) if q_value is None else weights[3 - learnt.bucket.clamp(max=3)].to(tokens.dtype)
+    )
     if quarantined is not None:
-        weight = torch.where(visits.in_table & quarantined[visits.row], 0, weight)
+        shut_out = quarantined.view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
+        weight = torch.where(visits.in_table & shut_out, 0, weight)
     weight = torch.where(visits.counted, weight, 0)
     if q_value is not None and update:
         write_rows_(visits, learnt, table)
@@ -126,10 +131,14 @@ def _reduce(
     contribution = torch.where(visits.counted, weight * (visits.loss_sum if by_token else visits.loss), 0)
     if reduction in (Reduction.MEAN, Reduction.TOKEN_MEAN):
         items = (visits.num_tokens.sum() if by_token else visits.counted.sum()) if num_items is None else num_items
-        scale = torch.where(items > 0, 1 / items.to(real), 0).to(real)
+        items = items.to(real)
+        scale = torch.where(items > 0, 1 / items, 0)
     else:
-        scale = torch.ones((), dtype=real, device=weight.device)
-    return contribution if reduction == Reduction.NONE else contribution.sum() * scale, scale, coeff
+        items = scale = torch.ones((), dtype=real, device=weight.device)
+    if reduction == Reduction.NONE:
+        return contribution, scale, coeff
+    total = contribution.sum(dtype=sum_dtype(weight.device))
+    return torch.where(items > 0, total / items, total * 0).to(real), scale, coeff
 
 
 def loss_forward_(
@@ -191,7 +200,7 @@ def logits_grad(
     g = torch.where(coeff != 0, coeff * scale * upstream.to(tokens.dtype), 0)  # (T,)
     kept = g != 0
     target = labels.roll(-1, 1) if shift else labels
-    raw = logits.reshape(-1, vocab)[kept].to(tokens.dtype)
+    raw = logits.flatten(0, 1)[kept].to(tokens.dtype)
     z = _cap(raw, softcap)
     grad = (z - tokens[1, kept, None] - tokens[2, kept, None]).exp()
     grad.scatter_add_(1, target.flatten()[kept, None], -torch.ones_like(grad[:, :1]))

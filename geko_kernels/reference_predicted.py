@@ -37,7 +37,8 @@ def predict(
     weight = torch.ones(entries, device=labels.device)
     if bucket is not None and quarantined is not None:
         row = where.ids.clamp(0, rows - 1)
-        weight = torch.where(quarantined[row], 0, weights[3 - bucket[row].long()])
+        shut_out = quarantined.view(torch.uint8)[row] != 0
+        weight = torch.where(shut_out, 0, weights[3 - bucket[row].long().clamp(max=3)])
     by_token = reduction == Reduction.TOKEN_MEAN
     coeff = weight if by_token else weight / count.clamp(min=1)
     coeff = torch.where(where.valid, coeff[where.visit], 0)
@@ -65,7 +66,7 @@ def predicted_rows_(
     tokens = torch.zeros(5, target.numel(), device=logits.device)
     tokens[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.float()])
     scale = 1 if divisor is None else torch.where(divisor > 0, 1 / divisor.float(), 0)
-    factor = torch.where(coeff != 0, coeff * scale * upstream, 0)
+    factor = torch.where(scored & (coeff != 0), coeff * scale * upstream, 0)
     written = factor != 0
     kept = written[scored]
     rows = (z[kept] - top[kept, None]).exp() / total[kept, None]

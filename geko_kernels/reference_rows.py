@@ -10,6 +10,9 @@ from torch import Tensor
 
 from geko_kernels.reference import _cap, token_stats
 from geko_kernels.reference_layout import layout
+from geko_kernels.reference_state import sum_dtype
+
+SUMMED_ROWS = 64  # that a GEMV adds up
 
 
 def scored_rows(
@@ -137,6 +140,18 @@ def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor
     """`out[at] = product * coeff[at]` with `at = positions[first : first + len(product)]`, out (T, H) of any dtype."""
     at = positions[first : first + len(product)]
     out[at] = (product * coeff[at, None]).to(out.dtype)
+
+
+def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:
+    """`by_row.double() @ tile.double()`: (V,) float64, to float32's precision, from (n, V) and (n,) of float32.
+
+    A GEMV over all rows would add them up one by one. Here it takes a few, and float64 their sums.
+    """
+    total = torch.zeros(tile.shape[1], dtype=sum_dtype(tile.device), device=tile.device)
+    for start in range(0, len(tile), SUMMED_ROWS):
+        rows = slice(start, start + SUMMED_ROWS)
+        total += torch.mv(tile[rows].t().to(by_row.dtype), by_row[rows])
+    return total
 
 
 def rescale_(values: Tensor, factor: Tensor) -> None:

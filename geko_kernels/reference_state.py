@@ -65,6 +65,11 @@ class Learnt(NamedTuple):
     correct: Tensor
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what to add up many float32: in their own precision a long sum loses what is small beside it."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+
+
 def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
     """Sums over the tokens (5, T) of each visit, divided by how many are valid; `rows` of the table, -1 without one."""
     entries = where.ids.shape[0]
@@ -75,9 +80,10 @@ def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
         return sums.index_add_(0, slot, values)[:-1]
 
     num_tokens = per_visit(where.valid.long())
-    loss_sum, sure, hits = (per_visit(torch.where(where.valid, tokens[i], 0)) for i in (0, 3, 4))
-    divisor = num_tokens.clamp(min=1).to(tokens.dtype)
-    loss, sure, accuracy = loss_sum / divisor, sure / divisor, hits / divisor
+    wide = tokens.to(sum_dtype(tokens.device))
+    sums = [per_visit(torch.where(where.valid, wide[i], 0)) for i in (0, 3, 4)]
+    loss, sure, accuracy = ((part / num_tokens.clamp(min=1)).to(tokens.dtype) for part in sums)
+    loss_sum = sums[0].to(tokens.dtype)
     counted = num_tokens > 0
     finite = counted & loss.float().isfinite() & sure.isfinite()
     row = where.ids.clamp(0, max(rows - 1, 0))
@@ -95,7 +101,7 @@ def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
 
     old_history, old_q = old(table.loss_history, 0.0, 5), old(table.q_value, 0.5)
     old_seen = old(table.times_seen, 0).int()
-    seen = old_seen + 1
+    seen = old_seen.clamp(0, torch.iinfo(torch.int32).max - 1) + 1  # a damaged file may hold anything
     loss = visits.loss.float()
     history = torch.cat([old_history[:, 1:], loss[:, None]], 1)
     lr = rules[Rules.Q_LR]
@@ -132,13 +138,14 @@ def write_rows_(visits: Visits, learnt: Learnt, table: Table) -> None:
 
 
 def quality_of(history: Tensor, times_seen: Tensor, rules: Tensor) -> Tensor:
-    """(n, 5) losses, newest last, of which the last `times_seen` count -> (n,) quality in [0, 1]."""
-    count = times_seen.clamp(max=history.shape[1])
+    """(n, 5) losses, newest last, of which the last `times_seen` count -> (n,) quality in [0, 1]; 0 for a NaN."""
+    count = times_seen.clamp(0, history.shape[1])
     slot = torch.arange(history.shape[1], device=history.device)
     live = slot >= history.shape[1] - count[:, None]
-    rise = (history[:, 1:] - history[:, :-1]).clamp(min=0) * live[:, :-1]
+    rises = live[:, :-1] & (history[:, 1:] > history[:, :-1])
+    rise = torch.where(rises, history[:, 1:] - history[:, :-1], 0)
     by_rise = (rise.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
-    mean = (history * live).sum(1) / count.clamp(min=1)
-    by_std = (((history - mean[:, None]) * live).square().sum(1) / count.clamp(min=1)).sqrt()
+    mean = torch.where(live, history, 0).sum(1) / count.clamp(min=1)
+    by_std = (torch.where(live, history - mean[:, None], 0).square().sum(1) / count.clamp(min=1)).sqrt()
     unsteady = torch.where(rules[Rules.BY_STD] > 0, by_std, by_rise)
-    return 1 - unsteady.clamp(max=1)
+    return 1 - torch.where(unsteady < 1, unsteady, 1)

@@ -101,6 +101,25 @@ def call_predicted(form: str, table: bool, dtype: torch.dtype, vocab: int, **opt
         correct(logits, one, logits, labels, floats, floats[0], one, floats[1], state.upstream, state.predictions)
 
 
+def call_rows(dtype: torch.dtype, vocab: int, shift: bool, softcap: float) -> None:
+    """The launches of the linear path on a buffer of 64 rows."""
+    from geko_kernels import kernels
+
+    tile, hidden = torch.empty(64, vocab, dtype=dtype), torch.empty(2000, 100, dtype=dtype)
+    labels, tokens = torch.zeros(2, 1000, dtype=torch.int64), torch.empty(5, 2000)
+    rows, slots = labels.flatten(), torch.zeros(64, dtype=torch.int64)
+    kernels.scored_rows(labels, None, vocab, -100, shift)
+    for fused in (False, True):
+        kernels.score_rows_(tile, rows, rows, tokens, fused, 0, 0, 64, vocab - 3, softcap)
+    end = kernels.kept_rows_(tokens[0], rows, slots, slots, 0, 0, 64)
+    for sources, last in ((slots, end), (None, None)):
+        kernels.gradient_rows_(tile, slots, sources, last, labels, tokens, 0, 64, 64, vocab - 3, shift, softcap)
+    kernels.gather_rows(hidden, slots, tokens[0], 64)
+    kernels.scatter_rows_(hidden, torch.empty(64, 100), slots, tokens[0], 0)
+    kernels.column_sums(tile, tokens[0, :64])
+    kernels.rescale_(tile, torch.ones(()))
+
+
 def resources(kernel: Any) -> tuple[int, int]:
     """(registers, spilled bytes) as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -139,6 +158,7 @@ def main(everything: bool) -> None:
     else:
         for i, options in enumerate(settings):
             call(*forms[i % 3], dtypes[i % 3], *shapes[i], **options)
+            call_rows(dtypes[i % 3], shapes[i][0], options["shift"], options["softcap"])
             if options["reduction"]:
                 call_predicted(*forms[i % 3], dtypes[i % 3], shapes[i % 2][0], **options)
     for name, kernel in compiled.values():

@@ -49,6 +49,22 @@ def test_a_launch_fills_the_arguments_of_the_kernel(monkeypatch):
     hopper.missing.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "parts"),
+    [
+        (torch.float64, (2, 3, 50257), 4),
+        (torch.bfloat16, (2, 3, 700_000), 4),
+        (torch.bfloat16, (2, 3, 0), 4),
+        (torch.bfloat16, (0, 3, 50257), 4),
+        (torch.bfloat16, (2**20, 2**12, 50257), 4),
+        (torch.bfloat16, (2, 3, 50257), -1),
+    ],
+)
+def test_a_shape_without_a_kernel_is_refused(dtype, shape, parts):
+    with pytest.raises(ValueError, match="no kernel for .* logits of shape"):
+        hopper.RowsLaunch(torch.device("cuda", 0), dtype, shape, (7, 8), (9, 10), parts)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_row_fits_its_cluster(itemsize):
     for vocab in (*range(1025, 2000, 31), *range(2000, 700_000, 7919)):

@@ -3,6 +3,7 @@
 #ifdef __linux__
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <mutex>
 #include <utility>
 #endif
@@ -59,8 +60,8 @@ KeptBlock& kept_block() {
 }  // namespace
 
 Tensor empty_gradient(const Tensor& logits) {
-  const size_t bytes = static_cast<size_t>(logits.numel()) * logits.element_size();
-  if (bytes < 2 * kHugePage) return torch::stable::new_empty(logits, logits.sizes());
+  const size_t count = logits.numel(), size = logits.element_size(), bytes = count * size;
+  if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return torch::stable::new_empty(logits, logits.sizes());
   const Block block = kept_block().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
   if (!block.start) return torch::stable::new_empty(logits, logits.sizes());
   const int64_t strides[3] = {logits.size(1) * logits.size(2), logits.size(2), 1};

@@ -1,4 +1,5 @@
 // Backward over the logits: reads and writes once each row whose coefficient is not zero; others get zeros unread.
+#include <algorithm>
 #include <cstring>
 
 #include "csrc/cpu/gradient_memory.h"
@@ -11,16 +12,29 @@ namespace {
 struct Coefficients {
   const float *coeff, *scale, *upstream;
   const int32_t* token_visit;  // null with one id a row
-  int64_t upstream_stride, length;
+  int64_t upstream_stride, length, visits;
 
-  float at(int64_t token) const {
-    if (coeff[token] == 0.f) return 0.f;
+  // The entry of `upstream`, below 0 where token_visit names none.
+  int64_t visit_of(int64_t token) const {
     const int64_t visit = token_visit ? token_visit[token] : token / length;
-    return coeff[token] * *scale * upstream[visit * upstream_stride];
+    return visit < visits ? visit : -1;
   }
+  float at(int64_t token, int64_t visit) const { return coeff[token] * *scale * upstream[visit * upstream_stride]; }
 };
 
+// Whether no two elements share memory, as far as the strides say so at a glance.
+bool apart(const Tensor& tensor) {
+  int64_t order[3] = {0, 1, 2}, end = 0;  // end: the last element's place in the dimensions so far
+  std::sort(order, order + 3, [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  for (const int64_t d : order) {
+    if (tensor.size(d) > 1 && tensor.stride(d) <= end) return false;
+    end += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return true;
+}
+
 void set_zero(char* row, int64_t stride, int64_t vocab, int64_t size) {
+  if (vocab == 0) return;
   if (stride == 1) {
     std::memset(row, 0, vocab * size);
   } else {
@@ -28,37 +42,60 @@ void set_zero(char* row, int64_t stride, int64_t vocab, int64_t size) {
   }
 }
 
+Coefficients coefficients_of(
+    const Batch& batch, const Tensor& grad_output, const Tensor& coeff, const Tensor& scale,
+    const Tensor& token_visit) {
+  const int64_t count = batch.tokens();
+  const bool by_visit = grad_output.dim() > 0, packed = token_visit.numel() > 0;
+  const int64_t visits = packed ? count : batch.batch;
+  const int32_t* visit_of = data<int32_t>(token_visit, {packed ? count : 0}, "token_visit");
+  STD_TORCH_CHECK(
+      grad_output.is_cpu() && grad_output.scalar_type() == ScalarType::Float && has_memory(grad_output) &&
+          (!by_visit || has_shape(grad_output, {visits})),
+      "grad_output must be () or ", shape_of({visits}), " Float on the CPU, got ", shape_and_type(grad_output));
+  return {
+      data<float>(coeff, {count}, "coeff"),
+      data<float>(scale, {}, "scale"),
+      static_cast<const float*>(grad_output.data_ptr()),
+      by_visit && packed ? visit_of : nullptr,
+      by_visit ? grad_output.stride(0) : 0,
+      batch.length,
+      visits};
+}
+
 void write_grad(
     const Tensor& out, const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens,
     const Tensor& coeff, const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
   const Rows rows(logits), to(out);
   const HeldBatch batch(labels, std::nullopt, rows.vocab, INT64_MIN, shift);
+  check_rows(rows, batch);
   const int64_t count = batch.tokens();
-  const bool by_visit = grad_output.dim() > 0, packed = token_visit.numel() > 0;
-  STD_TORCH_CHECK(
-      logits.size(0) == batch.batch && rows.length == batch.length, "labels must have the logits' shape without V");
-  STD_TORCH_CHECK(
-      grad_output.is_cpu() && grad_output.scalar_type() == ScalarType::Float &&
-          (!by_visit || grad_output.numel() == (packed ? count : batch.batch)),
-      "grad_output must be float32, () or one entry a visit");
-  const Coefficients coefficients{
-      data<float>(coeff, count, "coeff"),
-      data<float>(scale, 1, "scale"),
-      static_cast<const float*>(grad_output.data_ptr()),
-      by_visit && packed ? data<int32_t>(token_visit, count, "token_visit") : nullptr,
-      by_visit ? grad_output.stride(0) : 0,
-      batch.length};
-  const float* stats = data<float>(tokens, 5 * count, "tokens");
+  const Coefficients coefficients = coefficients_of(batch, grad_output, coeff, scale, token_visit);
+  const float* stats = data<float>(tokens, {5, count}, "tokens");
   const GradKernel kernel = row_kernels().grad[rows.element];
+  std::atomic<int64_t> foreign{-1};  // a token with a coefficient, but no label or no entry in grad_output
   // last row first: the end of the logits is what the forward left in the cache
   for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t i) {
-    const int64_t t = count - 1 - i, target = batch.target_of(t);
-    const float g = coefficients.at(t);
-    if (g == 0.f || !batch.in_vocab(target)) return set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
+    const int64_t t = count - 1 - i;
+    float g = 0.f;
+    int64_t target = 0;
+    if (coefficients.coeff[t] != 0.f) {
+      const int64_t visit = coefficients.visit_of(t);
+      target = batch.target_of(t);
+      if (visit < 0 || !batch.in_vocab(target))
+        foreign = t;
+      else
+        g = coefficients.at(t, visit);
+    }
+    if (g == 0.f) return set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
     kernel(
         {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)},
         {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g});
   });
+  STD_TORCH_CHECK(
+      foreign < 0, "labels, coeff and token_visit must be those of one forward: token ", foreign.load(),
+      " has a coefficient, but its label is outside [0, ", rows.vocab, ") or its visit outside [0, ",
+      coefficients.visits, ")");
 }
 
 }  // namespace
@@ -66,6 +103,7 @@ void write_grad(
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 3, "logits must be (B, S, V) on the CPU, got ", shape_and_type(logits));
   Tensor out = empty_gradient(logits);
   write_grad(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
   return out;
@@ -74,6 +112,9 @@ Tensor logits_grad(
 void logits_grad_(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
+  STD_TORCH_CHECK(
+      logits.dim() != 3 || apart(logits), "logits must not overlap themselves to be written over, got strides ",
+      shape_of({logits.stride(0), logits.stride(1), logits.stride(2)}));
   write_grad(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
 }
 

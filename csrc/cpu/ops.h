@@ -27,8 +27,11 @@ struct Rows {
     return base + ((token / length) * strides[0] + (token % length) * strides[1]) * size;
   }
   char* base;
-  int64_t length, vocab, size, strides[3], element;
+  int64_t batch, length, vocab, size, strides[3], element;
 };
+
+// Throws std::runtime_error unless the rows are those of the batch.
+void check_rows(const Rows& rows, const Batch& batch);
 
 Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,

@@ -12,8 +12,7 @@ struct Table {
   int64_t rows;  // -1 without a state
   float *q_value, *confidence, *history;
   int32_t* times_seen;
-  uint8_t *bucket, *wrong_streak;
-  bool *changed, *quarantined;
+  uint8_t *bucket, *wrong_streak, *changed, *quarantined;
 
   bool holds(int64_t id) const { return id >= 0 && id < rows; }
 
@@ -28,15 +27,15 @@ struct Table {
 
   void write(int64_t id, const SampleRow& row) const {
     q_value[id] = row.q_value, confidence[id] = row.confidence, times_seen[id] = row.times_seen;
-    bucket[id] = row.bucket, wrong_streak[id] = row.wrong_streak, changed[id] = true;
+    bucket[id] = row.bucket, wrong_streak[id] = row.wrong_streak, changed[id] = 1;
     std::memcpy(history + id * kHistory, row.history, sizeof(row.history));
   }
 };
 
-// Sums over the valid tokens of a visit, in float32 and token order as the reference's.
+// Sums over the valid tokens of a visit, in token order.
 struct Sums {
   int64_t tokens = 0;
-  float loss = 0.f, confidence = 0.f, hits = 0.f;
+  double loss = 0., confidence = 0., hits = 0.;
 };
 
 std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t tokens) {
@@ -50,6 +49,31 @@ std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t toke
   return sums;
 }
 
+// The columns, `rows` each, or none of them.
+Table table_of(
+    int64_t rows, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
+    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
+    const Optional& claim, const Optional& quarantined) {
+  int64_t given = 0;
+  for (const Optional* column :
+       {&q_value, &confidence, &loss_history, &times_seen, &bucket, &wrong_streak, &changed, &claim, &quarantined})
+    given += column->has_value();
+  STD_TORCH_CHECK(
+      given == 0 || given == 9, "the columns of a state, q_value to quarantined, must be given all or none, got ", given,
+      " of 9");
+  data<int32_t>(claim, {rows}, "claim");
+  return {
+      rows,
+      data<float>(q_value, {rows}, "q_value"),
+      data<float>(confidence, {rows}, "confidence"),
+      data<float>(loss_history, {rows, kHistory}, "loss_history"),
+      data<int32_t>(times_seen, {rows}, "times_seen"),
+      data<uint8_t>(bucket, {rows}, "bucket"),
+      data<uint8_t>(wrong_streak, {rows}, "wrong_streak"),
+      flags(changed, {rows}, "changed"),
+      flags(quarantined, {rows}, "quarantined")};
+}
+
 }  // namespace
 
 Update sample_update_(
@@ -59,22 +83,17 @@ Update sample_update_(
     const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
     int64_t ignore_index, bool shift, bool update) {
   const int64_t n = q_value ? q_value->numel() : -1;
-  const Table table{
-      n,
-      data<float>(q_value, n, "q_value"),
-      data<float>(confidence, n, "confidence"),
-      data<float>(loss_history, n * kHistory, "loss_history"),
-      data<int32_t>(times_seen, n, "times_seen"),
-      data<uint8_t>(bucket, n, "bucket"),
-      data<uint8_t>(wrong_streak, n, "wrong_streak"),
-      data<bool>(changed, n, "changed"),
-      data<bool>(quarantined, n, "quarantined")};
+  const Table table = table_of(
+      n, q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined);
+  int64_t* key = data<int64_t>(error, {}, "error");
+  const float* items_given = data<float>(num_items, {}, "num_items");
+  STD_TORCH_CHECK(reduction >= NONE && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
   const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
   const Layout layout = layout_of(batch, n);
   const int64_t count = batch.tokens(), entries = batch.visits();
-  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, 5 * count, "tokens"), count);
-  const Rules& rule = *reinterpret_cast<const Rules*>(data<float>(rules, kRules, "rules"));
-  const float* bucket_weights = data<float>(weights, 4, "weights");
+  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, {5, count}, "tokens"), count);
+  const Rules& rule = *reinterpret_cast<const Rules*>(data<float>(rules, {kRules}, "rules"));
+  const float* bucket_weights = data<float>(weights, {4}, "weights");
 
   const bool none = reduction == NONE, by_token = reduction == TOKEN_MEAN;
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType type) {
@@ -84,11 +103,11 @@ Update sample_update_(
   Tensor scale = empty({}, ScalarType::Float), coeff = empty({count}, ScalarType::Float);
   Tensor token_visit = empty({batch.packed ? count : 0}, ScalarType::Int);
   Tensor floats = empty({6, entries}, ScalarType::Float), ints = empty({2, entries}, ScalarType::Long);
-  Tensor flags = empty({2, entries}, ScalarType::Byte);
-  float* loss_to = data<float>(value, none ? entries : 1, "loss");
-  float* floats_to = data<float>(floats, 6 * entries, "floats");
-  int64_t* ints_to = data<int64_t>(ints, 2 * entries, "ints");
-  uint8_t* flags_to = data<uint8_t>(flags, 2 * entries, "flags");
+  Tensor flags_out = empty({2, entries}, ScalarType::Byte);
+  float* loss_to = static_cast<float*>(value.data_ptr());
+  float* floats_to = data<float>(floats, {6, entries}, "floats");
+  int64_t* ints_to = data<int64_t>(ints, {2, entries}, "ints");
+  uint8_t* flags_to = data<uint8_t>(flags_out, {2, entries}, "flags");
 
   std::vector<Visit> visits(entries);  // all judged by the old rows before any is written
   std::vector<float> token_coeff(entries);
@@ -100,7 +119,7 @@ Update sample_update_(
     const bool dropped = table.quarantined && table.holds(id) && table.quarantined[id];
     const float any = visit.tokens > 0 ? 1.f : 0.f;
     const float weight = dropped ? 0.f : q_value ? weight_of(visit, bucket_weights) : any;
-    const float loss = visit.tokens > 0 ? weight * (by_token ? sums[v].loss : visit.loss) : 0.f;
+    const float loss = visit.tokens > 0 ? weight * (by_token ? static_cast<float>(sums[v].loss) : visit.loss) : 0.f;
     if (none) loss_to[v] = loss;
     sum += loss, counted += visit.tokens > 0, valid += visit.tokens;
     token_coeff[v] = by_token || visit.tokens == 0 ? weight : weight / static_cast<float>(visit.tokens);
@@ -113,24 +132,17 @@ Update sample_update_(
   if (q_value && update)
     for (int64_t v = 0; v < entries; ++v)
       if (visits[v].finite) table.write(layout.ids[v], visits[v].row);  // the last visit of a sample stays
-  if (error) {
-    int64_t* key = data<int64_t>(error, 1, "error");
-    *key = std::min(*key, layout.error);
-  }
+  if (key) *key = std::min(*key, layout.error);
 
-  float divisor_inverse = 1.f;
-  if (reduction == MEAN || by_token) {
-    const float present = static_cast<float>(by_token ? valid : counted);
-    const float items = num_items ? *data<float>(num_items, 1, "num_items") : present;
-    divisor_inverse = items > 0.f ? 1.f / items : 0.f;
-  }
-  *data<float>(scale, 1, "scale") = divisor_inverse;
-  if (!none) *loss_to = static_cast<float>(sum) * divisor_inverse;
-  float* coeff_to = data<float>(coeff, count, "coeff");
+  float items = 1.f;
+  if (reduction == MEAN || by_token) items = items_given ? *items_given : static_cast<float>(by_token ? valid : counted);
+  *data<float>(scale, {}, "scale") = items > 0.f ? 1.f / items : 0.f;
+  if (!none) *loss_to = static_cast<float>(items > 0.f ? sum / items : sum * 0.);
+  float* coeff_to = data<float>(coeff, {count}, "coeff");
   for (int64_t t = 0; t < count; ++t) coeff_to[t] = layout.valid(t) ? token_coeff[layout.visit[t]] : 0.f;
   if (batch.packed && count)
-    std::memcpy(data<int32_t>(token_visit, count, "token_visit"), layout.visit.data(), count * sizeof(int32_t));
-  return {value, scale, coeff, token_visit, floats, ints, flags};
+    std::memcpy(data<int32_t>(token_visit, {count}, "token_visit"), layout.visit.data(), count * sizeof(int32_t));
+  return {value, scale, coeff, token_visit, floats, ints, flags_out};
 }
 
 Forward loss_forward_(

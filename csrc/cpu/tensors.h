@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
+#include <limits>
 #include <optional>
+#include <string>
 
 #include "csrc/cpu/row_kernels.h"
 #include "csrc/stable_abi.h"
@@ -13,19 +16,61 @@ namespace geko {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The data of a contiguous CPU tensor of `numel` elements of T; throws std::runtime_error for any other.
 template <class T>
-T* data(const Tensor& tensor, int64_t numel, const char* name) {
+constexpr ScalarType kTypeOf = ScalarType::Undefined;
+template <>
+constexpr ScalarType kTypeOf<float> = ScalarType::Float;
+template <>
+constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
+template <>
+constexpr ScalarType kTypeOf<int32_t> = ScalarType::Int;
+template <>
+constexpr ScalarType kTypeOf<uint8_t> = ScalarType::Byte;
+
+// "(2, 3) Float" for an error message.
+std::string shape_and_type(const Tensor& tensor);
+std::string shape_of(std::initializer_list<int64_t> sizes);
+int64_t elements_of(std::initializer_list<int64_t> sizes);
+
+// Whether there is memory behind the elements: a storage may have been resized to nothing, or start off an element.
+inline bool has_memory(const Tensor& tensor) {
+  const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  return tensor.numel() == 0 || (at != 0 && at % tensor.element_size() == 0);
+}
+
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (const int64_t size : sizes)
+    if (tensor.size(d++) != size) return false;
+  return true;
+}
+
+// The data of a contiguous CPU tensor of these sizes and this type; throws std::runtime_error for any other.
+inline void* data_of(
+    const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes, const char* name) {
   STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == numel && tensor.element_size() == sizeof(T),
-      name, " must be a contiguous CPU tensor of ", numel, " elements of ", sizeof(T), " bytes");
-  return static_cast<T*>(tensor.data_ptr());
+      tensor.is_cpu() && tensor.scalar_type() == type && has_shape(tensor, sizes) && tensor.is_contiguous() &&
+          has_memory(tensor),
+      name, " must be a contiguous CPU tensor of ", elements_of(sizes), " elements, ", shape_of(sizes), " ",
+      torch::headeronly::toString(type), ", got ", shape_and_type(tensor));
+  return tensor.data_ptr();
+}
+
+template <class T>
+T* data(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  return static_cast<T*>(data_of(tensor, kTypeOf<T>, sizes, name));
 }
 
 // `data`, or nullptr for None.
 template <class T>
-T* data(const std::optional<Tensor>& tensor, int64_t numel, const char* name) {
-  return tensor ? data<T>(*tensor, numel, name) : nullptr;
+T* data(const std::optional<Tensor>& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  return tensor ? data<T>(*tensor, sizes, name) : nullptr;
+}
+
+// The bytes of a bool tensor, as anything may be in them; or nullptr for None.
+inline uint8_t* flags(const std::optional<Tensor>& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  return tensor ? static_cast<uint8_t*>(data_of(*tensor, ScalarType::Bool, sizes, name)) : nullptr;
 }
 
 // Rows that a thread takes at a time: enough work to pay for asking.

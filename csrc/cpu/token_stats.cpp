@@ -2,26 +2,54 @@
 #include "csrc/cpu/ops.h"
 
 namespace geko {
+namespace {
+
+// `tensor` contiguous, after a look at what must hold before it is copied.
+Tensor integers(const Tensor& tensor, bool fits, const char* name, const char* shape) {
+  STD_TORCH_CHECK(
+      fits && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && has_memory(tensor), name, " must be ",
+      shape, " Long on the CPU, got ", shape_and_type(tensor));
+  return torch::stable::contiguous(tensor);
+}
+
+}  // namespace
 
 HeldBatch::HeldBatch(
     const Tensor& labels, const Optional& sample_ids, int64_t vocab, int64_t ignore_index, bool shift)
-    : Batch{}, held_labels(torch::stable::contiguous(labels)) {
-  if (sample_ids) held_ids = torch::stable::contiguous(*sample_ids);
+    : Batch{}, held_labels(integers(labels, labels.dim() == 2, "labels", "(B, S)")) {
   this->batch = labels.size(0), this->length = labels.size(1), this->vocab = vocab;
   this->ignore_index = ignore_index, this->shift = shift;
-  this->packed = sample_ids && sample_ids->dim() == 2;
-  this->labels = data<int64_t>(held_labels, tokens(), "labels");
-  this->ids = data<int64_t>(held_ids, packed ? tokens() : batch, "sample_ids");
+  STD_TORCH_CHECK(
+      std::max(tokens(), batch) <= INT32_MAX, "labels must have at most 2^31 - 1 rows and elements, got ",
+      shape_and_type(labels));
+  this->labels = data<int64_t>(held_labels, {batch, length}, "labels");
+  if (!sample_ids) return;
+  const bool fits = has_shape(*sample_ids, {batch}) || has_shape(*sample_ids, {batch, length});
+  held_ids = integers(*sample_ids, fits, "sample_ids", "(B,) or (B, S) like the labels,");
+  this->packed = sample_ids->dim() == 2;
+  this->ids = packed ? data<int64_t>(held_ids, {batch, length}, "sample_ids")
+                     : data<int64_t>(held_ids, {batch}, "sample_ids");
 }
 
-Rows::Rows(const Tensor& logits) : base(static_cast<char*>(logits.data_ptr())) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 3, "logits must be (B, S, V) on the CPU");
+Rows::Rows(const Tensor& logits) {
+  STD_TORCH_CHECK(
+      logits.is_cpu() && logits.dim() == 3 && has_memory(logits), "logits must be (B, S, V) on the CPU, got ",
+      shape_and_type(logits));
   const ScalarType type = logits.scalar_type();
   element = type == ScalarType::Float ? FLOAT32 : type == ScalarType::BFloat16 ? BFLOAT16 : FLOAT16;
-  STD_TORCH_CHECK(element != FLOAT16 || type == ScalarType::Half, "logits must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(
+      element != FLOAT16 || type == ScalarType::Half, "logits must be float32, bfloat16 or float16, got ",
+      shape_and_type(logits));
+  base = static_cast<char*>(logits.data_ptr());
   size = static_cast<int64_t>(logits.element_size());
-  length = logits.size(1), vocab = logits.size(2);
+  batch = logits.size(0), length = logits.size(1), vocab = logits.size(2);
   for (int64_t d = 0; d < 3; ++d) strides[d] = logits.stride(d);
+}
+
+void check_rows(const Rows& rows, const Batch& batch) {
+  STD_TORCH_CHECK(
+      rows.batch == batch.batch && rows.length == batch.length, "labels must have the logits' shape without V, ",
+      shape_of({rows.batch, rows.length}), ", got ", shape_of({batch.batch, batch.length}));
 }
 
 Tensor token_stats(
@@ -29,11 +57,10 @@ Tensor token_stats(
     double softcap) {
   const Rows rows(logits);
   const HeldBatch batch(labels, sample_ids, rows.vocab, ignore_index, shift);
+  check_rows(rows, batch);
   const int64_t tokens = batch.tokens();
-  STD_TORCH_CHECK(
-      logits.size(0) == batch.batch && rows.length == batch.length, "labels must have the logits' shape without V");
   Tensor out = torch::stable::new_empty(logits, {5, tokens}, ScalarType::Float);
-  float* stats = data<float>(out, 5 * tokens, "out");
+  float* stats = data<float>(out, {5, tokens}, "out");
   const StatsKernel kernel = row_kernels().stats[rows.element];
   for_each_parallel(tokens, rows_a_step(rows.vocab), [&](int64_t t) {
     const int64_t target = batch.target_of(t);

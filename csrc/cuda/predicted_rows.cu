@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(WARPS * 32 + 32) predicted_rows(const __grid_c
     float coeff = cluster < a.rows ? a.coeff[cluster] : 0;
     for (int t = cluster; t < a.rows; t += clusters) {
       const int y = target;
-      const float factor = coeff != 0 ? coeff * common * upstream : 0.f;
+      // a row without a target is never copied in: waiting for it would not end
+      const float factor = y >= 0 && coeff != 0 ? coeff * common * upstream : 0.f;
       if (t + clusters < a.rows) target = a.target[t + clusters], coeff = a.coeff[t + clusters];
       const Row<T> row(a, t, rank);
       const int head = row.lead, tail = row.lead + a.vocab;  // the row's elements, from the boundary
@@ -327,7 +328,23 @@ extern "C" int geko_shape(Shape* shape, int* clusters) {
   return cudaOccupancyMaxActiveClusters(clusters, shape->kernel, &config);
 }
 
+// Whether a block's slice, its barriers and the warps' sums lie within what they were given, and vectors of logits and
+// gradient at the same places.
+static bool fits(const Shape& shape, const Arguments& a) {
+  if (!a.logits || !a.grad || !a.target || !a.coeff || !a.upstream || !a.tokens || !a.factor) return false;
+  if (a.parts && !a.counts && !a.num_items) return false;
+  if (a.rows < 1 || a.length < 1 || a.vocab < 1 || a.parts < 0 || a.clusters < 1) return false;
+  if (a.slots < 1 || a.chunk < 1 || a.slice < 1 || shape.blocks < 1 || shape.blocks > 8) return false;
+  const int per = shape.dtype == 0 ? 4 : 8;  // elements a vector
+  if ((a.logits_b - a.grad_b) % per || (a.logits_s - a.grad_s) % per) return false;
+  if ((reinterpret_cast<uintptr_t>(a.logits) - reinterpret_cast<uintptr_t>(a.grad)) % 16) return false;
+  const int64_t slots = int64_t(a.slots) * a.chunk, sums = int64_t(kTurns) * shape.blocks * shape.warps;
+  return int64_t(a.slice) * shape.blocks * per >= int64_t(a.vocab) + per - 1 && slots >= a.slice &&
+         16 * (slots + sums) + 16 * int64_t(a.slots) + 8 * kTurns <= shape.shared;
+}
+
 extern "C" int geko_predicted_rows(const Shape* shape, const Arguments* a, void* stream) {
+  if (!fits(*shape, *a)) return cudaErrorInvalidValue;
   if (cudaError_t error = cudaSetDevice(shape->device)) return error;
   cudaLaunchAttribute cluster;
   cudaLaunchConfig_t config = launch_config(*shape, &cluster, a->clusters < a->rows ? a->clusters : a->rows);

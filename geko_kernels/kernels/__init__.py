@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from geko_kernels.kernels import column_sums as _column_sums
 from geko_kernels.kernels import forward as _forward
 from geko_kernels.kernels import gradient_rows as _gradient_rows
 from geko_kernels.kernels import linear_rows as _linear_rows
@@ -47,9 +48,11 @@ gradient_rows_ = _on_own_device(_gradient_rows.gradient_rows_)
 score_rows_ = _on_own_device(_score_rows.score_rows_)
 gather_rows = _on_own_device(_move_rows.gather_rows)
 scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
+column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
 
 __all__ = [
+    "column_sums",
     "gather_rows",
     "gradient_rows_",
     "kept_rows_",

@@ -23,12 +23,14 @@ def _move(x, out, row_stride, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *("label_b", "label_s", "length", "token_count", "first", "last", "ready_from", "vocab", "softcap", "pieces")
+        *("row_count", "label_b", "label_s", "length", "token_count"),
+        *("first", "last", "ready_from", "vocab", "softcap", "pieces"),
     ]
 )
 def _gradient_rows_kernel(
     logits_ptr,
     row_stride,
+    row_count,
     positions_ptr,
     sources_ptr,
     end_ptr,
@@ -49,7 +51,10 @@ def _gradient_rows_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The programs share out the pieces of all slots; the last slots first, which the statistics left in cache."""
+    """The programs share out the pieces of all slots; the last slots first, which the statistics left in cache.
+
+    A position that is no token, or a source that is no row, gives NaN.
+    """
     end = last
     if end_ptr is not None:
         end = tl.minimum(last, tl.load(end_ptr))
@@ -60,26 +65,31 @@ def _gradient_rows_kernel(
         source = tl.full([], 0, tl.int64) + slot
         if sources_ptr is not None:
             source = tl.load(sources_ptr + slot)
+        known_source = (source >= 0) & (source < row_count)
         if source < ready_from:
             t = tl.load(positions_ptr + slot)
+            known = (t >= 0) & (t < token_count)
             b, s = t // length, t % length
-            target = tl.load(labels_ptr + b * label_b + (s + 1 if SHIFT else s) * label_s)
-            top = tl.load(tokens_ptr + token_count + t)
-            log_sum = tl.load(tokens_ptr + 2 * token_count + t)
+            if SHIFT:
+                s = tl.minimum(s + 1, length - 1)  # the last position predicts nothing and is never kept
+            target = tl.load(labels_ptr + b * label_b + s * label_s, mask=known, other=-1)
+            step = tl.full([], 0, tl.int64) + token_count
+            top = tl.load(tokens_ptr + step + t, mask=known, other=float("nan"))
+            log_sum = tl.load(tokens_ptr + 2 * step + t, mask=known, other=0.0)
             begin = item % pieces * (STEPS * BLOCK)
             for start in range(begin, tl.minimum(begin + STEPS * BLOCK, row_stride), BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 inside = column < row_stride
-                x = tl.load(logits_ptr + source * stride + column, mask=inside, other=0.0)
+                x = tl.load(logits_ptr + source * stride + column, mask=inside & known_source, other=float("nan"))
                 grad = gradient_of(x, column, target, top, log_sum, 1.0, softcap, SOFTCAP)
                 grad = tl.where(column < vocab, grad, 0.0).to(logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + slot * stride + column, grad, mask=inside)
-        elif item % pieces == 0:
+        elif known_source & (item % pieces == 0):
             _move(logits_ptr + source * stride, logits_ptr + slot * stride, row_stride, BLOCK)
     if sources_ptr is not None:
         for slot in range(tl.maximum(first, behind) + tl.program_id(0), end, tl.num_programs(0)):
             source = tl.load(sources_ptr + slot)
-            if source != slot:
+            if (source != slot) & (source >= 0) & (source < row_count):
                 _move(logits_ptr + source * stride, logits_ptr + slot * stride, row_stride, BLOCK)
 
 
@@ -102,6 +112,7 @@ def gradient_rows_(
 ) -> None:
     """See `reference_rows.gradient_rows_`; `logits` contiguous. One launch."""
     row_stride = logits.shape[1]
+    last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may say less, not more
     block = min(next_power_of_2(row_stride), BLOCK)
     pieces = cdiv(row_stride, STEPS * block)
     programs = programs_for(max(1, (last - first) * pieces), PROGRAMS, logits)
@@ -109,7 +120,7 @@ def gradient_rows_(
     places = (positions.data_ptr() % 16, labels.data_ptr() % 16, None if sources is None else sources.data_ptr() % 16)
     key = (logits.get_device(), logits.dtype, row_stride, *places, end is None, *constants.values())
     args = (
-        *(logits, row_stride, positions, sources, end, labels, *labels.stride(), labels.shape[1]),
+        *(logits, row_stride, len(logits), positions, sources, end, labels, *labels.stride(), labels.shape[1]),
         *(tokens, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
     )
     _launch(key, programs, args, constants, max(block * WARPS // BLOCK, 1))

@@ -63,21 +63,30 @@ def _scored_rows_kernel(
         tl.store(targets_ptr + t, tl.zeros([BLOCK], tl.int64), mask=beyond)
 
 
-@triton.jit(do_not_specialize=["start", "new", "held"])
-def _kept_rows_kernel(coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, start, new, held, BLOCK: tl.constexpr):
+@triton.jit
+def _kept(coeff_ptr, row, mask, token_count):
+    """Whether the coefficient of token `row` is not 0; one outside the batch has none."""
+    known = mask & (row >= 0) & (row < token_count)
+    return tl.load(coeff_ptr + row, mask=known, other=0.0) != 0
+
+
+@triton.jit(do_not_specialize=["start", "new", "held", "token_count"])
+def _kept_rows_kernel(
+    coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, start, new, held, token_count, BLOCK: tl.constexpr
+):
     end = held
     rows_ptr += start
     for first in range(0, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
-        end += tl.sum((tl.load(coeff_ptr + row, mask=i < new, other=0.0) != 0).to(tl.int32), 0)
+        end += tl.sum(_kept(coeff_ptr, row, i < new, token_count).to(tl.int32), 0)
     tl.store(end_ptr, end)
     movers = 0  # slots of kept rows behind the front, listed behind the front of `sources` for now
     for first in range(0, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         slot = held + i
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
-        moves = (tl.load(coeff_ptr + row, mask=i < new, other=0.0) != 0) & (slot >= end)
+        moves = _kept(coeff_ptr, row, i < new, token_count) & (slot >= end)
         rank = movers + tl.cumsum(moves.to(tl.int32), 0) - 1
         tl.store(sources_ptr + end + rank, slot.to(tl.int64), mask=moves)
         movers += tl.sum(moves.to(tl.int32), 0)
@@ -87,7 +96,7 @@ def _kept_rows_kernel(coeff_ptr, rows_ptr, positions_ptr, sources_ptr, end_ptr, 
         i = first + tl.arange(0, BLOCK)
         front = i < end - held
         row = tl.load(rows_ptr + i, mask=front, other=0)
-        hole = front & (tl.load(coeff_ptr + row, mask=front, other=0.0) == 0)
+        hole = front & ~_kept(coeff_ptr, row, front, token_count)
         rank = holes + tl.cumsum(hole.to(tl.int32), 0) - 1
         filler = tl.load(sources_ptr + end + rank, mask=hole, other=0)
         source = tl.where(hole, filler, (held + i).to(tl.int64))
@@ -125,6 +134,6 @@ def kept_rows_(
 ) -> Tensor:
     """See `reference_rows.kept_rows_`. One launch."""
     end = torch.empty((), dtype=torch.int32, device=rows.device)
-    args = (coeff, rows, positions, sources, end, start, count, held)
+    args = (coeff, rows, positions, sources, end, start, count, held, coeff.shape[0])
     _launch_kept((rows.get_device(), rows.data_ptr() % 16), 1, args, {"BLOCK": BLOCK}, WARPS)
     return end

@@ -19,24 +19,38 @@ ONE, BY_ROW, BY_VISIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # wha
 
 
 @triton.jit
-def _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, UPSTREAM: tl.constexpr):
+def _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, entries, UPSTREAM: tl.constexpr):
+    """The upstream gradient of token(s) t: NaN where token_visit, another forward's, names no entry."""
+    other = 0.0
     if UPSTREAM == BY_ROW:
         at = (t // length).to(tl.int64) * grad_stride
     elif UPSTREAM == BY_VISIT:
-        at = tl.load(token_visit_ptr + t, mask=live, other=0).to(tl.int64) * grad_stride
+        entry = tl.load(token_visit_ptr + t, mask=live, other=0)
+        live &= (entry >= 0) & (entry < entries)
+        other = float("nan")
+        at = entry.to(tl.int64) * grad_stride
     else:
         at = (t * 0).to(tl.int64)
-    return tl.load(grad_output_ptr + at, mask=live, other=0.0).to(tl.float32)
+    return tl.load(grad_output_ptr + at, mask=live, other=other).to(tl.float32)
 
 
 @triton.jit
 def _factor(
-    coeff_ptr, scale_ptr, grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, UPSTREAM: tl.constexpr
+    coeff_ptr,
+    scale_ptr,
+    grad_output_ptr,
+    grad_stride,
+    token_visit_ptr,
+    t,
+    live,
+    length,
+    entries,
+    UPSTREAM: tl.constexpr,
 ):
     """What multiplies `softmax - onehot` of token(s) t: exactly 0 where the coefficient is."""
     coefficient = tl.load(coeff_ptr + t, mask=live, other=0.0)
     kept = live & (coefficient != 0)
-    upstream = _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, kept, length, UPSTREAM)
+    upstream = _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, kept, length, entries, UPSTREAM)
     return tl.where(kept, coefficient * tl.load(scale_ptr) * upstream, 0.0)
 
 
@@ -171,7 +185,9 @@ def _logits_grad_kernel(
         t = (program // tiles) * ROWS + tl.arange(0, ROWS)
     live = t < token_count
     b, s = (t // length).to(tl.int64), (t % length).to(tl.int64)
-    factor = _factor(coeff_ptr, scale_ptr, grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, UPSTREAM)
+    factor = _factor(
+        coeff_ptr, scale_ptr, grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, token_count, UPSTREAM
+    )
     if SHIFT:
         s_label = tl.minimum(s + 1, length - 1)  # the last position predicts nothing, so its factor is 0
     else:

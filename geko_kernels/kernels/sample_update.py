@@ -14,7 +14,7 @@ from geko_kernels.kernels.addressing import BATCH_INTS, id_strides, token_sample
 from geko_kernels.kernels.claims import writers
 from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.visit_maths import judge_visits, old_rows, write_rows
-from geko_kernels.kernels.visit_means import is_finite, run_length, visit_means
+from geko_kernels.kernels.visit_means import add_exactly, is_finite, joined, run_length, visit_means
 from geko_kernels.kernels.visit_output import finish, store_coefficients, store_padding, store_visits
 from geko_kernels.kernels.visit_prep import (
     COUNT_PLANE,
@@ -145,6 +145,7 @@ def _sample_update_kernel(
     table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows)
     outputs = (value_ptr, floats_ptr, ints_ptr, flags_ptr, coeff_ptr, token_visit_ptr)
     loss = tl.zeros([ROWS], tl.float32)
+    lost = tl.zeros([ROWS], tl.float32)
     items = tl.zeros([ROWS], tl.int32)
     if PACKED:
         entries = token_count
@@ -160,7 +161,7 @@ def _sample_update_kernel(
             one_loss, one_items = _update_visits(
                 batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
             )
-            loss += one_loss
+            loss, lost = add_exactly(loss, lost, one_loss)
             items += one_items
             entry += 1
             token = tl.min(tl.where(starts & (t > token), t, entries), 0)
@@ -174,7 +175,8 @@ def _sample_update_kernel(
         loss, items = _update_visits(
             batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
         )
-    finish(scratch_ptr, entries, tl.sum(loss, 0), tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
+    loss = tl.sum(joined(loss, lost), 0)
+    finish(scratch_ptr, entries, loss, tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
 
 
 def update_launch(

@@ -45,7 +45,7 @@ def _row_statistics(
     if SOFTCAP:
         z_target = tl.max(at_target, 0)
     else:
-        z_target = tl.load(x + target).to(tl.float32)
+        z_target = tl.load(x + target, mask=(target >= 0) & (target < vocab), other=float("nan")).to(tl.float32)
     return peak, total, z_target
 
 
@@ -87,7 +87,7 @@ def _row_gradient(
         tl.store(x + column, grad.to(x.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the target and the padding are written again
     grad = (tl.exp2((z_target - top - log_sum) * LOG2E) - 1) * _slope(z_target, cap, SOFTCAP)
-    tl.store(x + target, grad.to(x.dtype.element_ty))
+    tl.store(x + target, grad.to(x.dtype.element_ty), mask=(target >= 0) & (target < vocab))
     for start in range(vocab, row_stride, 128):
         column = start + tl.arange(0, 128)
         tl.store(x + column, tl.zeros([128], tl.float32).to(x.dtype.element_ty), mask=column < row_stride)
@@ -116,7 +116,9 @@ def _score_rows_kernel(
         x = tl.multiple_of(logits_ptr + (slot + i) * stride, 16)
         target = tl.load(targets_ptr + start + i)
         top, total, z_target = _row_statistics(x, target, row_stride, vocab, softcap, SOFTCAP, BLOCK, STAGES)
-        _store_statistics(tokens_ptr, tl.load(rows_ptr + start + i), True, True, top, total, z_target, token_count)
+        t = tl.load(rows_ptr + start + i)
+        known = (t >= 0) & (t < token_count)
+        _store_statistics(tokens_ptr, t, known, True, top, total, z_target, token_count)
         if FUSED:
             tl.debug_barrier()  # all have read the target's logit
             log_sum = tl.log(total)

@@ -23,8 +23,11 @@ FREEZE, LIGHT, FOCUS, HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 
 @triton.jit
 def _quality(history, seen, rules_ptr):
-    """See `reference_state.quality_of`; history: a tuple of five (ROWS,) losses, newest last."""
-    count = tl.minimum(seen, HISTORY)
+    """See `reference_state.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
+
+    Comparisons in place of `tl.minimum` and `tl.maximum` where a NaN may stand, of which those make what they like.
+    """
+    count = tl.maximum(tl.minimum(seen, HISTORY), 0)
     divisor = tl.maximum(count, 1).to(tl.float32)
     rises = tl.zeros_like(history[0])
     mean = tl.zeros_like(history[0])
@@ -32,8 +35,8 @@ def _quality(history, seen, rules_ptr):
         live = count + i >= HISTORY
         mean += tl.where(live, history[i], 0.0)
         if i + 1 < HISTORY:
-            rise = tl.maximum(history[i + 1] - history[i], 0.0)
-            rises += tl.where(live, rise * rise, 0.0)
+            rise = history[i + 1] - history[i]
+            rises += tl.where(live & (history[i + 1] > history[i]), rise * rise, 0.0)
     mean = tl.div_rn(mean, divisor)
     spread = tl.zeros_like(mean)
     for i in tl.static_range(HISTORY):
@@ -41,7 +44,14 @@ def _quality(history, seen, rules_ptr):
         spread += tl.where(count + i >= HISTORY, apart * apart, 0.0)
     by_rise = tl.sqrt_rn(tl.div_rn(rises, tl.maximum(count - 1, 1).to(tl.float32)))
     by_std = tl.sqrt_rn(tl.div_rn(spread, divisor))
-    return 1 - tl.minimum(tl.where(tl.load(rules_ptr + BY_STD) > 0, by_std, by_rise), 1.0)
+    unsteady = tl.where(tl.load(rules_ptr + BY_STD) > 0, by_std, by_rise)
+    return 1 - tl.where(unsteady < 1, unsteady, 1.0)
+
+
+@triton.jit
+def seen_again(seen):
+    """One visit more, up to the largest int32; a damaged file may have made `seen` negative."""
+    return tl.where(seen < 0, 0, tl.minimum(seen, 2147483646)) + 1
 
 
 @triton.jit
@@ -76,10 +86,11 @@ def judge_visits(old, means, finite, rules_ptr, weights_ptr, HAS_TABLE: tl.const
     items, loss, sure, accuracy = means
     counted = items > 0
     lr = tl.load(rules_ptr + Q_LR)
-    gain = 1 - tl.minimum(tl.div_rn(loss, tl.load(rules_ptr + Q_SCALE)), 1.0)
+    scaled = tl.div_rn(loss, tl.load(rules_ptr + Q_SCALE))
+    gain = 1 - tl.where(scaled > 1, 1.0, scaled)
     q_value = tl.where(finite, (1 - lr) * old_q + lr * gain, old_q)
     history = (old_history[1], old_history[2], old_history[3], old_history[4], loss)
-    was, now = _quality(old_history, old_seen, rules_ptr), _quality(history, old_seen + 1, rules_ptr)
+    was, now = _quality(old_history, old_seen, rules_ptr), _quality(history, seen_again(old_seen), rules_ptr)
     quality = tl.where(finite, now, was)
     by_loss = loss < tl.load(rules_ptr + CORRECT_LOSS)
     by_accuracy = accuracy >= tl.load(rules_ptr + CORRECT_ACCURACY)
@@ -108,7 +119,7 @@ def write_rows(columns, sample, mask, old, means, judged):
     for i in tl.static_range(1, HISTORY):
         tl.store(loss_history_ptr + sample * HISTORY + i - 1, old_history[i], mask=mask)
     tl.store(loss_history_ptr + sample * HISTORY + HISTORY - 1, loss, mask=mask)
-    tl.store(times_seen_ptr + sample, old_seen + 1, mask=mask)
+    tl.store(times_seen_ptr + sample, seen_again(old_seen), mask=mask)
     tl.store(bucket_ptr + sample, bucket.to(tl.uint8), mask=mask)
     streak = tl.load(wrong_streak_ptr + sample, mask=mask, other=0).to(tl.int32) + 1
     tl.store(wrong_streak_ptr + sample, tl.where(correct, 0, tl.minimum(streak, 255)).to(tl.uint8), mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from geko_kernels.kernels.visit_means import scored_tokens
+from geko_kernels.kernels.visit_means import add_exactly, joined, scored_tokens
 from geko_kernels.kernels.visit_prep import ITEMS_PLANE, LOSS_PLANE, plane
 from geko_kernels.reference import Reduction
 
@@ -80,14 +80,15 @@ def store_padding(outputs, entries, t, samples, visits, REDUCTION: tl.constexpr)
 def _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, REDUCTION: tl.constexpr):
     """The last program to arrive: all partial sums in a fixed order, then the divisor."""
     loss = tl.zeros([1024], tl.float32)
+    lost = tl.zeros([1024], tl.float32)
     items = tl.zeros([1024], tl.int32)
     for start in range(0, partials, 1024):
         i = start + tl.arange(0, 1024)
         inside = i < partials
         bits = tl.load(plane(scratch_ptr, LOSS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
-        loss += bits.to(tl.float32, bitcast=True)
+        loss, lost = add_exactly(loss, lost, bits.to(tl.float32, bitcast=True))
         items += tl.load(plane(scratch_ptr, ITEMS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
-    value = tl.sum(loss, 0)
+    value = tl.sum(joined(loss, lost), 0)
     scale = 1.0
     if REDUCTION != SUM:  # MEAN, TOKEN_MEAN
         if num_items_ptr is None:
@@ -95,7 +96,7 @@ def _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, 
         else:
             divisor = tl.load(num_items_ptr).to(tl.float32)
         scale = tl.where(divisor > 0, tl.div_rn(1.0, divisor), 0.0)
-        value *= scale
+        value = tl.where(divisor > 0, tl.div_rn(value, divisor), value * 0.0)
     tl.store(scale_ptr, scale)
     tl.store(value_ptr, value)
 
