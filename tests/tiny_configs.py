@@ -89,6 +89,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "LiltConfig": {"hidden_size": 48},
     "LongT5Config": _START,
     "Mamba2Config": {"num_heads": 8},
+    "Mistral4Config": {"num_key_value_heads": HEADS, "head_dim": 16},
     "NemotronConfig": {"num_key_value_heads": 2},
     "Qwen3_5TextConfig": {"num_hidden_layers": 4},
     "ReformerConfig": {

@@ -33,15 +33,13 @@ HELPERS = "trainer.trainer_test_utils"
 
 def put_geko_in_place() -> None:
     """`from transformers import Trainer` gives GEKOTrainer, its config `uniform()` where none is given."""
-    import transformers
-
     import geko_kernels as gk
 
     class Trainer(gk.GEKOTrainer):
         def __init__(self, *args: Any, **named: Any) -> None:
             super().__init__(*args, **{"config": gk.GEKOConfig.uniform(), **named})
 
-    transformers.Trainer = Trainer
+    importlib.import_module("transformers").Trainer = Trainer  # the module as it is after that import
 
 
 def make_classes(helpers: Any) -> None:
