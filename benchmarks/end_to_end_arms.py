@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -200,11 +199,11 @@ class Geko(Arm):
 
 def _geko(**fields: Any) -> type[Geko]:
     """GEKO as recommended, but for these settings."""
-    return type("Geko", (Geko,), {"config": replace(gk.GEKOConfig.recommended(), **fields)})
+    return type("Geko", (Geko,), {"config": gk.GEKOConfig.recommended(**fields)})
 
 
-class Seed(Geko):
-    config = gk.GEKOConfig.seed()
+class Original(Geko):
+    config = gk.GEKOConfig.original()
 
 
 ARMS: dict[str, type[Arm]] = {
@@ -218,7 +217,7 @@ ARMS: dict[str, type[Arm]] = {
     "G": Gekolib,
     "H": _geko(),
     "H-spend": _geko(spend_saved=True),
-    "H-seed": Seed,
+    "H-seed": Original,
     "H-selection": _geko(selection=False, probes=False),
     "H-probes": _geko(probes=False),
     "H-guard": _geko(noise_guard=False),

@@ -20,7 +20,8 @@ import geko_kernels as gk
 class GEKOSFTTrainer(SFTTrainer):
     """`SFTTrainer` with `weighted_loss`; the training data needs a column `sample_id` that counts from 0.
 
-    It asks for `SFTConfig(remove_unused_columns=False)`, which keeps that column, and for no packing.
+    It asks for `SFTConfig(remove_unused_columns=False)`, which keeps that column, and for no packing. An evaluation
+    dataset needs no such column: its loss is the plain one.
     """
 
     data_collator: Any
@@ -32,22 +33,26 @@ class GEKOSFTTrainer(SFTTrainer):
         self.data_collator = self.collate
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.pad(items), "sample_ids": torch.tensor([item["sample_id"] for item in items])}
+        batch = self.pad(items)
+        if "sample_id" in items[0]:
+            batch["sample_ids"] = torch.tensor([item["sample_id"] for item in items])
+        return batch
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        labels, sample_ids = inputs["labels"], inputs["sample_ids"]
+        if not model.training:  # evaluation: the plain loss, whatever the data has for columns
+            plain = {name: value for name, value in inputs.items() if name != "sample_ids"}
+            return super().compute_loss(model, plain, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         loss = gk.weighted_loss(
             outputs.logits,
-            labels,
-            sample_ids,
+            inputs["labels"],
+            inputs["sample_ids"],
             self.sample_state,
             shift=True,
             reduction="token_mean",
             num_items=num_items_in_batch,
-            update=model.training,
         )
         if num_items_in_batch is not None:  # counts the tokens of all processes, whose gradients DDP averages
             loss = loss * self.accelerator.num_processes
@@ -72,10 +77,12 @@ def main() -> None:
             learning_rate=1e-4,
             logging_steps=10,
             report_to="none",
+            eval_strategy="epoch",
             remove_unused_columns=False,
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(records),
+        eval_dataset=Dataset.from_list(gloss_records("test", max(args.samples // 10, 1))),
         processing_class=AutoTokenizer.from_pretrained(args.model),
         num_samples=len(records),
     )

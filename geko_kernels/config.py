@@ -135,9 +135,14 @@ class GEKOConfig:
         object.__setattr__(self, "bucket_weights", tuple(weights))
 
     @classmethod
-    def recommended(cls) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: freezing late, no sample weighs more than another; docs/evidence.md."""
-        return cls(
+    def recommended(cls, **changes: Any) -> GEKOConfig:
+        """What `GEKOTrainer` takes by default: freezing late, no sample weighs more than another; docs/evidence.md.
+
+        Every preset takes changes: `recommended(light_interval=3)` is the preset but for that field, where
+        `GEKOConfig(light_interval=3)` has the document's weights and curriculum.
+        """
+        return cls._preset(
+            changes,
             freeze_confidence=0.999,
             light_interval=2,
             bucket_weights=(1, 1, 1),
@@ -146,34 +151,35 @@ class GEKOConfig:
         )
 
     @classmethod
-    def seed(cls) -> GEKOConfig:
+    def original(cls, **changes: Any) -> GEKOConfig:
         """The GEKO document to the letter: its buckets, weights and curriculum, and nothing that it does not name."""
-        return cls(probes=False, uniform_finish=0.0, noise_guard=False)
+        return cls._preset(changes, probes=False, uniform_finish=0.0, noise_guard=False)
 
     @classmethod
-    def aggressive(cls) -> GEKOConfig:
-        """The seed's preset that freezes late and pushes HARD samples."""
-        return cls(freeze_confidence=0.90, freeze_quality=0.85, bucket_weights=(5, 2, 0))
+    def aggressive(cls, **changes: Any) -> GEKOConfig:
+        """The document's preset that freezes late and pushes HARD samples."""
+        return cls._preset(changes, freeze_confidence=0.90, freeze_quality=0.85, bucket_weights=(5, 2, 0))
 
     @classmethod
-    def balanced(cls) -> GEKOConfig:
-        """The seed's preset that keeps LIGHT samples in training."""
-        return cls(bucket_weights=(3, 2, 1))
+    def balanced(cls, **changes: Any) -> GEKOConfig:
+        """The document's preset that keeps LIGHT samples in training."""
+        return cls._preset(changes, bucket_weights=(3, 2, 1))
 
     @classmethod
-    def conservative(cls) -> GEKOConfig:
-        """The seed's preset with the flattest weights."""
-        return cls(freeze_confidence=0.80, freeze_quality=0.75, bucket_weights=(2, 2, 1))
+    def conservative(cls, **changes: Any) -> GEKOConfig:
+        """The document's preset with the flattest weights."""
+        return cls._preset(changes, freeze_confidence=0.80, freeze_quality=0.75, bucket_weights=(2, 2, 1))
 
     @classmethod
-    def gekolib(cls) -> GEKOConfig:
+    def gekolib(cls, **changes: Any) -> GEKOConfig:
         """The rules of the reference package gekolib 0.3.1: quality by standard deviation, Q gate at 0.8."""
-        return cls(quality="std", min_q_for_freeze=0.8)
+        return cls._preset(changes, quality="std", min_q_for_freeze=0.8)
 
     @classmethod
-    def uniform(cls) -> GEKOConfig:
+    def uniform(cls, **changes: Any) -> GEKOConfig:
         """The standard loss with GEKO's statistics: weight 1 in every bucket, nothing left out."""
-        return cls(
+        return cls._preset(
+            changes,
             bucket_weights=(1, 1, 1),
             freeze_weight=1.0,
             use_curriculum=False,
@@ -182,6 +188,14 @@ class GEKOConfig:
             uniform_finish=0.0,
             noise_guard=False,
         )
+
+    @classmethod
+    def _preset(cls, changes: dict[str, Any], **fields: Any) -> GEKOConfig:
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise TypeError(f"GEKOConfig has no fields {unknown}; it has {', '.join(known)}")
+        return cls(**{**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""

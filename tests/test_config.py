@@ -41,11 +41,26 @@ def test_presets():
     assert not (uniform.use_curriculum or uniform.selection or uniform.probes or uniform.noise_guard)
 
 
-def test_the_seed_s_settings_to_the_letter():
-    seed = gk.GEKOConfig.seed()
-    assert (seed.freeze_confidence, seed.freeze_quality, seed.focus_confidence) == (0.85, 0.80, 0.60)
-    assert seed.bucket_weights == (3, 1, 0) and seed.freeze_weight == 0 and seed.use_curriculum and seed.selection
-    assert not (seed.probes or seed.noise_guard or seed.uniform_finish or seed.spend_saved)
+def test_the_document_s_settings_to_the_letter():
+    config = gk.GEKOConfig.original()
+    assert (config.freeze_confidence, config.freeze_quality, config.focus_confidence) == (0.85, 0.80, 0.60)
+    assert config.bucket_weights == (3, 1, 0) and config.freeze_weight == 0
+    assert config.use_curriculum and config.selection
+    assert not (config.probes or config.noise_guard or config.uniform_finish or config.spend_saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["recommended", "original", "aggressive", "balanced", "conservative", "gekolib", "uniform"]
+)
+def test_presets_take_changes(name):
+    preset = getattr(gk.GEKOConfig, name)
+    assert preset(light_interval=3, freeze_confidence=0.95) == dataclasses.replace(
+        preset(), light_interval=3, freeze_confidence=0.95
+    )
+    with pytest.raises(TypeError, match=r"no fields \['light_intervals'\]; it has freeze_confidence, "):
+        preset(light_intervals=3)
+    with pytest.raises(ValueError, match="light_interval must be from 1 to 64"):
+        preset(light_interval=0)
 
 
 def test_presets_are_those_of_the_reference_package():

@@ -97,7 +97,7 @@ def test_a_falling_loss_is_steady_by_our_rule_only(reference):
 def test_the_loss_is_weighted_and_correctness_is_a_sample_s_own(backend, device):
     logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0]], device=device)
     labels = torch.tensor([0, 1], device=device)
-    state = gk.SampleState(2, gk.GEKOConfig.seed(), device)
+    state = gk.SampleState(2, gk.GEKOConfig.original(), device)
     loss, stats = gk.weighted_loss(logits, labels, torch.arange(2, device=device), state, return_stats=True)
     assert stats.correct.tolist() == [True, False] and stats.weight.tolist() == [0, 3]
     assert loss.item() == pytest.approx(3 * stats.loss[1].item() / 2)

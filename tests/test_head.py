@@ -7,8 +7,8 @@ import torch
 from training import arguments, classified, curve, sentences, tiny_classifier, tiny_llama, weights
 
 import geko_kernels as gk
+from geko_kernels.training import found_loss
 from geko_kernels.training import head as head_module
-from geko_kernels.training import trainer as trainer_module
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +37,10 @@ def train(folder, model, data=None, **fields):
 
 
 def without_head(monkeypatch):
-    def refuse(model):
+    def refuse(question, form):
         raise ValueError("not now")
 
-    monkeypatch.setattr(trainer_module, "find_head", refuse)
+    monkeypatch.setattr(found_loss, "find_head", refuse)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,12 +78,11 @@ class Capped(type(tiny_llama())):
     """A Llama that does more to its logits than its head."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
         outputs.logits = 5 * torch.tanh(outputs.logits * 3)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, 32, **kwargs)
         return outputs
-
-
-Capped.__name__ = "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("why", ["classifier", "capped", "hooked", "patched"])
@@ -100,7 +99,7 @@ def test_other_models_fall_back_with_one_line(tmp_path, monkeypatch, calls, why)
         else:
             model.lm_head.forward = model.lm_head.forward
     lines = []
-    monkeypatch.setattr(trainer_module.logger, "info", lines.append)
+    monkeypatch.setattr(found_loss.logger, "info", lines.append)
     train(tmp_path, model, data)
     assert not calls
     assert len(lines) == 1 and "from all logits" in lines[0]

@@ -55,3 +55,4 @@ def test_trl_sft(model, tmp_path):
     pytest.importorskip("trl")
     output = run(model, tmp_path / "run", "trl_sft.py")
     assert "samples by bucket: {'FREEZE': 0, 'LIGHT': 0, 'FOCUS': 32, 'HARD': 0}" in output
+    assert output.count("eval_loss") == 2

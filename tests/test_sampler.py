@@ -139,7 +139,7 @@ def test_in_the_first_epoch_freeze_weighs_what_light_does():
         assert sampler.weights(0) == (*weights, freeze)
         sampler.set_epoch(1)
         assert sampler.weights(0) == (*weights, 0)
-    sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig.seed()), num_epochs=3)
+    sampler = gk.GEKOSampler(gk.SampleState(10, gk.GEKOConfig.original()), num_epochs=3)
     sampler.set_epoch(0)
     assert sampler.weights(0) == (1, 2, 3, 0)
 

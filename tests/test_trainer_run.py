@@ -88,7 +88,7 @@ def test_the_first_step_has_a_rate(tmp_path):
 
 
 def test_weights_move_along_the_curriculum_within_an_epoch(tmp_path):
-    trainer = trainer_of(tmp_path, config=gk.GEKOConfig.seed(), num_train_epochs=1)
+    trainer = trainer_of(tmp_path, config=gk.GEKOConfig.original(), num_train_epochs=1)
     trainer.args.per_device_train_batch_size = 1
     trainer._train_batch_size = 1
     trainer.train()

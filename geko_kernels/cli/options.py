@@ -10,7 +10,7 @@ from typing import Any
 
 from geko_kernels.cli.errors import UsageError
 
-PRESETS = ("recommended", "seed", "aggressive", "balanced", "conservative", "gekolib")
+PRESETS = ("recommended", "original", "aggressive", "balanced", "conservative", "gekolib")
 LAST_CHECKPOINT = "last"
 
 

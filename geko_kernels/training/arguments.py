@@ -12,13 +12,15 @@ class GEKOTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and:
 
     probe_batch_size: samples per device in a forward-only probe batch; 4 * per_device_train_batch_size if left out.
-    shift_labels: whether position t predicts label t + 1. Left out: as Transformers does for its own models; for any
-        other module yes where labels are (B, S), no where they are (B,).
+    shift_labels: whether position t predicts label t + 1. Left out: as in the model's own loss, which GEKOTrainer asks
+        it for; for a module without one yes where labels are (B, S), no where they are (B,). Given: the cross-entropy
+        of the logits is trained, whatever loss the model has of its own.
     """
 
     probe_batch_size: int | None = field(
         default=None, metadata={"help": "Samples per device in a forward-only probe batch (4 x the training batch)."}
     )
     shift_labels: bool | None = field(
-        default=None, metadata={"help": "Whether position t predicts label t + 1 (default: as the model's class does)."}
+        default=None,
+        metadata={"help": "Whether position t predicts label t + 1 (default: as in the model's own loss)."},
     )

@@ -46,14 +46,20 @@ class IdCollator:
     Rows that the collator merged into one (padding-free collators) get the id of each item for each of its tokens,
     by the length of the items' `input_ids`. A collator that packs in another way takes a keyword `sample_ids`
     (list of int, one an item) and returns `batch["sample_ids"]` itself: (B, S), -1 for padding.
-    Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it.
+    Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it; the labels
+    are the first of `label_names` that the batch has.
 
     Raises:
         ValueError: no labels in the batch, or no telling which token belongs to which item.
     """
 
-    def __init__(self, collator: Collator, prepare: Callable[[Any], Any] | None = None) -> None:
-        self.collator, self.prepare = collator, prepare
+    def __init__(
+        self,
+        collator: Collator,
+        prepare: Callable[[Any], Any] | None = None,
+        label_names: Sequence[str] = ("labels",),
+    ) -> None:
+        self.collator, self.prepare, self.label_names = collator, prepare, tuple(label_names)
         self.passes_ids = "sample_ids" in _parameters(collator)
 
     def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
@@ -62,12 +68,14 @@ class IdCollator:
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
-        if batch.get("labels") is None:
+        name = label_of(batch, self.label_names)
+        if name is None:
             raise ValueError(
-                f"GEKOTrainer needs labels: the data collator returned only {sorted(batch)}. For a causal LM they "
-                "may be a copy of input_ids"
+                f"GEKOTrainer needs labels: the data collator returned only {sorted(batch)}, and none of the label "
+                f"names {list(self.label_names)}. For a causal LM labels may be a copy of input_ids; a column of "
+                "another name is named by TrainingArguments(label_names=[...])"
             )
-        labels = torch.as_tensor(batch["labels"])
+        labels = torch.as_tensor(batch[name])
         if not self.passes_ids:
             if "sample_ids" in batch:
                 raise ValueError(
@@ -75,10 +83,15 @@ class IdCollator:
                 )
             batch["sample_ids"] = _ids_of(ids, items, labels)
         if -1 in ids:
-            batch["labels"] = _without_repeats(labels, batch["sample_ids"])
+            batch[name] = _without_repeats(labels, batch["sample_ids"])
             if batch.get("shift_labels") is not None:
                 batch["shift_labels"] = _without_repeats(torch.as_tensor(batch["shift_labels"]), batch["sample_ids"])
         return batch
+
+
+def label_of(batch: Mapping[str, Any], label_names: Sequence[str]) -> str | None:
+    """The first of `label_names` that `batch` has."""
+    return next((name for name in label_names if batch.get(name) is not None), None)
 
 
 def _parameters(collator: Collator) -> Mapping[str, inspect.Parameter]:
@@ -114,21 +127,19 @@ def _without_repeats(labels: Tensor, sample_ids: Tensor) -> Tensor:
 class CausalCollator:
     """Pads items of a causal LM on the right: the default where no collator is given.
 
-    `input_ids` with `pad_token_id`, `labels` (a copy of `input_ids` where an item has none) with -100, and, where
-    there is padding or the items bring it, `attention_mask`. Other keys must be of one shape and are stacked.
+    `input_ids` with `pad_token_id`, `labels` (or `label_ids`, `label`; a copy of `input_ids` where an item has none of
+    them) with -100, and, where there is padding or the items bring it, `attention_mask`. Other keys must be of one
+    shape and are stacked.
+
+    Raises:
+        ValueError: an item without `input_ids`, or with labels of another length; names it.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = []
-        for item in items:
-            tokens = torch.as_tensor(item["input_ids"])
-            labels, mask = item.get("labels"), item.get("attention_mask")
-            mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
-            labels = tokens.masked_fill(mask == 0, IGNORED) if labels is None else torch.as_tensor(labels)
-            rows.append({**item, "input_ids": tokens, "labels": labels, "attention_mask": mask})
+        rows = [_causal_row(item) for item in items]
         longest = max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}
         batch: dict[str, Tensor] = {}
@@ -141,6 +152,32 @@ class CausalCollator:
                 values = [_padded(value, longest, fill[name]) for value in values]
             batch[name] = torch.stack(values)
         return batch
+
+
+LABEL_KEYS = ("labels", "label_ids", "label")  # of an item; what Transformers' default collator takes for labels
+
+
+def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(item, Mapping) or item.get("input_ids") is None:
+        found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
+        raise ValueError(
+            f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise it, or give a "
+            "data_collator that does"
+        )
+    tokens = torch.as_tensor(item["input_ids"])
+    mask = item.get("attention_mask")
+    mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+    given = next((item[key] for key in LABEL_KEYS if item.get(key) is not None), None)
+    labels = tokens.masked_fill(mask == 0, IGNORED) if given is None else torch.as_tensor(given)
+    for name, values in (("labels", labels), ("attention_mask", mask)):
+        if values.shape != tokens.shape:
+            raise ValueError(
+                f"an item has {name} of shape {tuple(values.shape)} and input_ids of shape {tuple(tokens.shape)}: a "
+                "causal LM takes one for each token (-100 for labels that do not count); other models need a "
+                "data_collator of their own"
+            )
+    rest = {name: value for name, value in item.items() if name not in LABEL_KEYS}
+    return {**rest, "input_ids": tokens, "labels": labels, "attention_mask": mask}
 
 
 def _padded(values: Tensor, length: int, fill: int) -> Tensor:

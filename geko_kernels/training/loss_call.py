@@ -3,77 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from geko_kernels.loss import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
-from geko_kernels.training.head import head_loss
+from geko_kernels.training.head import loss_in_head
+from geko_kernels.training.loss_form import LossForm
+from geko_kernels.training.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+
+
+class ModelLoss(NamedTuple):
+    """What one forward gave."""
+
+    loss: Tensor  # (): the weighted cross-entropy
+    terms: Tensor | None  # (): what the model adds to it
+    outputs: Any  # of the model; without logits where the head computed the loss
+    stats: SampleStats
 
 
 def forward_loss(
     model: nn.Module,
+    base: nn.Module,
+    form: LossForm,
+    head: nn.Linear | None,
     inputs: Mapping[str, Any],
     labels: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
     *,
-    shift: bool,
+    label_name: str = "labels",
+    shifted: Tensor | None = None,
     num_items: Tensor | int | None = None,
     forward_only: bool = False,
-    head: nn.Linear | None = None,
-) -> tuple[Tensor, Any, SampleStats]:
+) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
 
-    `inputs` hold neither labels nor sample_ids. With every weight 1 the loss is that of Transformers' models.
+    With every weight 1, `loss + terms` is the model's own loss.
 
-    forward_only: no graph; the state is updated all the same.
-    head: the model's output embeddings, to compute them with the loss; the outputs then hold no logits.
-
-    Returns: loss (), the model's outputs, and the statistics of the visits.
+    Args:
+        base: `model` without any wrapper; `form` and `head`: what was found for it.
+        inputs: neither labels nor sample_ids.
+        shifted: labels that a collator has shifted already, in the place of `labels`.
+        forward_only: no graph; the state is updated all the same.
     """
+    shift = form.shift and shifted is None
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
+    targets = labels if shifted is None else shifted
+    given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
+    with ExitStack() as stack:
+        if head is not None:
+            in_head = loss_in_head(head, targets, sample_ids, state, form, forward_only, options)
+            found = stack.enter_context(in_head)
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
+        stack.enter_context(without_cross_entropy(base, form.route))
+        outputs = model(**given)
+    terms = find_loss(outputs) if form.route.has_terms else None
     if head is not None:
-        return head_loss(model, head, inputs, labels, sample_ids, state, forward_only, options)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
-        outputs = model(**inputs)
-    if labels.is_floating_point():
-        raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
+        loss, outputs.logits = outputs.logits, None
+        return ModelLoss(loss, terms, outputs, found[0])
     logits = find_logits(outputs, labels)
-    labels = labels.long() if labels.dim() < logits.dim() else labels.long().squeeze(-1)
-    loss, stats = weighted_loss(logits, labels, sample_ids, state, reduction="token_mean", **options)
-    return loss, outputs, stats
-
-
-def find_logits(outputs: Any, labels: Tensor) -> Tensor:
-    """The logits among a model's outputs: the tensor itself, key "logits", or the first that fits the labels.
-
-    Raises:
-        ValueError: there are none, by name of what there is instead.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        if isinstance(outputs.get("logits"), Tensor):
-            return outputs["logits"]
-        found = {name: type(value).__name__ for name, value in outputs.items()}
-    elif isinstance(outputs, (tuple, list)):
-        for value in outputs:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] == labels.shape:
-                return value
-        found = {index: type(value).__name__ for index, value in enumerate(outputs)}
-    else:
-        found = {"output": type(outputs).__name__}
-    raise ValueError(
-        f"the model returned no logits for labels of shape {tuple(labels.shape)}, only {found}. GEKO computes the loss "
-        "from the logits; a fused loss inside the model that returns logits=None has to be switched off"
-    )
-
-
-def auxiliary_loss(outputs: Any, model: nn.Module) -> Tensor | None:
-    """The router's balancing loss of a mixture of experts, as the model itself would add it; None without one."""
-    balance = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    factor = getattr(getattr(model, "config", None), "router_aux_loss_coef", None)
-    return None if not isinstance(balance, Tensor) or not factor else factor * balance
+    targets = fit_labels(targets, logits, form.prompt)
+    loss, stats = weighted_loss(logits, targets, sample_ids, state, reduction="token_mean", **options)
+    return ModelLoss(loss, terms, outputs, stats)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.callbacks import BucketBar
-from geko_kernels.training.data import CausalCollator, IdCollator, IdDataset
+from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
 from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, write_json
-from geko_kernels.training.head import check_head, find_head
-from geko_kernels.training.loss_call import auxiliary_loss, forward_loss
+from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of
+from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
+from geko_kernels.training.own_loss import Route, is_compiled, unwrap_compiled
 from geko_kernels.training.planned import PlannedTrainer
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
@@ -35,11 +35,18 @@ _TRAINING = "Training"  # what Trainer calls its training dataloader
 class GEKOTrainer(PlannedTrainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
 
+    With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
+    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
+    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
+    the cross-entropy of the logits alone, without asking.
+
     What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
     evaluation (plain loss, the learning state untouched). What changes:
 
     - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
       plan. `max_steps` is kept to exactly, with more and shorter epochs.
+    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
+      where Trainer (5.17) adds up the means of the micro-batches.
     - the learning rate follows the finished share of the run and so always decays fully.
     - a checkpoint carries the learning state, the plan and the counts; resuming is exact. `resume_from_checkpoint=True`
       takes the newest whole checkpoint.
@@ -55,10 +62,12 @@ class GEKOTrainer(PlannedTrainer):
 
     Raises:
         ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
-            without length, DataParallel, sequence or tensor parallelism), by name.
+            without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
+            whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
     """
 
     model_accepts_loss_kwargs: bool
+    _loss_shifts_labels: bool
     label_names: list[str]
 
     def __init__(
@@ -82,14 +91,12 @@ class GEKOTrainer(PlannedTrainer):
         super().__init__(model, args, data_collator, train_dataset, *rest, **named)
         self.config = config or GEKOConfig.recommended()
         self._check_arguments()
-        causal = self._loss_shifts_labels
-        if data_collator is None and causal:
+        if data_collator is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
-        self._shifts_by_class = causal if isinstance(unwrap_peft_model(self.model), PreTrainedModel) else None
-        self._computes_loss = _computes_loss(self.model)
         if not self.label_names and args.label_names is None:  # the model's forward takes none: they are ours
             self.label_names = ["labels"]
+        self._counts_shifted = self._loss_shifts_labels  # how Trainer counts labels
         self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # our loss is divided by num_items_in_batch, whatever the model takes
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -99,8 +106,7 @@ class GEKOTrainer(PlannedTrainer):
         self.sampler: GEKOSampler | None = None
         self.efficiency = self._new_efficiency()
         self._resume: dict[str, Any] | None = None
-        self._head: nn.Linear | None = None
-        self._head_sought = False
+        self._found: FoundLoss | None = None
         self._place(0, 1)
 
     def _check_arguments(self) -> None:
@@ -139,7 +145,7 @@ class GEKOTrainer(PlannedTrainer):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         remover = super()._get_collator_with_removed_columns(data_collator, description)
         return (
-            IdCollator(data_collator, getattr(remover, "_remove_columns", None))
+            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names)
             if description == _TRAINING
             else remover
         )
@@ -167,14 +173,55 @@ class GEKOTrainer(PlannedTrainer):
 
     # Loss
 
-    def _shifts(self, labels: Tensor) -> bool:
-        asked = getattr(self.args, "shift_labels", None)
-        by_class = self._shifts_by_class if asked is None else asked
-        return labels.dim() > 1 if by_class is None else by_class
+    def _base(self) -> nn.Module:
+        """The model without any wrapper."""
+        return unwrap_peft_model(unwrap_compiled(self.model))
+
+    def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
+        """How the model's loss is computed; found at the first training batch, forgotten with the model."""
+        if self._found is None:
+            self._found = find_loss_of(
+                unwrap_compiled(model),
+                self._base(),
+                inputs,
+                label_of(inputs, self.label_names) or "labels",
+                shift=getattr(self.args, "shift_labels", None),
+                takes_num_items=self._takes_num_items,
+                routes=self._routes(model),
+                fuse=not (self.is_deepspeed_enabled or is_compiled(model)),
+                processes=self.args.world_size,
+            )
+            self._check_labels_given(self._found)
+        return self._found
+
+    def _routes(self, model: nn.Module) -> tuple[Route, ...]:
+        if self.args.use_liger_kernel:  # given labels, its models compute the loss without logits
+            return (Route.APART,)
+        return Route.LOSS_FUNCTION, Route.UNUSED if is_compiled(model) else Route.CROSS_ENTROPY
+
+    def _forget_model(self) -> None:
+        self._found = None
+
+    def _check_labels_given(self, found: FoundLoss) -> None:
+        if found.form.shift or not isinstance(self.data_collator, CausalCollator):
+            return
+        if not any(key in self.train_dataset[0] for key in LABEL_KEYS):
+            raise ValueError(
+                f"{type(self._base()).__name__} does not shift its labels, and train_dataset has none: a copy of "
+                "input_ids would teach it to repeat its input. Give the items `labels`"
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        if batch_samples and isinstance(batch_samples[0].get("labels"), Tensor):
-            self._loss_shifts_labels = self._shifts(batch_samples[0]["labels"])
+        if not batch_samples or not self.model_accepts_loss_kwargs:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        name = label_of(batch_samples[0], self.label_names)
+        self._loss_shifts_labels = self._counts_shifted
+        if "sample_ids" in batch_samples[0] or (name and not computes_loss(self._base(), name)):
+            form = self._find_loss(self.model_wrapped, self._prepare_inputs(batch_samples[0])).form
+            if not form.counts:
+                self._loss_shifts_labels = form.shift
+        if name is not None and name != "labels":
+            batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
@@ -185,53 +232,58 @@ class GEKOTrainer(PlannedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         trains = "sample_ids" in inputs
-        if not trains and self._computes_loss:
-            num_items_in_batch = num_items_in_batch if self._takes_num_items else None
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = self._forward_loss(model, inputs, num_items_in_batch)
+        if not trains and self._computes_loss(model, inputs):
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, terms, outputs, _ = self._forward_loss(model, inputs, num_items_in_batch)
+        factor = 1.0
         if trains and self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP and FSDP average the gradients
+            factor = self.accelerator.num_processes  # DDP and FSDP average the gradients
+        loss = loss * factor
+        if terms is not None:  # as Trainer scales them, which leaves the loss of a model that counts as it is
+            own = factor if self._takes_num_items else 1 / self.current_gradient_accumulation_steps
+            loss = loss + terms.to(loss.device) * own
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
         return (loss, outputs) if return_outputs else loss
 
+    def _computes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        return isinstance(self._base(), PreTrainedModel) or self._find_loss(model, inputs).own
+
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
+    ) -> Any:
+        """The loss that the model computes, as Trainer takes it: of evaluation batches."""
+        ours = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = self._takes_num_items
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        finally:
+            self.model_accepts_loss_kwargs = ours
+
     def _forward_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
-    ) -> tuple[Tensor, Any]:
+    ) -> ModelLoss:
         inputs = dict(inputs)
-        sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop("labels")
+        name = label_of(inputs, self.label_names) or "labels"
+        found = self._find_loss(model, inputs)
+        sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
         shifted = inputs.pop("shift_labels", None)  # of collators that have done it already
-        base = unwrap_peft_model(self.model)
-        if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-        loss, outputs, stats = forward_loss(
+        outcome = forward_loss(
             model,
+            self._base(),
+            found.form,
+            found.head if sample_ids is not None else None,
             inputs,
-            labels if shifted is None else shifted,
+            labels,
             sample_ids,
             None if sample_ids is None else self.sample_state,
-            shift=shifted is None and self._shifts(labels),
+            label_name=name,
+            shifted=shifted,
             num_items=num_items,
             forward_only=probe,
-            head=self._find_head(model, inputs) if sample_ids is not None else None,
         )
         if sample_ids is not None:
-            self.efficiency.count(stats, count_tokens(inputs, sample_ids), probe)
-        balance = auxiliary_loss(outputs, self.model)
-        return loss if balance is None else loss + balance.to(loss.device), outputs
-
-    def _find_head(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Linear | None:
-        """The head to compute together with the loss, sought at the first batch; None where the model has none."""
-        if not self._head_sought:
-            self._head_sought = True
-            try:
-                if self.is_deepspeed_enabled or hasattr(model, "_orig_mod"):
-                    raise ValueError("it is compiled or run by DeepSpeed")
-                head = find_head(self.model)
-                check_head(model, head, inputs)
-                self._head = head
-            except ValueError as reason:
-                logger.info(f"GEKOTrainer computes the loss from all logits of the model: {reason}")
-        return self._head
+            self.efficiency.count(outcome.stats, count_tokens(inputs, sample_ids), probe)
+        return outcome
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
@@ -290,6 +342,7 @@ class GEKOTrainer(PlannedTrainer):
         write_json(Path(self.args.output_dir) / REPORT_NAME, summary)
 
 
-def _computes_loss(model: nn.Module) -> bool:
-    base = unwrap_peft_model(model)
-    return isinstance(base, PreTrainedModel) or "labels" in inspect.signature(base.forward).parameters
+def _is_causal(base: nn.Module) -> bool:
+    """A language model that generates from its own inputs: its labels are as long as they are."""
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return isinstance(base, PreTrainedModel) and base.can_generate() and not encodes

@@ -1,0 +1,257 @@
+"""What loss a model trains: found by asking the model itself on a few rows, before its first training step.
+
+Transformers' models say nowhere whether they shift labels, what they add to their cross-entropy, or whether they weight
+it. So the model computes its own loss for labels that are made up for the question, and GEKO's plain loss of the same
+logits has to equal it. Made-up labels make the answer clear: they hold many classes, and ignored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geko_kernels.training.own_loss import (
+    Route,
+    find_logits,
+    find_loss,
+    fit_labels,
+    without_cross_entropy,
+)
+
+_CLASSES = 64  # so many classes are asked one by one, of more a random choice
+_ROUNDS = 4  # of made-up labels, where each row has one
+_IGNORED = -100
+
+
+class LossForm(NamedTuple):
+    """How GEKO's loss equals the model's own where every weight is 1."""
+
+    shift: bool  # position t predicts label t + 1
+    route: Route
+    counts: bool = False  # the model divides by `num_items_in_batch`, as Trainer counts it
+    prompt: bool = False  # its logits have more positions than its inputs: prompt tuning
+
+
+class _Answer(NamedTuple):
+    """One forward of the model with labels."""
+
+    own: float  # the model's loss
+    tolerance: float
+    plain: dict[bool, float]  # the cross-entropy of its logits, by whether labels are shifted
+    valid: dict[bool, int]  # labels that count in it
+
+    def equals(self, loss: float) -> bool:
+        return abs(self.own - loss) <= self.tolerance
+
+
+class Question:
+    """A model, `few` rows of its inputs (no labels), and how it is asked.
+
+    Args:
+        model: as it is trained, but for DDP and torch.compile; `base` is the same without PEFT.
+        labels: of the few rows: their shape and their name are those of the made-up ones.
+    """
+
+    def __init__(self, model: nn.Module, base: nn.Module, few: Mapping[str, Any], labels: Tensor, name: str) -> None:
+        self.model, self.base, self.few, self.labels, self.name = model, base, few, labels, name
+        self.prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self._classes: int | None = None
+
+    def outputs(self, labels: Tensor, **more: Any) -> Any:
+        return self.model(**self.few, **{self.name: labels}, **more)
+
+    def answer(self, labels: Tensor, **more: Any) -> _Answer | None:
+        """None if the model returns no loss."""
+        outputs = self.outputs(labels, **more)
+        own = find_loss(outputs)
+        if own is None:
+            return None
+        if own.numel() != 1:
+            raise ValueError(f"the model's loss must be a scalar, got shape {tuple(own.shape)}")
+        narrow = own.dtype in (torch.float16, torch.bfloat16)
+        relative = torch.finfo(own.dtype).eps if narrow else 1e-4
+        logits = find_logits(outputs, labels)
+        labels = fit_labels(labels, logits, self.prompt)
+        plain, valid = _cross_entropies(logits, labels)
+        return _Answer(float(own), relative * max(1.0, abs(float(own))), plain, valid)
+
+    def other_terms(self, labels: Tensor, route: Route) -> float:
+        """What the model's loss is without its cross-entropy."""
+        if not route.has_terms:
+            return 0.0
+        with without_cross_entropy(self.base, route):
+            loss = find_loss(self.outputs(labels))
+        return float("nan") if loss is None else float(loss)
+
+    def made_up(self) -> Iterator[Tensor]:
+        """Labels for the few rows, on their device."""
+        classes = self.num_classes()
+        if classes < 2:
+            raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
+        generator = torch.Generator().manual_seed(0)
+        if self.labels.dim() == 1 or self.labels.shape[-1] == 1:
+            rows = self.labels.shape[0]
+            rounds = -(-classes // rows) if classes <= _CLASSES else _ROUNDS
+            order = torch.randperm(classes, generator=generator).repeat(-(-rounds * rows // classes))
+            for part in order[: rounds * rows].split(rows):
+                yield part.to(self.labels.device).view(self.labels.shape)
+            return
+        for _ in range(2):
+            labels = torch.randint(classes, self.labels.shape, generator=generator)
+            if classes <= self.labels.numel():
+                labels.view(-1)[:classes] = torch.randperm(classes, generator=generator)
+            ignored = torch.rand(labels.shape, generator=generator) < 0.25
+            ignored[0, labels.shape[1] // 2 :] = labels.shape[1] > 3  # rows with unequal numbers of labels
+            ignored[-1, :2] = False
+            yield labels.masked_fill(ignored, _IGNORED).to(self.labels.device)
+
+    def num_classes(self) -> int:
+        """Labels that the model can be given."""
+        if self._classes is None:
+            zeros = torch.zeros_like(self.labels)
+            logits = find_logits(self.outputs(zeros), zeros)
+            self._classes = logits.shape[-1]
+            config = getattr(self.base, "config", None)
+            if getattr(config, "is_encoder_decoder", False):  # labels are the decoder's inputs
+                embeddings = self.base.get_input_embeddings()  # type: ignore[operator]
+                self._classes = min(self._classes, getattr(embeddings, "num_embeddings", self._classes))
+        return self._classes
+
+    def first_position(self) -> Tensor:
+        """Only the first position has a label: a loss that shifts has none left."""
+        labels = torch.full_like(self.labels, _IGNORED)
+        labels[:, 0] = 0
+        return labels
+
+
+def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[Route]) -> LossForm | None:
+    """The form in which GEKO's loss equals the model's own; None if the model returns no loss.
+
+    Call it under `torch.no_grad` with the model in eval mode: dropout would make two forwards differ.
+
+    takes_num_items: Trainer passes `num_items_in_batch` to the model.
+    routes: how the model can be called in training, the best first.
+
+    Raises:
+        ValueError: there is none; with both figures.
+    """
+    asked = list(question.made_up())
+    answers = [question.answer(labels) for labels in asked]
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < len(answers):
+        return None
+    for route in routes:
+        terms = [question.other_terms(labels, route) for labels in asked]
+        fits = [s for s in known[0].plain if all(a.equals(a.plain[s] + t) for a, t in zip(known, terms, strict=True))]
+        if len(fits) > 1:
+            fits = [_shifts_first(question, route)]
+        if fits:
+            form = LossForm(fits[0], route, prompt=question.prompt)
+            counts = takes_num_items and _counts(question, form, known[0], terms[0], asked[0])
+            return form._replace(counts=counts)
+    raise ValueError(_refusal(known[0]))
+
+
+def _shifts_first(question: Question, route: Route) -> bool:
+    """Does the model shift, where the logits are such that every label has the same loss?"""
+    labels = question.first_position()
+    answer = question.answer(labels)
+    assert answer is not None
+    return not answer.equals(answer.plain[False] + question.other_terms(labels, route))
+
+
+def _counts(question: Question, form: LossForm, before: _Answer, term: float, labels: Tensor) -> bool:
+    """Does the model divide by `num_items_in_batch` where it gets one?"""
+    valid = before.valid[form.shift]
+    items = 3 * valid + 1
+    answer = question.answer(labels, num_items_in_batch=torch.tensor(items, device=labels.device))
+    assert answer is not None
+    if answer.equals(answer.plain[form.shift] * valid / items + term):
+        return True
+    if answer.equals(before.own):
+        return False
+    raise ValueError(
+        f"the model's own loss of {valid} labels is {before.own:.4f}, and {answer.own:.4f} with num_items_in_batch="
+        f"{items}: GEKO cannot tell what it divides by. Set `accepts_loss_kwargs = False` on the model, or {_WAY_OUT}"
+    )
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> tuple[dict[bool, float], dict[bool, int]]:
+    """({shift: cross-entropy}, {shift: labels that count}); one label a row cannot be shifted."""
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"the model's logits have shape {tuple(logits.shape)}, its labels {tuple(labels.shape)}")
+    losses, valid = {}, {}
+    for shift in (True, False) if labels.dim() > 1 else (False,):
+        some, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+        losses[shift] = float(F.cross_entropy(some.flatten(0, -2).float(), targets.flatten()))
+        valid[shift] = int(targets.ne(_IGNORED).sum())
+    return losses, valid
+
+
+_WAY_OUT = (
+    "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits in its place, with the "
+    "labels shifted or not"
+)
+
+
+def _refusal(answer: _Answer) -> str:
+    how = {True: "with labels shifted by one", False: "without a shift"}
+    told = ", ".join(f"{loss:.4f} {how[shift]}" for shift, loss in answer.plain.items())
+    return (
+        f"the model's own loss is not a plain cross-entropy of its logits: on test labels it is {answer.own:.4f}, the "
+        f"cross-entropy {told}. It may weight classes, smooth labels, have a second head or a loss function of its "
+        f"own, which GEKO would drop. Train it with transformers.Trainer; or {_WAY_OUT}"
+    )
+
+
+def few_rows(
+    inputs: Mapping[str, Any], labels: Tensor, sample_ids: Tensor | None, most_rows: int, most_tokens: int
+) -> tuple[dict[str, Any], Tensor] | None:
+    """(inputs, labels) of a few rows, cut to a few tokens; None where they cannot be cut.
+
+    A packed row is cut within its first sample. Rows are repeated up to `most_rows` where each has one label.
+    """
+    tokens = inputs.get("input_ids")
+    size = len(labels)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 0
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    if packed:
+        assert sample_ids is not None
+        tensors = {name: value for name, value in tensors.items() if name not in _PACKED_KEYS}
+        inputs = {name: value for name, value in inputs.items() if name not in _PACKED_KEYS}
+        if any(value.shape[:2] != labels.shape for value in tensors.values()) or not length:
+            return None
+        run = int((sample_ids[0] == sample_ids[0, 0]).long().cumprod(0).sum())
+        most_tokens = min(most_tokens, run)
+    if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
+        return None
+    mask = inputs.get("attention_mask")
+    masked = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length > 0
+    order = torch.arange(size, device=labels.device)
+    if masked:
+        order = mask.ne(0).sum(1).argsort(descending=True, stable=True)  # type: ignore[union-attr]
+    by_row = labels.dim() == 1 or labels.shape[-1] == 1
+    rows = order[torch.arange(most_rows, device=order.device) % size] if by_row else order[:most_rows]
+    if packed:
+        rows = rows[:1] * 0
+    left = masked and not bool(mask[rows, 0].ne(0).all())  # type: ignore[index]  # padded on the left
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value[rows.to(value.device)]
+        if value.dim() > 1 and value.shape[1] == length:
+            return value[:, -most_tokens:] if left else value[:, :most_tokens]
+        return value
+
+    some = cut(labels)
+    return {name: cut(value) for name, value in inputs.items()}, some if by_row else some[:, :most_tokens]
+
+
+# of FlashAttention: where the samples of a packed row begin, and how long the longest is
+_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

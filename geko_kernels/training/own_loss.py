@@ -1,0 +1,136 @@
+"""A model's forward without its own cross-entropy: what is left of its loss are the terms that it adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class Route(Enum):
+    """How the model is called, so that GEKO's loss takes the place of its cross-entropy and of nothing else."""
+
+    LOSS_FUNCTION = "with labels, its `loss_function` replaced"
+    CROSS_ENTROPY = "with labels, F.cross_entropy and F.nll_loss replaced while it runs"
+    UNUSED = "with labels, its loss left unused: where it is compiled, and adds nothing to its cross-entropy"
+    APART = "without labels"
+
+    @property
+    def has_terms(self) -> bool:
+        """Does the model return what it adds to its cross-entropy?"""
+        return self in (Route.LOSS_FUNCTION, Route.CROSS_ENTROPY)
+
+
+@contextmanager
+def without_cross_entropy(base: nn.Module, route: Route) -> Iterator[None]:
+    """Within, the cross-entropy of `base` (unwrapped) is 0, so that its loss holds its other terms alone."""
+    if route is not Route.LOSS_FUNCTION:
+        with _NoCrossEntropy() if route is Route.CROSS_ENTROPY else nullcontext():
+            yield
+        return
+    own = vars(base)  # before any submodule of that name, and never in a state_dict
+    given = own.get("_loss_function")
+    own["_loss_function"] = _zero_loss
+    try:
+        yield
+    finally:
+        del own["_loss_function"]
+        if given is not None:
+            own["_loss_function"] = given
+
+
+def _zero_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """() float32, in the place of a model's `loss_function`."""
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return torch.zeros((), device=device)
+
+
+class _NoCrossEntropy(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is not F.cross_entropy and func is not F.nll_loss:
+            return func(*args, **named)
+        logits = args[0] if args else named["input"]
+        target = args[1] if len(args) > 1 else named["target"]
+        by_item = named.get("reduction") == "none"
+        return torch.zeros(target.shape if by_item else (), device=logits.device)
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` and DistributedDataParallel were given."""
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Is `torch.compile` among the wrappers of `model`?"""
+    inner = _inside(model)
+    return inner is not None and (hasattr(model, "_orig_mod") or is_compiled(inner))
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    inner = (
+        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    )
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def find_logits(outputs: Any, labels: Tensor) -> Tensor:
+    """The logits among a model's outputs: the tensor itself, key "logits", or the first that fits the labels.
+
+    Raises:
+        ValueError: there are none, by name of what there is instead.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("logits"), Tensor):
+            return outputs["logits"]
+        found = {name: type(value).__name__ for name, value in outputs.items()}
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() and _fits(value, labels):
+                return value
+        found = {str(index): type(value).__name__ for index, value in enumerate(outputs)}
+    else:
+        found = {"output": type(outputs).__name__}
+    raise ValueError(
+        f"the model returned no logits for labels of shape {tuple(labels.shape)}, only {found}. GEKO computes the loss "
+        "from an output `logits`: a model with several heads needs transformers.Trainer, and a fused loss inside the "
+        "model that returns logits=None has to be switched off"
+    )
+
+
+def _fits(logits: Tensor, labels: Tensor) -> bool:
+    return logits.shape[:-1] == labels.shape or (*logits.shape[:-1], 1) == labels.shape
+
+
+def find_loss(outputs: Any) -> Tensor | None:
+    """The loss that a model returned, where `transformers.Trainer` looks for it; None without one."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+        return outputs[0]
+    return None
+
+
+def fit_labels(labels: Tensor, logits: Tensor, prompt: bool) -> Tensor:
+    """`labels` int64 in the shape that the loss takes them: (B, 1) of classes as (B,), as many as there are positions.
+
+    prompt: the model puts tokens of its own before the sample's (prompt tuning); they get no label.
+    """
+    labels = labels.to(logits.device, torch.int64)
+    if labels.dim() >= logits.dim() > 1 and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
+    if prompt and labels.dim() == 2 and logits.dim() == 3 and logits.shape[1] > labels.shape[1]:
+        labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
+    return labels
