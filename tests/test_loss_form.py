@@ -304,6 +304,69 @@ def test_the_models_modes_rng_and_loss_stay_as_they_were(tmp_path):
     assert model.training and not model.model.norm.training
 
 
+class Counting(OwnLoop):
+    """Its forward draws random numbers and counts what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        self.seen += len(input_ids)
+        outputs = super().forward(input_ids)
+        outputs["logits"] = outputs["logits"] + 0.3 * torch.randn_like(outputs["logits"])
+        if labels is not None:
+            outputs["loss"] = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+        return outputs
+
+
+def test_asking_leaves_no_traces(tmp_path):
+    """Random numbers drawn in a forward, and buffers that it writes."""
+    runs = []
+    for make in (gk.GEKOTrainer, None):
+        torch.manual_seed(0)
+        model, args = Counting(), arguments(tmp_path, remove_unused_columns=False)
+        options = {"data_collator": default_data_collator}
+        if make is None:
+            trainer = standard(model, args, sentences(12), **options)
+        else:
+            trainer = make(model, args, train_dataset=sentences(12), config=gk.GEKOConfig.uniform(), **options)
+        trainer.train()
+        runs.append((curve(trainer), float(model.seen)))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    assert runs[0][1] == runs[1][1] == 36
+
+
+class Squared(nn.Module):
+    """A regression: its loss is no cross-entropy, and evaluates as Trainer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.head(x)
+        return {"loss": (logits.sum(-1) - labels).square().mean(), "logits": logits}
+
+
+def test_evaluation_alone_is_trainers(tmp_path):
+    data = [{"x": [float(i)], "labels": i % 2} for i in range(8)]
+    fields = {"eval_dataset": data, "data_collator": default_data_collator}
+    model = Squared()
+    ours = gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=data, **fields)
+    theirs = standard(model, arguments(tmp_path), data, **fields)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"])
+    with pytest.raises(ValueError, match="not a plain cross-entropy"):
+        ours.train()
+
+
+def test_a_model_gone_nan_is_told(tmp_path):
+    model = tiny_llama()
+    nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="the model's loss is nan before its first step"):
+        gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=sentences(8)).train()
+
+
 def test_labels_of_another_name(tmp_path):
     data = [{"input_ids": item["input_ids"], "targets": item["labels"]} for item in sentences(12)]
     runs = []

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +15,7 @@ from transformers.utils import logging
 from geko_kernels.training.head import find_head
 from geko_kernels.training.loss_form import LossForm, Question, few_rows, find_loss_form
 from geko_kernels.training.own_loss import Route
+from geko_kernels.training.untouched import untouched
 
 logger = logging.get_logger(__name__)
 _ROWS, _TOKENS = 4, 64  # of the first batch that the model is asked about
@@ -61,8 +60,7 @@ def find_loss_of(
     if labels.is_floating_point():
         raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
     found, error = None, None
-    devices = [labels.device] if labels.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _evaluating(model):
+    with untouched(model, labels.device):
         try:
             question = _question(model, base, rest, labels, sample_ids, label_name)
             found = _ask(question, labels, shift, takes_num_items, routes, fuse)
@@ -89,11 +87,12 @@ def _question(
     if few is not None and computes_loss(base, label_name):
         question = Question(model, base, *few, name=label_name)
         try:
-            question.num_classes()
-        except Exception as reason:
-            logger.info(f"GEKOTrainer asks the model about its whole first batch, as a part of it fails: {reason}")
-        else:
-            return question
+            if question.is_finite():
+                return question
+            reason: object = "its loss is not finite"
+        except Exception as error:
+            reason = error
+        logger.info(f"GEKOTrainer asks the model about its whole first batch, as a part of it fails: {reason}")
     return Question(model, base, inputs, labels, label_name)
 
 
@@ -144,15 +143,3 @@ def trainer_counts(base: nn.Module) -> tuple[bool, bool]:
     shifts = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
     encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return bool(getattr(base, "accepts_loss_kwargs", takes_all)), shifts and not encodes
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, every module of `model` is in eval mode; afterwards each is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, trains in modes:
-            module.training = trains

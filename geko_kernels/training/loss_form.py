@@ -7,6 +7,7 @@ logits has to equal it. Made-up labels make the answer clear: they hold many cla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geko_kernels.training.own_loss import (
-    Route,
-    find_logits,
-    find_loss,
-    fit_labels,
-    without_cross_entropy,
-)
+from geko_kernels.training.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+from geko_kernels.training.untouched import RandomNumbers
 
 _CLASSES = 64  # so many classes are asked one by one, of more a random choice
 _ROUNDS = 4  # of made-up labels, where each row has one
@@ -59,9 +55,12 @@ class Question:
     def __init__(self, model: nn.Module, base: nn.Module, few: Mapping[str, Any], labels: Tensor, name: str) -> None:
         self.model, self.base, self.few, self.labels, self.name = model, base, few, labels, name
         self.prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self.random = RandomNumbers(labels.device)
         self._classes: int | None = None
 
     def outputs(self, labels: Tensor, **more: Any) -> Any:
+        """Of the model, with the same random numbers at each call."""
+        self.random.restore()
         return self.model(**self.few, **{self.name: labels}, **more)
 
     def answer(self, labels: Tensor, **more: Any) -> _Answer | None:
@@ -109,6 +108,11 @@ class Question:
             ignored[-1, :2] = False
             yield labels.masked_fill(ignored, _IGNORED).to(self.labels.device)
 
+    def is_finite(self) -> bool:
+        """Can the model be asked, and has it a finite loss, or none?"""
+        answer = self.answer(next(self.made_up())) if self.num_classes() > 1 else None
+        return answer is None or math.isfinite(answer.own)
+
     def num_classes(self) -> int:
         """Labels that the model can be given."""
         if self._classes is None:
@@ -153,6 +157,11 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
             form = LossForm(fits[0], route, prompt=question.prompt)
             counts = takes_num_items and _counts(question, form, known[0], terms[0], asked[0])
             return form._replace(counts=counts)
+    if not math.isfinite(known[0].own):
+        raise ValueError(
+            f"the model's loss is {known[0].own} before its first step: its weights or the first batch hold NaN or "
+            "infinity, or a row has no token to attend to"
+        )
     raise ValueError(_refusal(known[0]))
 
 

@@ -23,10 +23,11 @@ from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, mean_los
 from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
-from geko_kernels.training.own_loss import Route, is_compiled, unwrap_compiled
+from geko_kernels.training.own_loss import Route, find_loss, is_compiled, unwrap_compiled
 from geko_kernels.training.planned import PlannedTrainer
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
+from geko_kernels.training.untouched import untouched
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
@@ -78,6 +79,7 @@ class GEKOTrainer(PlannedTrainer):
 
     model_accepts_loss_kwargs: bool
     _found: FoundLoss | None
+    _evaluates_itself: bool | None
     _loss_shifts_labels: bool
     label_names: list[str]
 
@@ -211,7 +213,7 @@ class GEKOTrainer(PlannedTrainer):
 
     def _forget_model(self) -> None:
         """What was found out about the model, which may be another one from now on."""
-        self._found = None
+        self._found, self._evaluates_itself = None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
 
     def _check_labels_given(self, found: FoundLoss) -> None:
@@ -244,7 +246,9 @@ class GEKOTrainer(PlannedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         trains = "sample_ids" in inputs
-        if not trains and self._computes_loss(model, inputs):
+        if not trains and isinstance(self._base(), PreTrainedModel):
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not trains and self._returns_loss(model, inputs):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, terms, outputs, _ = self._forward_loss(model, inputs, num_items_in_batch)
         factor = 1.0
@@ -257,8 +261,14 @@ class GEKOTrainer(PlannedTrainer):
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
         return (loss, outputs) if return_outputs else loss
 
-    def _computes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        return isinstance(self._base(), PreTrainedModel) or self._find_loss(model, inputs).own
+    def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Does a module that is not of Transformers compute a loss of its own? Asked at its first evaluation."""
+        if self._evaluates_itself is None:
+            name = label_of(inputs, self.label_names)
+            takes = name is not None and computes_loss(self._base(), name)
+            with untouched(model, self.args.device):
+                self._evaluates_itself = takes and find_loss(model(**inputs)) is not None
+        return self._evaluates_itself
 
     def _own_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
