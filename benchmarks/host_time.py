@@ -36,7 +36,8 @@ VARIANTS = ("as is", "launcher", "dispatcher", "plain", "F.cross_entropy")
 
 
 def _own_launcher(launch: Launch, *pointers: object) -> None:
-    launch._kernel[launch._grid](*pointers, *launch._arguments, **launch._constants, num_warps=launch._warps)
+    numbers = launch._arguments[: len(launch._arguments) - len(launch._constants) * launch.ready]
+    launch._kernel[launch._grid](*pointers, *numbers, **launch._constants, num_warps=launch._warps)
 
 
 @contextmanager

@@ -31,6 +31,15 @@ _SMALL_STEPS = 20  # steps a measurement at small shapes
 _MODES = ("forward", "full")
 
 
+class _Output(torch.autograd.Function):
+    """Logits as a model's output: an in-place gradient may be written over them, as over no leaf or view of one."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, weight: Tensor) -> Tensor:
+        ctx.mark_dirty(memory)
+        return memory
+
+
 class Inputs:
     """The logits as `contender` takes them: autograd inputs that can be restored if it overwrites them."""
 
@@ -42,8 +51,8 @@ class Inputs:
             self.copies = [self.original.clone() for _ in range(copies)]
         else:
             self.copies = [self.original, *(self.original.clone() for _ in range(copies - 1))]
-        # a view of a leaf: an in-place gradient may not be written over a leaf
-        self.logits = [copy.detach().requires_grad_().view_as(copy) for copy in self.copies]
+        weight = torch.zeros((), device=case.device, requires_grad=True)
+        self.logits = [_Output.apply(copy.detach(), weight) for copy in self.copies]
         self.turn = itertools.cycle(self.logits)
         self.reset = self._restore if contender.inplace else None
 
