@@ -13,14 +13,20 @@ from geko_kernels.state import SampleState
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
     from geko_kernels.training.sampler import GEKOSampler
-    from geko_kernels.training.trainer import GEKOTrainer
+    from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
 
-_LAZY = {"GEKOSampler": "sampler", "GEKOTrainer": "trainer", "GEKOTrainingArguments": "arguments"}
+_LAZY = {
+    "GEKOSampler": "sampler",
+    "GEKOMixin": "trainer",
+    "GEKOTrainer": "trainer",
+    "GEKOTrainingArguments": "arguments",
+}
 
 __version__ = "0.1.0"
 __all__ = [
     "Bucket",
     "GEKOConfig",
+    "GEKOMixin",
     "GEKOSampler",
     "GEKOTrainer",
     "GEKOTrainingArguments",

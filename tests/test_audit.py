@@ -84,7 +84,7 @@ class OwnBatches(gk.GEKOTrainer):
 
 class OwnEpoch(gk.GEKOTrainer):
     def _run_epoch(self, **rest):
-        super(gk.training.planned.PlannedTrainer, self)._run_epoch(**rest)
+        super(gk.training.planned.PlannedMixin, self)._run_epoch(**rest)
 
 
 WRONG = [

@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from geko_kernels.state import SampleState
 from geko_kernels.training.efficiency import Efficiency
-from geko_kernels.training.progress import ProgressTrainer
+from geko_kernels.training.progress import ProgressMixin
 
 logger = logging.get_logger(__name__)
 
 
-class BeginningTrainer(ProgressTrainer):
+class BeginningMixin(ProgressMixin):
     """`transformers.Trainer` whose learning state is of the model that it trains."""
 
     model_wrapped: Any

@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from geko_kernels.training.audit import bypassed
-from geko_kernels.training.beginning import BeginningTrainer
+from geko_kernels.training.beginning import BeginningMixin
 from geko_kernels.training.checkpoint import (
     SAMPLER_NAME,
     drop_set_aside,
@@ -32,7 +32,7 @@ from geko_kernels.training.schedule import read_progress_
 logger = logging.get_logger(__name__)
 
 
-class PlannedTrainer(BeginningTrainer):
+class PlannedMixin(BeginningMixin):
     """`transformers.Trainer` whose epochs are as long as the plans of a `GEKOSampler`.
 
     A subclass looks at samples forward-only in `_probe` and writes the report in `_write_report`.

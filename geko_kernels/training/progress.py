@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
 from geko_kernels.config import GEKOConfig
@@ -18,9 +18,14 @@ from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.schedule import follow_progress
 from geko_kernels.training.standard import StandardRun
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
 
-class ProgressTrainer(Trainer):
-    """`transformers.Trainer` that counts by plans: each epoch is a share of the run, however many steps it takes.
+
+class ProgressMixin(_Base):
+    """A `transformers.Trainer` that counts by plans: each epoch is a share of the run, however many steps it takes.
 
     A subclass makes the sampler and its `_micro_batch` (samples in one batch of all processes) in
     `_get_train_sampler`.

@@ -1,4 +1,4 @@
-"""`GEKOTrainer`: `transformers.Trainer` that trains what still has something to teach."""
+"""`GEKOTrainer`, `transformers.Trainer` that trains what still has something to teach, and `GEKOMixin` for others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
@@ -17,6 +17,7 @@ from transformers.utils import logging
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
+from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
 from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
@@ -24,7 +25,7 @@ from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss
 from geko_kernels.training.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.orders import PaddedIds
 from geko_kernels.training.own_loss import Route, find_loss, is_compiled, unwrap_compiled
-from geko_kernels.training.planned import PlannedTrainer
+from geko_kernels.training.planned import PlannedMixin
 from geko_kernels.training.sampler import GEKOSampler
 from geko_kernels.training.summary import run_summary
 from geko_kernels.training.untouched import untouched
@@ -33,48 +34,14 @@ logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOTrainer(PlannedTrainer):
-    """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
+class GEKOMixin(PlannedMixin):
+    """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
-    With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
-    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
-    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
-    the cross-entropy of the logits alone, without asking.
-
-    What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
-    evaluation (plain loss, the learning state untouched). What changes:
-
-    - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
-      plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
-      Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
-      can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
-    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
-      where Trainer (5.17) adds up the means of the micro-batches.
-    - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
-      a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
-      epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
-    - a checkpoint carries the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
-      `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
-      in a warning, with what they change.
-    - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
-    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
-
-    A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
-    `RuntimeError` at the first step that says which, and what it has to do.
-
-    Args: those of Trainer, and
-        config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.
-        tokenizer: another name of `processing_class`.
-
-    Attributes:
-        sample_state: the SampleState, one row per item of `train_dataset`, by its index.
-        sampler: the GEKOSampler of the run (from `train` on).
+    It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
 
     Raises:
-        ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
-            without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
-            whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
-        RuntimeError: by `train`, see above.
+        TypeError: where the class is made, if the trainer stands before the mixin, or has a loss or training batches
+            of its own, which GEKO would replace.
     """
 
     model_accepts_loss_kwargs: bool
@@ -83,31 +50,25 @@ class GEKOTrainer(PlannedTrainer):
     _loss_shifts_labels: bool
     label_names: list[str]
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        *rest: Any,
-        config: GEKOConfig | None = None,
-        tokenizer: Any = None,
-        **named: Any,
-    ) -> None:
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        check_bases(cls, GEKOMixin)
+
+    def __init__(self, *args: Any, config: GEKOConfig | None = None, tokenizer: Any = None, **named: Any) -> None:
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        given = arguments_of(trainer_below(type(self), GEKOMixin), args, named)
         if tokenizer is not None:
-            if len(rest) > 1 or named.get("processing_class") is not None:
+            if given.get("processing_class") is not None:
                 raise TypeError("tokenizer is another name of processing_class: give one of them")
-            named["processing_class"] = tokenizer
-        args = args or GEKOTrainingArguments(output_dir="tmp_trainer")
-        super().__init__(model, args, data_collator, train_dataset, *rest, **named)
+            given["processing_class"] = tokenizer
+        super().__init__(**given)
         self.config = config or GEKOConfig.recommended()
         self._check_arguments()
-        if data_collator is None and _is_causal(self._base()):
+        if given.get("data_collator") is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
-        if not self.label_names and args.label_names is None:  # the model's forward takes none: they are ours
+        if not self.label_names and self.args.label_names is None:  # the model's forward takes none: they are ours
             self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = True  # our loss is divided by num_items_in_batch, whatever the model takes
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -372,3 +333,62 @@ def _is_causal(base: nn.Module) -> bool:
     """A language model that generates from its own inputs: its labels are as long as they are."""
     encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return isinstance(base, PreTrainedModel) and base.can_generate() and not encodes
+
+
+class GEKOTrainer(GEKOMixin, Trainer):
+    """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
+
+    With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
+    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
+    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
+    the cross-entropy of the logits alone, without asking.
+
+    What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
+    evaluation (plain loss, the learning state untouched). What changes:
+
+    - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
+      plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
+      Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
+      can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
+    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
+      where Trainer (5.17) adds up the means of the micro-batches.
+    - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
+      a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
+      epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
+    - a checkpoint carries the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
+      `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
+      in a warning, with what they change.
+    - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
+    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
+
+    A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
+    `RuntimeError` at the first step that says which, and what it has to do.
+
+    Args: those of Trainer, and
+        config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.
+        tokenizer: another name of `processing_class`.
+
+    Attributes:
+        sample_state: the SampleState, one row per item of `train_dataset`, by its index.
+        sampler: the GEKOSampler of the run (from `train` on).
+
+    Raises:
+        ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
+            without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
+            whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
+        RuntimeError: by `train`, see above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *rest: Any,
+        config: GEKOConfig | None = None,
+        tokenizer: Any = None,
+        **named: Any,
+    ) -> None:
+        args = args or GEKOTrainingArguments(output_dir="tmp_trainer")
+        super().__init__(model, args, data_collator, train_dataset, *rest, config=config, tokenizer=tokenizer, **named)

@@ -1,0 +1,66 @@
+"""The trainer that `GEKOMixin` stands before: which one it is, and whether the two go together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import Trainer
+
+_REPLACED = {  # hooks that GEKO answers without asking the trainer below
+    "compute_loss": "a loss of its own, which GEKO's would replace",
+    "get_train_dataloader": "training batches of its own, which GEKO's plans would replace",
+    "_get_train_sampler": "an order of its own, which GEKO's plans would replace",
+}
+
+
+def trainer_below(cls: type, mixin: type) -> type | None:
+    """The first class behind `mixin` in the order of `cls` that is a trainer without it."""
+    behind = cls.__mro__[cls.__mro__.index(mixin) :]
+    return next((base for base in behind if issubclass(base, Trainer) and not issubclass(base, mixin)), None)
+
+
+def check_bases(cls: type, mixin: type) -> None:
+    """Refuse a class in which the mixin's part would not run, or would replace another trainer's.
+
+    Raises:
+        TypeError: says what to write, or what does not go together.
+    """
+    order = cls.__mro__
+    before = [base for base in order[: order.index(mixin)] if issubclass(base, Trainer) and not issubclass(base, mixin)]
+    if before:
+        raise TypeError(
+            f"{cls.__name__}: behind {before[0].__name__} the part of {mixin.__name__} never runs; write "
+            f"class {cls.__name__}({mixin.__name__}, {before[0].__name__})"
+        )
+    below = trainer_below(cls, mixin)
+    if below is None:
+        return
+    for hook, why in _REPLACED.items():
+        owner = next(base for base in below.__mro__ if hook in vars(base))
+        if owner is not Trainer:
+            raise TypeError(
+                f"{cls.__name__}: {owner.__name__}.{hook} gives {below.__name__} {why}. GEKO trains cross-entropies "
+                "that a model computes; another loss, or other batches, go with weighted_loss in a loop of your own"
+            )
+
+
+def arguments_of(trainer: type | None, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """`args` and `named` by name, as `trainer.__init__` takes them.
+
+    Raises:
+        TypeError: they do not fit; or there is no trainer behind the mixin.
+    """
+    if trainer is None:
+        raise TypeError("GEKOMixin needs a trainer behind it: class MyTrainer(GEKOMixin, transformers.Trainer)")
+    made = (vars(base)["__init__"] for base in trainer.__mro__ if "__init__" in vars(base))
+    signatures = (inspect.signature(init).parameters.values() for init in made)  # `*args` is handed on to the next one
+    parameters = next(own for own in signatures if not any(p.kind is p.VAR_POSITIONAL for p in own))
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    if len(args) > len(names):
+        raise TypeError(f"{trainer.__name__} takes at most {len(names)} positional arguments, got {len(args)}")
+    given = dict(zip(names, args, strict=False))
+    twice = sorted(given.keys() & named.keys())
+    if twice:
+        raise TypeError(f"{trainer.__name__} got {', '.join(twice)} by position and by name")
+    return {**given, **named}
