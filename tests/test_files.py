@@ -219,7 +219,7 @@ def load(checkpoint: Path) -> tuple:
         ({"finished": 1}, r"'finished'\] must be True or False, got 1"),
         ({"guarded": "yes"}, r"'guarded'\] must be True, False or None, got 'yes'"),
         ({"hurried": None}, r"'hurried'\] must be an integer from -1 to"),
-        ({"num_epochs": 7.0}, r"of a run of 7.0 passes over the data, this one has 4.0: go on with the length"),
+        ({"num_epochs": 0.0}, r"'num_epochs'\] must be a number above 0, got 0.0"),
         ({"plan": torch.arange(12)}, r"'plan'\] must be \(n,\) torch.int32, got \(12,\) torch.int64"),
         ({"plan": torch.arange(1, 13).int()}, r"'plan'\]\[11\] must be a sample from 0 to 11, got 12"),
         ({"plan": torch.arange(-1, 11).int()}, r"'plan'\]\[0\] must be a sample from 0 to 11, got -1"),
