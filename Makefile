@@ -21,7 +21,8 @@ demo: $(READY)
 # threads that wait asleep, as the processes share the cores: on two 4 minutes instead of 8 (2026-11-22)
 test: export OMP_WAIT_POLICY = PASSIVE
 test: lint
-	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8
+	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --cov=geko_kernels --cov-report=
+	@echo "geko_kernels, lines covered, without kernels/ and subprocesses: $$($(PYTHON) -m coverage report --format=total) %"
 
 test-gpu: $(READY)
 	$(PYTHON) -m pytest -m gpu

@@ -44,7 +44,7 @@ def seed():
 
 
 @pytest.fixture(
-    params=["reference", "cpp", pytest.param("triton", marks=[pytest.mark.gpu] if HAS_GPU else [])],
+    params=["reference", "cpp", pytest.param("triton", marks=[pytest.mark.gpu if HAS_GPU else pytest.mark.no_cover])],
 )
 def backend(request, monkeypatch):
     """The name of the backend that every op runs on."""

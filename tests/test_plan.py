@@ -17,6 +17,8 @@ pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 from geko_kernels.kernels import launch as launching
 from geko_kernels.kernels import plan as planning
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):

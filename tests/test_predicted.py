@@ -22,6 +22,8 @@ from geko_kernels.kernels.correct_rows import correct_launch
 from geko_kernels.kernels.predict import predict_launch, predict_parts
 from geko_kernels.kernels.visit_prep import scratch_words
 
+pytestmark = pytest.mark.no_cover
+
 
 def batch(rows, length, vocab, dtype=torch.float32, right=0.5):
     labels = torch.randint(0, vocab, (rows, length))

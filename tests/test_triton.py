@@ -18,6 +18,7 @@ kernels = pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 if torch.cuda.is_available():
     pytest.skip("with a GPU the kernels are compiled: see test_gpu.py", allow_module_level=True)
 
+pytestmark = pytest.mark.no_cover
 NONE, MEAN, TOKEN_MEAN, SUM = (int(code) for code in reference.Reduction)
 COLUMNS = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
 CONFIDENT = 9.0  # added to the target's logit, so that some visits are correct
