@@ -45,7 +45,7 @@ class GEKOSampler(Sampler[int]):
 
     In a loop of your own, with `inputs` and `labels` of all samples on the device of the state:
 
-        sampler = GEKOSampler(state, num_epochs=3)
+        B, sampler = 32, GEKOSampler(state, num_epochs=3)
         loader = DataLoader(range(len(state)), batch_size=B, sampler=sampler)  # of sample ids
         for epoch in range(sampler.next_epoch, 3):  # from 0, or where load_state_dict has left it
             model.eval()
