@@ -131,7 +131,7 @@ class CausalCollator:
 
     `input_ids` with `pad_token_id`, `labels` (or `label_ids`, `label`; a copy of `input_ids` where an item has none of
     them) with -100, and, where there is padding or the items bring it, `attention_mask`. Other keys must be of one
-    shape and are stacked.
+    shape and are stacked; text and None are left out, as by Transformers' default collator.
 
     Raises:
         ValueError: an item without `input_ids`, or with labels of another length; names it.
@@ -178,7 +178,7 @@ def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
                 "causal LM takes one for each token (-100 for labels that do not count); other models need a "
                 "data_collator of their own"
             )
-    rest = {name: value for name, value in item.items() if name not in LABEL_KEYS}
+    rest = {k: value for k, value in item.items() if k not in LABEL_KEYS and not isinstance(value, str | None)}
     return {**rest, "input_ids": tokens, "labels": labels, "attention_mask": mask}
 
 

@@ -35,7 +35,7 @@ def find_head(question: Question, form: LossForm) -> nn.Linear:
         raise ValueError(f"its output embeddings are a {type(head).__name__}, not a plain nn.Linear")
     if "forward" in vars(head):
         raise ValueError("the forward of its output embeddings is patched")
-    labels = next(question.made_up())
+    labels = question.counted(next(question.made_up()), form)
     logits, returned = _observe(question, head, labels)
     if len(returned) != 1 or logits.dim() != 3 or not logits.float().equal(returned[0].float()):
         raise ValueError("its logits are not what its output embeddings return")

@@ -57,6 +57,7 @@ class GEKOTrainer(PlannedTrainer):
       `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
       in a warning, with what they change.
     - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
+    - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
@@ -177,7 +178,7 @@ class GEKOTrainer(PlannedTrainer):
             shuffle=args.train_sampling_strategy != "sequential",
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
-            window=50 * step,
+            window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
         )
         if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
             self.sampler = sampler
@@ -209,7 +210,9 @@ class GEKOTrainer(PlannedTrainer):
     def _routes(self, model: nn.Module) -> tuple[Route, ...]:
         if self.args.use_liger_kernel:  # given labels, its models compute the loss without logits
             return (Route.APART,)
-        return Route.LOSS_FUNCTION, Route.UNUSED if is_compiled(model) else Route.CROSS_ENTROPY
+        if is_compiled(model):
+            return Route.LOSS_FUNCTION, Route.UNUSED
+        return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED
 
     def _forget_model(self) -> None:
         """What was found out about the model, which may be another one from now on."""
@@ -234,6 +237,11 @@ class GEKOTrainer(PlannedTrainer):
             form = self._find_loss(self.model_wrapped, self._prepare_inputs(dict(batch_samples[0]))).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
+                if name and form.masks:
+                    batch_samples = [
+                        {**batch, name: form.counted(batch[name], batch.get("attention_mask"))}
+                        for batch in batch_samples
+                    ]
         if name is not None and name != "labels":
             batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -288,6 +296,7 @@ class GEKOTrainer(PlannedTrainer):
         name = label_of(inputs, self.label_names) or "labels"
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
+        labels = found.form.counted(labels, inputs.get("attention_mask"))
         shifted = inputs.pop("shift_labels", None)  # of collators that have done it already
         outcome = forward_loss(
             model,
