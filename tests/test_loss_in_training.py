@@ -163,6 +163,14 @@ def test_logits_of_another_shape_are_refused(tmp_path):
         gk.GEKOTrainer(T.ElectraForPreTraining(config), arguments(tmp_path), train_dataset=data).train()
 
 
+def test_an_item_without_tokens_counts_for_nothing(tmp_path):
+    data = [*sentences(7), {"input_ids": [], "labels": []}]
+    trainer = gk.GEKOTrainer(tiny_llama(), arguments(tmp_path, num_train_epochs=1), train_dataset=data)
+    trainer.train()
+    assert trainer.sample_state.times_seen.tolist() == [1] * 7 + [0]
+    assert all(torch.tensor(curve(trainer)).isfinite())
+
+
 def test_text_and_none_are_left_out_of_batches(tmp_path):
     """As by Transformers' default collator."""
     data = [{**item, "text": "a", "position_ids": None} for item in sentences(8)]

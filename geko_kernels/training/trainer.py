@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ class GEKOTrainer(PlannedTrainer):
       plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
       Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
       can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
-    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
-      where Trainer (5.17) adds up the means of the micro-batches.
+    - with gradient accumulation or several processes the loss is that of one big batch, also of a model that ignores
+      `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or takes their
+      mean, by the signature of its forward.
     - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
       a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
       epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
@@ -133,6 +135,14 @@ class GEKOTrainer(PlannedTrainer):
             self.train_dataset is None or has_length(self.train_dataset)
         ):
             raise ValueError("GEKOTrainer needs a train_dataset with a length and items by index, not an iterable one")
+        if isinstance(self.train_dataset, Mapping):  # a DatasetDict too
+            raise ValueError(
+                f"train_dataset must give its items by index, got a {type(self.train_dataset).__name__} with the keys "
+                f"{sorted(self.train_dataset)}: of several splits give one; of columns make a dataset, as by "
+                "datasets.Dataset.from_dict"
+            )
+        if self.train_dataset is not None and len(self.train_dataset) == 0:
+            raise ValueError("train_dataset has no items")
         parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if self.args.n_gpu > 1 or parallel > 1:
             raise ValueError(
@@ -164,6 +174,8 @@ class GEKOTrainer(PlannedTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GEKOSampler:
         args, state = self.args, self.sample_state
         assert state is not None
+        if args.max_steps <= 0 and args.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {args.num_train_epochs}")
         lengths = None
         if args.train_sampling_strategy == "group_by_length":
             lengths = torch.tensor(super()._get_train_sampler(self.train_dataset).lengths)
