@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 from torch import nn
-from training import VOCAB, arguments, curve, sentences, standard, tiny_llama
+from training import VOCAB, arguments, curve, sentences, standard, tiny_config, tiny_llama
 from transformers import default_data_collator
 
 import geko_kernels as gk
@@ -77,13 +77,17 @@ def padded(count, full=0):
 
 def compare(tmp_path, model, data, **fields):
     """(the curves and evaluations of GEKOTrainer, those of Trainer)"""
-    args = arguments(tmp_path, num_train_epochs=2, **fields)
+    args, found = arguments(tmp_path, num_train_epochs=2, **fields), []
     options = {"data_collator": default_data_collator, "eval_dataset": data}
-    ours = gk.GEKOTrainer(copy.deepcopy(model), args, train_dataset=data, config=gk.GEKOConfig.uniform(), **options)
-    theirs = standard(model, args, data, **options)
-    for trainer in (ours, theirs):
+    for ours in (True, False):
+        one = copy.deepcopy(model)
+        if ours:
+            trainer = gk.GEKOTrainer(one, args, train_dataset=data, config=gk.GEKOConfig.uniform(), **options)
+        else:
+            trainer = standard(one, args, data, **options)
         trainer.train()
-    return tuple(curve(trainer) + [trainer.evaluate()["eval_loss"]] for trainer in (ours, theirs))
+        found.append(curve(trainer) + [trainer.evaluate()["eval_loss"]])
+    return found
 
 
 @pytest.mark.parametrize("loss", [smoothed, second_head])
@@ -97,6 +101,52 @@ def test_another_loss_in_training_alone_is_refused(tmp_path, loss):
 def test_what_can_be_had_exactly_is_trained(tmp_path, loss):
     ours, theirs = compare(tmp_path, Tagger(loss), padded(12, full=12))
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+class Late(T.LlamaForCausalLM):
+    """Makes use of its logits in training mode alone."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        if self.training:
+            outputs.logits = self.late(outputs.logits)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, vocab_size=VOCAB)
+        return outputs
+
+
+@pytest.mark.parametrize("late", [lambda z: 0.5 * z, lambda z: F.dropout(z, 0.3)], ids=["scale", "dropout"])
+def test_a_head_whose_logits_are_used_in_training_alone(tmp_path, late):
+    model, data = Late(tiny_config()), [{**item, "labels": list(range(1, 9))} for item in sentences(12)]
+    Late.late = staticmethod(late)
+    ours, theirs = compare(tmp_path, model, data, remove_unused_columns=False)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+class Unpadded(T.LlamaForCausalLM):
+    """Leaves labels of the pad token out of its loss."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        labels = None if labels is None else labels.masked_fill(labels == self.config.pad_token_id, -100)
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+@pytest.mark.parametrize("pad", [0, 30])
+def test_a_class_that_the_loss_leaves_out_is_noticed(tmp_path, pad):
+    model = Unpadded(tiny_config(vocab_size=1000, pad_token_id=pad))
+    with pytest.raises(ValueError, match="not a plain cross-entropy"):
+        gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=sentences(8)).train()
+
+
+def test_the_classes_of_the_data_are_asked_about(tmp_path):
+    """One of a thousand has a weight, and made-up labels need not hold it."""
+    weight = torch.ones(1000)
+    weight[77] = 5
+    model = Tagger(lambda logits, labels, *_: F.cross_entropy(logits, labels, weight))
+    model.head = nn.Linear(8, 1000)
+    data = [{**item, "labels": [77, 1, 2, 3, 4, 5, 6, 7]} for item in sentences(8)]
+    with pytest.raises(ValueError, match="not a plain cross-entropy"):
+        gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=data).train()
 
 
 def biogpt():
@@ -125,6 +175,56 @@ def test_labels_under_the_mask_count_where_the_model_counts_them(tmp_path):
 def test_another_mark_of_labels_that_do_not_count_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mark labels that do not count by -100, torch's default `ignore_index`"):
         gk.GEKOTrainer(Tagger(pads_by_zero), arguments(tmp_path), train_dataset=sentences(8)).train()
+
+
+class Remembers(Tagger):
+    """Its forward counts, draws from a generator of its own, and enlarges a cache whose size it keeps beside it."""
+
+    def __init__(self):
+        super().__init__(self.counted)
+        self.calls, self.size = 0, 0
+        self.register_buffer("cache", torch.zeros(0))
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        self.calls += 1
+        if self.size < input_ids.shape[1]:
+            self.size = input_ids.shape[1]
+            self.cache = torch.full((self.size,), 0.1)
+        return super().forward(input_ids, attention_mask, labels)
+
+    def counted(self, logits, labels, mask, model, hidden):
+        noise = torch.randn(logits.shape, generator=model.generator)
+        return F.cross_entropy(logits, labels) + 0.1 * (noise * logits).mean() + model.cache[:8].sum()
+
+
+def test_asking_leaves_no_counts_behind(tmp_path):
+    runs = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model, data, args = Remembers(), sentences(12), arguments(tmp_path, num_train_epochs=1)
+        model.generator = torch.Generator().manual_seed(3)
+        trainer = (
+            gk.GEKOTrainer(model, args, train_dataset=data, config=gk.GEKOConfig.uniform())
+            if ours
+            else standard(model, args, data)
+        )
+        trainer.train()
+        runs.append((curve(trainer), model.calls, model.size))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    assert runs[0][1:] == runs[1][1:] == (3, 8)
+
+
+def test_a_forward_that_writes_to_a_parameter_is_refused(tmp_path):
+    def centred(logits, labels, mask, model, hidden):
+        if model.training:
+            with torch.no_grad():
+                model.other.bias.add_(logits.mean())
+        return F.cross_entropy(logits, labels)
+
+    model = Tagger(centred)
+    model.other.requires_grad_(False)
+    with pytest.raises(ValueError, match="writes to its parameter 'other.bias' in training mode"):
+        gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=sentences(8)).train()
 
 
 def test_a_models_own_error_stays_as_it_is(tmp_path):

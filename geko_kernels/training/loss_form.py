@@ -69,7 +69,7 @@ class Question:
         ]
         if hidden_labels(labels, few.get("attention_mask")) is not None:
             self.forms += [form._replace(masks=True) for form in self.forms]
-        self.random = RandomNumbers(labels.device)
+        self.random = RandomNumbers(labels.device, model)
         self._classes: int | None = None
 
     def outputs(self, labels: Tensor, **more: Any) -> Any:
@@ -109,7 +109,12 @@ class Question:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Within, the model is in training mode."""
+        """Within, the model is in training mode.
+
+        Raises:
+            ValueError: its forward writes to a parameter, which cannot be put back without a copy of all of them.
+        """
+        before = [(name, value, value._version) for name, value in self.model.named_parameters()]
         self.model.train()
         try:
             with warnings.catch_warnings():  # of activation checkpointing without gradients
@@ -117,9 +122,15 @@ class Question:
                 yield
         finally:
             self.model.eval()
+        for name, value, version in before:
+            if value._version != version:
+                raise ValueError(
+                    f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss would "
+                    f"change it: make it a buffer, or {WAY_OUT}"
+                )
 
     def made_up(self) -> Iterator[Tensor]:
-        """Labels for the few rows, on their device."""
+        """Labels for the few rows, on their device; those (B, S) end with the rows' own."""
         classes = self.num_classes()
         if classes < 2:
             raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
@@ -138,7 +149,19 @@ class Question:
             ignored = torch.rand(labels.shape, generator=generator) < 0.25
             ignored[0, labels.shape[1] // 2 :] = labels.shape[1] > 3  # rows with unequal numbers of labels
             ignored[-1, :_HIDDEN] = ignored[-1, -_HIDDEN:] = False
+            special = self.special_classes()[: labels.shape[1] - 1]
+            labels[0, 1 : 1 + len(special)] = torch.tensor(special)
+            ignored[0, 1 : 1 + len(special)] = False
             yield labels.masked_fill(ignored, _IGNORED).to(self.labels.device)
+        valid = self.labels[self.labels != _IGNORED]
+        if valid.numel() and 0 <= int(valid.min()) <= int(valid.max()) < classes:
+            yield self.labels
+
+    def special_classes(self) -> list[int]:
+        """Those that a loss may leave out: padding and the like."""
+        config = getattr(self.base, "config", None)
+        named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos")]
+        return sorted({0, *(k for k in named if isinstance(k, int) and 0 < k < self.num_classes())})
 
     def is_finite(self) -> bool:
         """Can the model be asked, and has it a finite loss, or none?"""
