@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
+from geko_kernels.training.few_rows import few_rows
 from geko_kernels.training.head import find_head
-from geko_kernels.training.loss_form import WAY_OUT, LossForm, Question, few_rows, find_loss_form
+from geko_kernels.training.loss_form import WAY_OUT, LossForm, Question, find_loss_form
 from geko_kernels.training.own_loss import Route
 from geko_kernels.training.untouched import untouched
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geko_kernels.training.few_rows import HIDDEN
 from geko_kernels.training.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 from geko_kernels.training.untouched import RandomNumbers
 
 _CLASSES = 64  # so many classes are asked one by one, of more a random choice
 _ROUNDS = 4  # of made-up labels, where each row has one
-_HIDDEN = 2  # tokens masked for the question
 _IGNORED = -100
 
 
@@ -125,8 +125,8 @@ class Question:
         for name, value, version in before:
             if value._version != version:
                 raise ValueError(
-                    f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss would "
-                    f"change it: make it a buffer, or {WAY_OUT}"
+                    f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss "
+                    f"would change it: make it a buffer, or {WAY_OUT}"
                 )
 
     def made_up(self) -> Iterator[Tensor]:
@@ -148,7 +148,7 @@ class Question:
                 labels.view(-1)[:classes] = torch.randperm(classes, generator=generator)
             ignored = torch.rand(labels.shape, generator=generator) < 0.25
             ignored[0, labels.shape[1] // 2 :] = labels.shape[1] > 3  # rows with unequal numbers of labels
-            ignored[-1, :_HIDDEN] = ignored[-1, -_HIDDEN:] = False
+            ignored[-1, :HIDDEN] = ignored[-1, -HIDDEN:] = False
             special = self.special_classes()[: labels.shape[1] - 1]
             labels[0, 1 : 1 + len(special)] = torch.tensor(special)
             ignored[0, 1 : 1 + len(special)] = False
@@ -289,55 +289,3 @@ def _refusal(answer: _Answer, when: str) -> str:
         f"{answer.own:.4f}, the cross-entropy {told}. It may weight classes, smooth labels, have a second head or a "
         f"loss function of its own, which GEKO would drop. Train it with transformers.Trainer; or {WAY_OUT}"
     )
-
-
-def few_rows(
-    inputs: Mapping[str, Any], labels: Tensor, sample_ids: Tensor | None, most_rows: int, most_tokens: int
-) -> tuple[dict[str, Any], Tensor] | None:
-    """(inputs, labels) of a few rows, cut to a few tokens; None where they cannot be cut.
-
-    A packed row is cut within its first sample. Rows are repeated up to `most_rows` where each has one label. Else the
-    last of them has a few tokens masked, to see whether the model takes their labels for padding.
-    """
-    tokens = inputs.get("input_ids")
-    size = len(labels)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 0
-    packed = sample_ids is not None and sample_ids.dim() == 2
-    if packed:
-        assert sample_ids is not None
-        tensors = {name: value for name, value in tensors.items() if name not in _PACKED_KEYS}
-        inputs = {name: value for name, value in inputs.items() if name not in _PACKED_KEYS}
-        if any(value.shape[:2] != labels.shape for value in tensors.values()) or not length:
-            return None
-        run = int((sample_ids[0] == sample_ids[0, 0]).long().cumprod(0).sum())
-        most_tokens = min(most_tokens, run)
-    if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
-        return None
-    mask = inputs.get("attention_mask")
-    masked = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length > 0
-    order = torch.arange(size, device=labels.device)
-    if masked:
-        order = mask.ne(0).sum(1).argsort(descending=True, stable=True)  # type: ignore[union-attr]
-    by_row = labels.dim() == 1 or labels.shape[-1] == 1
-    rows = order[torch.arange(most_rows, device=order.device) % size] if by_row else order[:most_rows]
-    if packed:
-        rows = rows[:1] * 0
-    left = masked and not bool(mask[rows, 0].ne(0).all())  # type: ignore[index]  # padded on the left
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value[rows.to(value.device)]
-        if value.dim() > 1 and value.shape[1] == length:
-            return value[:, -most_tokens:] if left else value[:, :most_tokens]
-        return value
-
-    some, few = cut(labels), {name: cut(value) for name, value in inputs.items()}
-    if not by_row and masked and few["attention_mask"].shape[1] > 2 * _HIDDEN:
-        few["attention_mask"][-1, slice(_HIDDEN) if left else slice(-_HIDDEN, None)] = 0
-    return few, some if by_row else some[:, :most_tokens]
-
-
-# of FlashAttention: where the samples of a packed row begin, and how long the longest is
-_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -38,8 +38,9 @@ class GEKOTrainer(PlannedTrainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
 
     With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
-    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
-    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
+    labels of a few rows and for their own, and the cross-entropy of its logits has to equal it, with labels shifted or
+    not and those under the attention mask counted or not, in eval and in training mode. What the model adds to it
+    (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
     the cross-entropy of the logits alone, without asking.
 
     What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
