@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 from torch import nn
-from training import VOCAB, arguments, curve, sentences, standard, tiny_config, tiny_llama
+from training import VOCAB, arguments, classified, curve, sentences, standard, tiny_classifier, tiny_config, tiny_llama
 from transformers import default_data_collator
 
 import geko_kernels as gk
@@ -175,6 +175,18 @@ def test_labels_under_the_mask_count_where_the_model_counts_them(tmp_path):
 def test_another_mark_of_labels_that_do_not_count_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mark labels that do not count by -100, torch's default `ignore_index`"):
         gk.GEKOTrainer(Tagger(pads_by_zero), arguments(tmp_path), train_dataset=sentences(8)).train()
+
+
+@pytest.mark.parametrize("kind", ["one label a row", "long rows"])
+def test_shapes_of_labels(tmp_path, kind):
+    if kind == "long rows":  # only a part of them is asked about
+        model = Tagger(lambda logits, labels, *_: F.cross_entropy(logits, labels.view(-1)))
+        data = [{"input_ids": [(i + 3 * k) % VOCAB for k in range(100)]} for i in range(8)]
+        data = [{**item, "labels": item["input_ids"]} for item in data]
+    else:
+        model, data = tiny_classifier(), [{**item, "labels": torch.tensor([item["labels"]])} for item in classified(8)]
+    ours, theirs = compare(tmp_path, model, data)
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 class Remembers(Tagger):

@@ -65,7 +65,8 @@ class Question:
         self.model, self.base, self.few, self.labels, self.name = model, base, few, labels, name
         self.prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         self.forms = [
-            LossForm(s, Route.APART, prompt=self.prompt) for s in ((True, False) if labels.dim() > 1 else (False,))
+            LossForm(s, Route.APART, prompt=self.prompt)
+            for s in ((True, False) if labels.dim() > 1 and labels.shape[-1] > 1 else (False,))
         ]
         if hidden_labels(labels, few.get("attention_mask")) is not None:
             self.forms += [form._replace(masks=True) for form in self.forms]
@@ -155,7 +156,7 @@ class Question:
             yield labels.masked_fill(ignored, _IGNORED).to(self.labels.device)
         valid = self.labels[self.labels != _IGNORED]
         if valid.numel() and 0 <= int(valid.min()) <= int(valid.max()) < classes:
-            yield self.labels
+            yield self.labels.contiguous()
 
     def special_classes(self) -> list[int]:
         """Those that a loss may leave out: padding and the like."""
