@@ -210,6 +210,10 @@ def test_sampling_strategies(tmp_path, strategy):
     plan = trainer.sampler.plan.ids.tolist()
     assert sorted(plan) == list(range(30))
     assert (plan == list(range(30))) == (strategy == "sequential")
+    if strategy == "group_by_length":  # of 30 samples Trainer's windows hold 4
+        lengths = [3 + sample % 6 for sample in plan]
+        assert all(part == sorted(part, reverse=True) for part in (lengths[i : i + 4] for i in range(0, 30, 4)))
+        assert lengths != sorted(lengths, reverse=True)
 
 
 # Models

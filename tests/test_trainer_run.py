@@ -200,6 +200,13 @@ class Stream(torch.utils.data.IterableDataset):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"data": Stream(), "max_steps": 3}, "with a length"),
+        ({"data": []}, "train_dataset has no items"),
+        (
+            {"data": {"train": sentences(4), "test": sentences(4)}},
+            r"by index, got a dict with the keys \['test', 'train'\]",
+        ),
+        ({"shift_labels": "no"}, "shift_labels must be True, False or None, got 'no'"),
+        ({"probe_batch_size": 0}, "probe_batch_size must be an integer of at least 1, or None, got 0"),
     ],
 )
 def test_what_does_not_combine_is_named(tmp_path, options, message):
@@ -208,6 +215,8 @@ def test_what_does_not_combine_is_named(tmp_path, options, message):
 
 
 def test_wrong_use_is_named(tmp_path):
+    with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
+        trainer_of(tmp_path, num_train_epochs=0).train()
     with pytest.raises(ValueError, match="compute_loss_func"):
         gk.GEKOTrainer(tiny_llama(), arguments(tmp_path), train_dataset=[], compute_loss_func=lambda *_: 0)
     with pytest.raises(TypeError, match="config must be a GEKOConfig, got dict"):

@@ -24,3 +24,11 @@ class GEKOTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Whether position t predicts label t + 1 (default: as in the model's own loss)."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        batch, shift = self.probe_batch_size, self.shift_labels
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+            raise ValueError(f"probe_batch_size must be an integer of at least 1, or None, got {batch!r}")
+        if shift is not None and not isinstance(shift, bool):
+            raise ValueError(f"shift_labels must be True, False or None, got {shift!r}")

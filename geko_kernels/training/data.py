@@ -131,7 +131,7 @@ class CausalCollator:
 
     `input_ids` with `pad_token_id`, `labels` (or `label_ids`, `label`; a copy of `input_ids` where an item has none of
     them) with -100, and, where there is padding or the items bring it, `attention_mask`. Other keys must be of one
-    shape and are stacked.
+    shape and are stacked; text and None are left out, as by Transformers' default collator.
 
     Raises:
         ValueError: an item without `input_ids`, or with labels of another length; names it.
@@ -166,11 +166,11 @@ def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
             f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise it, or give a "
             "data_collator that does"
         )
-    tokens = torch.as_tensor(item["input_ids"])
+    tokens = _integers(item["input_ids"])
     mask = item.get("attention_mask")
-    mask = torch.ones_like(tokens) if mask is None else torch.as_tensor(mask)
+    mask = torch.ones_like(tokens) if mask is None else _integers(mask)
     given = next((item[key] for key in LABEL_KEYS if item.get(key) is not None), None)
-    labels = tokens.masked_fill(mask == 0, IGNORED) if given is None else torch.as_tensor(given)
+    labels = tokens.masked_fill(mask == 0, IGNORED) if given is None else _integers(given)
     for name, values in (("labels", labels), ("attention_mask", mask)):
         if values.shape != tokens.shape:
             raise ValueError(
@@ -178,8 +178,13 @@ def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
                 "causal LM takes one for each token (-100 for labels that do not count); other models need a "
                 "data_collator of their own"
             )
-    rest = {name: value for name, value in item.items() if name not in LABEL_KEYS}
+    rest = {k: value for k, value in item.items() if k not in LABEL_KEYS and not isinstance(value, str | None)}
     return {**rest, "input_ids": tokens, "labels": labels, "attention_mask": mask}
+
+
+def _integers(values: Any) -> Tensor:
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.numel() else tensor.long()  # an empty list makes floats
 
 
 def _padded(values: Tensor, length: int, fill: int) -> Tensor:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
+from geko_kernels.training.few_rows import few_rows
 from geko_kernels.training.head import find_head
-from geko_kernels.training.loss_form import LossForm, Question, few_rows, find_loss_form
+from geko_kernels.training.loss_form import WAY_OUT, LossForm, Question, find_loss_form
 from geko_kernels.training.own_loss import Route
 from geko_kernels.training.untouched import untouched
 
@@ -93,7 +94,25 @@ def _question(
         except Exception as error:
             reason = error
         logger.info(f"GEKOTrainer asks the model about its whole first batch, as a part of it fails: {reason}")
-    return Question(model, base, inputs, labels, label_name)
+    question = Question(model, base, inputs, labels, label_name)
+    if computes_loss(base, label_name):
+        _check_it_runs(question)
+    return question
+
+
+def _check_it_runs(question: Question) -> None:
+    """Tell labels that the model does not take from whatever else may be wrong with it."""
+    try:
+        question.is_finite()
+    except ValueError:
+        raise
+    except Exception as error:
+        question.outputs(question.labels)  # raises the model's own error, as in training
+        raise ValueError(
+            f"the model takes the labels of the first batch, but not test labels, which are its classes and -100 for "
+            f"labels that do not count ({type(error).__name__}: {error}). The model and the data have to mark labels "
+            f"that do not count by -100, torch's default `ignore_index`; or {WAY_OUT}"
+        ) from error
 
 
 def _ask(

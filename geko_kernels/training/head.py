@@ -7,7 +7,7 @@ parameters gathered, and where DDP sees which parameters took part.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,14 @@ def find_head(question: Question, form: LossForm) -> nn.Linear:
         raise ValueError(f"its output embeddings are a {type(head).__name__}, not a plain nn.Linear")
     if "forward" in vars(head):
         raise ValueError("the forward of its output embeddings is patched")
-    labels = next(question.made_up())
+    for mode in (nullcontext, question.in_training):  # probes look in eval mode
+        with mode():
+            _check_head(question, head, form)
+    return head
+
+
+def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
+    labels = question.counted(next(question.made_up()), form)
     logits, returned = _observe(question, head, labels)
     if len(returned) != 1 or logits.dim() != 3 or not logits.float().equal(returned[0].float()):
         raise ValueError("its logits are not what its output embeddings return")
@@ -48,7 +55,6 @@ def find_head(question: Question, form: LossForm) -> nn.Linear:
         raise ValueError(
             f"without logits its loss is {loss:.4f} + {terms:.4f}, with them {expected:.4f} + {others:.4f}"
         )
-    return head
 
 
 def _close(found: float, expected: float, tolerance: float) -> bool:

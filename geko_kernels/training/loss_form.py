@@ -8,13 +8,16 @@ logits has to equal it. Made-up labels make the answer clear: they hold many cla
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geko_kernels.training.few_rows import HIDDEN
 from geko_kernels.training.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 from geko_kernels.training.untouched import RandomNumbers
 
@@ -30,6 +33,12 @@ class LossForm(NamedTuple):
     route: Route
     counts: bool = False  # the model divides by `num_items_in_batch`, as Trainer counts it
     prompt: bool = False  # its logits have more positions than its inputs: prompt tuning
+    masks: bool = False  # labels where `attention_mask` is 0 do not count
+
+    def counted(self, labels: Tensor, attention_mask: Any) -> Tensor:
+        """`labels`, those that do not count as -100."""
+        hidden = hidden_labels(labels, attention_mask) if self.masks else None
+        return labels if hidden is None else labels.masked_fill(hidden, _IGNORED)
 
 
 class _Answer(NamedTuple):
@@ -37,8 +46,8 @@ class _Answer(NamedTuple):
 
     own: float  # the model's loss
     tolerance: float
-    plain: dict[bool, float]  # the cross-entropy of its logits, by whether labels are shifted
-    valid: dict[bool, int]  # labels that count in it
+    plain: dict[LossForm, float]  # the cross-entropy of its logits
+    valid: dict[LossForm, int]  # labels that count in it
 
     def equals(self, loss: float) -> bool:
         return abs(self.own - loss) <= self.tolerance
@@ -55,7 +64,13 @@ class Question:
     def __init__(self, model: nn.Module, base: nn.Module, few: Mapping[str, Any], labels: Tensor, name: str) -> None:
         self.model, self.base, self.few, self.labels, self.name = model, base, few, labels, name
         self.prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        self.random = RandomNumbers(labels.device)
+        self.forms = [
+            LossForm(s, Route.APART, prompt=self.prompt)
+            for s in ((True, False) if labels.dim() > 1 and labels.shape[-1] > 1 else (False,))
+        ]
+        if hidden_labels(labels, few.get("attention_mask")) is not None:
+            self.forms += [form._replace(masks=True) for form in self.forms]
+        self.random = RandomNumbers(labels.device, model)
         self._classes: int | None = None
 
     def outputs(self, labels: Tensor, **more: Any) -> Any:
@@ -74,8 +89,12 @@ class Question:
         narrow = own.dtype in (torch.float16, torch.bfloat16)
         relative = torch.finfo(own.dtype).eps if narrow else 1e-4
         logits = find_logits(outputs, labels)
-        labels = fit_labels(labels, logits, self.prompt)
-        plain, valid = _cross_entropies(logits, labels)
+        counted = {form: self.counted(labels, form) for form in self.forms}
+        rows = {
+            form: _rows(logits, fit_labels(some, logits, self.prompt), form.shift) for form, some in counted.items()
+        }
+        plain = {form: float(F.cross_entropy(*pair)) for form, pair in rows.items()}
+        valid = {form: int(targets.ne(_IGNORED).sum()) for form, (_, targets) in rows.items()}
         return _Answer(float(own), relative * max(1.0, abs(float(own))), plain, valid)
 
     def other_terms(self, labels: Tensor, route: Route) -> float:
@@ -86,8 +105,33 @@ class Question:
             loss = find_loss(self.outputs(labels))
         return float("nan") if loss is None else float(loss)
 
+    def counted(self, labels: Tensor, form: LossForm) -> Tensor:
+        return form.counted(labels, self.few.get("attention_mask"))
+
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Within, the model is in training mode.
+
+        Raises:
+            ValueError: its forward writes to a parameter, which cannot be put back without a copy of all of them.
+        """
+        before = [(name, value, value._version) for name, value in self.model.named_parameters()]
+        self.model.train()
+        try:
+            with warnings.catch_warnings():  # of activation checkpointing without gradients
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            self.model.eval()
+        for name, value, version in before:
+            if value._version != version:
+                raise ValueError(
+                    f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss "
+                    f"would change it: make it a buffer, or {WAY_OUT}"
+                )
+
     def made_up(self) -> Iterator[Tensor]:
-        """Labels for the few rows, on their device."""
+        """Labels for the few rows, on their device; those (B, S) end with the rows' own."""
         classes = self.num_classes()
         if classes < 2:
             raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
@@ -105,8 +149,20 @@ class Question:
                 labels.view(-1)[:classes] = torch.randperm(classes, generator=generator)
             ignored = torch.rand(labels.shape, generator=generator) < 0.25
             ignored[0, labels.shape[1] // 2 :] = labels.shape[1] > 3  # rows with unequal numbers of labels
-            ignored[-1, :2] = False
+            ignored[-1, :HIDDEN] = ignored[-1, -HIDDEN:] = False
+            special = self.special_classes()[: labels.shape[1] - 1]
+            labels[0, 1 : 1 + len(special)] = torch.tensor(special)
+            ignored[0, 1 : 1 + len(special)] = False
             yield labels.masked_fill(ignored, _IGNORED).to(self.labels.device)
+        valid = self.labels[self.labels != _IGNORED]
+        if valid.numel() and 0 <= int(valid.min()) <= int(valid.max()) < classes:
+            yield self.labels.contiguous()
+
+    def special_classes(self) -> list[int]:
+        """Those that a loss may leave out: padding and the like."""
+        config = getattr(self.base, "config", None)
+        named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos")]
+        return sorted({0, *(k for k in named if isinstance(k, int) and 0 < k < self.num_classes())})
 
     def is_finite(self) -> bool:
         """Can the model be asked, and has it a finite loss, or none?"""
@@ -150,19 +206,30 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
         return None
     for route in routes:
         terms = [question.other_terms(labels, route) for labels in asked]
-        fits = [s for s in known[0].plain if all(a.equals(a.plain[s] + t) for a, t in zip(known, terms, strict=True))]
+        fits = [f for f in question.forms if all(a.equals(a.plain[f] + t) for a, t in zip(known, terms, strict=True))]
+        fits = [form for form in fits if not form.masks] or fits
         if len(fits) > 1:
-            fits = [_shifts_first(question, route)]
+            fits = [form for form in fits if form.shift == _shifts_first(question, route)]
         if fits:
-            form = LossForm(fits[0], route, prompt=question.prompt)
-            counts = takes_num_items and _counts(question, form, known[0], terms[0], asked[0])
-            return form._replace(counts=counts)
+            _check_training(question, fits[0], route, asked[0])
+            counts = takes_num_items and _counts(question, fits[0], known[0], terms[0], asked[0])
+            return fits[0]._replace(route=route, counts=counts)
     if not math.isfinite(known[0].own):
         raise ValueError(
             f"the model's loss is {known[0].own} before its first step: its weights or the first batch hold NaN or "
             "infinity, or a row has no token to attend to"
         )
-    raise ValueError(_refusal(known[0]))
+    raise ValueError(_refusal(known[0], ""))
+
+
+def _check_training(question: Question, form: LossForm, route: Route, labels: Tensor) -> None:
+    """Refuse a model that smooths its labels or has a second head in training mode alone."""
+    if route is Route.APART:  # it may then return no logits
+        return
+    with question.in_training():
+        answer, term = question.answer(labels), question.other_terms(labels, route)
+    if answer is not None and not answer.equals(answer.plain[form] + term):
+        raise ValueError(_refusal(answer, ", in training mode,"))
 
 
 def _shifts_first(question: Question, route: Route) -> bool:
@@ -170,97 +237,56 @@ def _shifts_first(question: Question, route: Route) -> bool:
     labels = question.first_position()
     answer = question.answer(labels)
     assert answer is not None
-    return not answer.equals(answer.plain[False] + question.other_terms(labels, route))
+    unshifted = next(form for form in question.forms if not form.shift)
+    return not answer.equals(answer.plain[unshifted] + question.other_terms(labels, route))
 
 
 def _counts(question: Question, form: LossForm, before: _Answer, term: float, labels: Tensor) -> bool:
     """Does the model divide by `num_items_in_batch` where it gets one?"""
-    valid = before.valid[form.shift]
+    valid = before.valid[form]
     items = 3 * valid + 1
     answer = question.answer(labels, num_items_in_batch=torch.tensor(items, device=labels.device))
     assert answer is not None
-    if answer.equals(answer.plain[form.shift] * valid / items + term):
+    if answer.equals(answer.plain[form] * valid / items + term):
         return True
     if answer.equals(before.own):
         return False
     raise ValueError(
         f"the model's own loss of {valid} labels is {before.own:.4f}, and {answer.own:.4f} with num_items_in_batch="
-        f"{items}: GEKO cannot tell what it divides by. Set `accepts_loss_kwargs = False` on the model, or {_WAY_OUT}"
+        f"{items}: GEKO cannot tell what it divides by. Set `accepts_loss_kwargs = False` on the model, or {WAY_OUT}"
     )
 
 
-def _cross_entropies(logits: Tensor, labels: Tensor) -> tuple[dict[bool, float], dict[bool, int]]:
-    """({shift: cross-entropy}, {shift: labels that count}); one label a row cannot be shifted."""
+def hidden_labels(labels: Tensor, attention_mask: Any) -> Tensor | None:
+    """(B, S) bool: labels of tokens that are not attended to; None if there are none."""
+    if not isinstance(attention_mask, Tensor) or labels.dim() != 2 or attention_mask.shape != labels.shape:
+        return None
+    hidden = attention_mask.to(labels.device) == 0
+    return hidden if bool(hidden.any()) else None
+
+
+def _rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """(logits (N, V) float32, labels (N,)) as F.cross_entropy takes them."""
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"the model's logits have shape {tuple(logits.shape)}, its labels {tuple(labels.shape)}")
-    losses, valid = {}, {}
-    for shift in (True, False) if labels.dim() > 1 else (False,):
-        some, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
-        losses[shift] = float(F.cross_entropy(some.flatten(0, -2).float(), targets.flatten()))
-        valid[shift] = int(targets.ne(_IGNORED).sum())
-    return losses, valid
+        raise ValueError(
+            "GEKO's loss takes logits (B, S, V) with labels (B, S), or (B, V) with (B,). The model's logits have shape "
+            f"{tuple(logits.shape)}, its labels {tuple(labels.shape)}: train it with transformers.Trainer"
+        )
+    some, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+    return some.flatten(0, -2).float(), targets.flatten()
 
 
-_WAY_OUT = (
+WAY_OUT = (
     "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits in its place, with the "
     "labels shifted or not"
 )
 
 
-def _refusal(answer: _Answer) -> str:
+def _refusal(answer: _Answer, when: str) -> str:
     how = {True: "with labels shifted by one", False: "without a shift"}
-    told = ", ".join(f"{loss:.4f} {how[shift]}" for shift, loss in answer.plain.items())
+    told = ", ".join(f"{loss:.4f} {how[form.shift]}" for form, loss in answer.plain.items() if not form.masks)
     return (
-        f"the model's own loss is not a plain cross-entropy of its logits: on test labels it is {answer.own:.4f}, the "
-        f"cross-entropy {told}. It may weight classes, smooth labels, have a second head or a loss function of its "
-        f"own, which GEKO would drop. Train it with transformers.Trainer; or {_WAY_OUT}"
+        f"the model's own loss{when} is not a plain cross-entropy of its logits: on test labels it is "
+        f"{answer.own:.4f}, the cross-entropy {told}. It may weight classes, smooth labels, have a second head or a "
+        f"loss function of its own, which GEKO would drop. Train it with transformers.Trainer; or {WAY_OUT}"
     )
-
-
-def few_rows(
-    inputs: Mapping[str, Any], labels: Tensor, sample_ids: Tensor | None, most_rows: int, most_tokens: int
-) -> tuple[dict[str, Any], Tensor] | None:
-    """(inputs, labels) of a few rows, cut to a few tokens; None where they cannot be cut.
-
-    A packed row is cut within its first sample. Rows are repeated up to `most_rows` where each has one label.
-    """
-    tokens = inputs.get("input_ids")
-    size = len(labels)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 0
-    packed = sample_ids is not None and sample_ids.dim() == 2
-    if packed:
-        assert sample_ids is not None
-        tensors = {name: value for name, value in tensors.items() if name not in _PACKED_KEYS}
-        inputs = {name: value for name, value in inputs.items() if name not in _PACKED_KEYS}
-        if any(value.shape[:2] != labels.shape for value in tensors.values()) or not length:
-            return None
-        run = int((sample_ids[0] == sample_ids[0, 0]).long().cumprod(0).sum())
-        most_tokens = min(most_tokens, run)
-    if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
-        return None
-    mask = inputs.get("attention_mask")
-    masked = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length > 0
-    order = torch.arange(size, device=labels.device)
-    if masked:
-        order = mask.ne(0).sum(1).argsort(descending=True, stable=True)  # type: ignore[union-attr]
-    by_row = labels.dim() == 1 or labels.shape[-1] == 1
-    rows = order[torch.arange(most_rows, device=order.device) % size] if by_row else order[:most_rows]
-    if packed:
-        rows = rows[:1] * 0
-    left = masked and not bool(mask[rows, 0].ne(0).all())  # type: ignore[index]  # padded on the left
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value[rows.to(value.device)]
-        if value.dim() > 1 and value.shape[1] == length:
-            return value[:, -most_tokens:] if left else value[:, :most_tokens]
-        return value
-
-    some = cut(labels)
-    return {name: cut(value) for name, value in inputs.items()}, some if by_row else some[:, :most_tokens]
-
-
-# of FlashAttention: where the samples of a packed row begin, and how long the longest is
-_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -18,7 +18,7 @@ class Route(Enum):
 
     LOSS_FUNCTION = "with labels, its `loss_function` replaced"
     CROSS_ENTROPY = "with labels, F.cross_entropy and F.nll_loss replaced while it runs"
-    UNUSED = "with labels, its loss left unused: where it is compiled, and adds nothing to its cross-entropy"
+    UNUSED = "with labels, its loss left unused: it adds nothing to its cross-entropy, which cannot be replaced"
     APART = "without labels"
 
     @property
@@ -91,8 +91,10 @@ def find_logits(outputs: Any, labels: Tensor) -> Tensor:
         ValueError: there are none, by name of what there is instead.
     """
     if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
+        if outputs.dim():
+            return outputs
+        found = {"output": "a number"}
+    elif isinstance(outputs, Mapping):
         if isinstance(outputs.get("logits"), Tensor):
             return outputs["logits"]
         found = {name: type(value).__name__ for name, value in outputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ class GEKOMixin(PlannedMixin):
             self.train_dataset is None or has_length(self.train_dataset)
         ):
             raise ValueError("GEKOTrainer needs a train_dataset with a length and items by index, not an iterable one")
+        if isinstance(self.train_dataset, Mapping):  # a DatasetDict too
+            raise ValueError(
+                f"train_dataset must give its items by index, got a {type(self.train_dataset).__name__} with the keys "
+                f"{sorted(self.train_dataset)}: of several splits give one; of columns make a dataset, as by "
+                "datasets.Dataset.from_dict"
+            )
+        if self.train_dataset is not None and len(self.train_dataset) == 0:
+            raise ValueError("train_dataset has no items")
         parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if self.args.n_gpu > 1 or parallel > 1:
             raise ValueError(
@@ -124,6 +133,8 @@ class GEKOMixin(PlannedMixin):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GEKOSampler:
         args, state = self.args, self.sample_state
         assert state is not None
+        if args.max_steps <= 0 and args.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {args.num_train_epochs}")
         lengths = None
         if args.train_sampling_strategy == "group_by_length":
             lengths = torch.tensor(super()._get_train_sampler(self.train_dataset).lengths)
@@ -138,7 +149,7 @@ class GEKOMixin(PlannedMixin):
             shuffle=args.train_sampling_strategy != "sequential",
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
-            window=50 * step,
+            window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
         )
         if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
             self.sampler = sampler
@@ -170,7 +181,9 @@ class GEKOMixin(PlannedMixin):
     def _routes(self, model: nn.Module) -> tuple[Route, ...]:
         if self.args.use_liger_kernel:  # given labels, its models compute the loss without logits
             return (Route.APART,)
-        return Route.LOSS_FUNCTION, Route.UNUSED if is_compiled(model) else Route.CROSS_ENTROPY
+        if is_compiled(model):
+            return Route.LOSS_FUNCTION, Route.UNUSED
+        return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED
 
     def _forget_model(self) -> None:
         """What was found out about the model, which may be another one from now on."""
@@ -195,6 +208,11 @@ class GEKOMixin(PlannedMixin):
             form = self._find_loss(self.model_wrapped, self._prepare_inputs(dict(batch_samples[0]))).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
+                if name and form.masks:
+                    batch_samples = [
+                        {**batch, name: form.counted(batch[name], batch.get("attention_mask"))}
+                        for batch in batch_samples
+                    ]
         if name is not None and name != "labels":
             batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -249,6 +267,7 @@ class GEKOMixin(PlannedMixin):
         name = label_of(inputs, self.label_names) or "labels"
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
+        labels = found.form.counted(labels, inputs.get("attention_mask"))
         shifted = inputs.pop("shift_labels", None)  # of collators that have done it already
         outcome = forward_loss(
             model,
@@ -339,8 +358,9 @@ class GEKOTrainer(GEKOMixin, Trainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
 
     With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
-    labels of a few rows, and the cross-entropy of its logits has to equal it, with labels shifted or not. What the
-    model adds to it (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
+    labels of a few rows and for their own, and the cross-entropy of its logits has to equal it, with labels shifted or
+    not and those under the attention mask counted or not, in eval and in training mode. What the model adds to it
+    (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
     the cross-entropy of the logits alone, without asking.
 
     What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
@@ -350,8 +370,9 @@ class GEKOTrainer(GEKOMixin, Trainer):
       plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
       Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
       can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
-    - with gradient accumulation the loss is that of one big batch, also of a model that ignores `num_items_in_batch`,
-      where Trainer (5.17) adds up the means of the micro-batches.
+    - with gradient accumulation or several processes the loss is that of one big batch, also of a model that ignores
+      `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or takes their
+      mean, by the signature of its forward.
     - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
       a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
       epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
@@ -359,6 +380,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
       `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
       in a warning, with what they change.
     - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
+    - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a

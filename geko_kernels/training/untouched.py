@@ -1,4 +1,4 @@
-"""Asking a model leaves nothing behind: its modes, its buffers and the random numbers to come are as before."""
+"""Asking a model leaves nothing behind: its modes, buffers and counts and the random numbers to come are as before."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_PLAIN = (int, float, str, type(None), Tensor)
 
 
 class RandomNumbers:
-    """The state of Python's, NumPy's and torch's generators when it was made; torch's of the CPU and of `device`."""
+    """The state of Python's, NumPy's and torch's generators when it was made; torch's of the CPU and of `device`, and
+    those that modules of `model` have as attributes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, model: nn.Module) -> None:
         self.device = device
         self.python, self.numpy, self.cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        values = (value for module in model.modules() for value in vars(module).values())
+        self.own = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
 
     def restore(self) -> None:
         random.setstate(self.python)
@@ -25,17 +30,25 @@ class RandomNumbers:
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, self.device)
+        for generator, state in self.own:
+            generator.set_state(state)
 
 
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, `model` is in eval mode without gradients; afterwards its modules' modes and buffers, and the random
-    numbers to come, are as they were."""
-    numbers = RandomNumbers(device)
-    modes = [(module, module.training) for module in model.modules()]
+    """Within, `model` is in eval mode without gradients.
+
+    Afterwards its modules' modes, buffers and attributes that hold a number, a text or a tensor, and the random numbers
+    to come, are as they were.
+    """
+    numbers = RandomNumbers(device, model)
+    plain = [
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)})
+        for module in model.modules()
+    ]
     buffers = [
         (module, name, buffer, buffer.clone())
-        for module, _ in modes
+        for module, _ in plain
         for name, buffer in module.named_buffers(recurse=False)
     ]
     model.eval()
@@ -45,6 +58,6 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
     finally:
-        for module, trains in modes:
-            module.training = trains
+        for module, values in plain:  # `training` is one of them
+            vars(module).update(values)
         numbers.restore()

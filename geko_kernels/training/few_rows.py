@@ -1,0 +1,63 @@
+"""A few rows of a batch, for a question that is put to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIDDEN = 2  # tokens masked for the question
+
+
+def few_rows(
+    inputs: Mapping[str, Any], labels: Tensor, sample_ids: Tensor | None, most_rows: int, most_tokens: int
+) -> tuple[dict[str, Any], Tensor] | None:
+    """(inputs, labels) of a few rows, cut to a few tokens; None where they cannot be cut.
+
+    A packed row is cut within its first sample. Rows are repeated up to `most_rows` where each has one label. Else the
+    last of them has a few tokens masked, to see whether the model takes their labels for padding.
+    """
+    tokens = inputs.get("input_ids")
+    size = len(labels)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 0
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    if packed:
+        assert sample_ids is not None
+        tensors = {name: value for name, value in tensors.items() if name not in _PACKED_KEYS}
+        inputs = {name: value for name, value in inputs.items() if name not in _PACKED_KEYS}
+        if any(value.shape[:2] != labels.shape for value in tensors.values()) or not length:
+            return None
+        run = int((sample_ids[0] == sample_ids[0, 0]).long().cumprod(0).sum())
+        most_tokens = min(most_tokens, run)
+    if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
+        return None
+    mask = inputs.get("attention_mask")
+    masked = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length > 0
+    order = torch.arange(size, device=labels.device)
+    if masked:
+        order = mask.ne(0).sum(1).argsort(descending=True, stable=True)  # type: ignore[union-attr]
+    by_row = labels.dim() == 1 or labels.shape[-1] == 1
+    rows = order[torch.arange(most_rows, device=order.device) % size] if by_row else order[:most_rows]
+    if packed:
+        rows = rows[:1] * 0
+    left = masked and not bool(mask[rows, 0].ne(0).all())  # type: ignore[index]  # padded on the left
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value[rows.to(value.device)]
+        if value.dim() > 1 and value.shape[1] == length:
+            return value[:, -most_tokens:] if left else value[:, :most_tokens]
+        return value
+
+    some, few = cut(labels), {name: cut(value) for name, value in inputs.items()}
+    if not by_row and masked and few["attention_mask"].shape[1] > 2 * HIDDEN:
+        few["attention_mask"][-1, slice(HIDDEN) if left else slice(-HIDDEN, None)] = 0
+    return few, some if by_row else some[:, :most_tokens]
+
+
+# of FlashAttention: where the samples of a packed row begin, and how long the longest is
+_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
