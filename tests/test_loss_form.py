@@ -154,6 +154,7 @@ CASES = {
     "subclass": (lambda: MyLlama(tiny_config()), sentences(12)),
     "bart as a decoder": (lambda: T.BartForCausalLM(T.BartConfig(**BART)), sentences(12)),
     "bart": (lambda: T.BartForConditionalGeneration(T.BartConfig(**BART)), pairs()),
+    "mbart, padding 0": (lambda: T.MBartForConditionalGeneration(T.MBartConfig(**BART)), pairs()),
     "bart classifier": (lambda: T.BartForSequenceClassification(T.BartConfig(**BART, num_labels=2)), sequences()),
     "token classifier": (lambda: T.BertForTokenClassification(T.BertConfig(**BERT, num_labels=3)), token_classes()),
     "classifier": (lambda: T.LlamaForSequenceClassification(tiny_config(num_labels=4)), classified(12)),

@@ -172,8 +172,8 @@ class Question:
     def num_classes(self) -> int:
         """Labels that the model can be given."""
         if self._classes is None:
-            zeros = torch.zeros_like(self.labels)
-            logits = find_logits(self.outputs(zeros), zeros)
+            labels = torch.full_like(self.labels, self.plain_label())
+            logits = find_logits(self.outputs(labels), labels)
             self._classes = logits.shape[-1]
             config = getattr(self.base, "config", None)
             if getattr(config, "is_encoder_decoder", False):  # labels are the decoder's inputs
@@ -184,8 +184,12 @@ class Question:
     def first_position(self) -> Tensor:
         """Only the first position has a label: a loss that shifts has none left."""
         labels = torch.full_like(self.labels, _IGNORED)
-        labels[:, 0] = 0
+        labels[:, 0] = self.plain_label()
         return labels
+
+    def plain_label(self) -> int:
+        """0, or 1 where 0 is padding: a decoder may look for the last label that is none."""
+        return int(getattr(getattr(self.base, "config", None), "pad_token_id", None) == 0)
 
 
 def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[Route]) -> LossForm | None:
