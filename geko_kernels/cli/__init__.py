@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141
         message, status = f"cannot write the output ({error.strerror})", 2
         if gone:
-            message, status = "the output's reader has gone, which ended the run; --resume goes on from a checkpoint", 141
+            message, status = "the output's reader has gone, which ended the run; go on with --resume", 141
     gc.collect()  # ends the progress bars of what was stopped, which else write below the message
     print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
     return status
