@@ -44,6 +44,21 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
+    "command, told",
+    [
+        (["env"], "geko_kernels env: interrupted\n"),
+        (["train"], "geko_kernels train: interrupted; nothing had begun, so the same command starts anew\n"),
+    ],
+)
+def test_interrupted_while_it_is_still_loading(monkeypatch, capsys, command, told):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geko_kernels.cli._run", interrupted)
+    assert main(command) == 130 and capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
     "output, status, told", [("pipe", 141, ""), ("/dev/full", 2, "cannot write the output (No space left on device)")]
 )
 def test_output_that_nobody_takes(output, status, told):

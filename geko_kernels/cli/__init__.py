@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message, status = f"needs {error.name}: {TRAINING}", 2
     except KeyboardInterrupt as stop:
-        message, status = str(stop) or "interrupted", 130
+        early = "interrupted" + ("; nothing had begun, so the same command starts anew" if command == "train" else "")
+        message, status = str(stop) or early, 130
     except OSError as error:
         gone = isinstance(error, BrokenPipeError) and _reader_gone()
         if command == "train" and not gone:
