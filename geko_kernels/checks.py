@@ -49,7 +49,7 @@ def check_batch(
         size = "V" if name == "logits" else "H"
         raise ValueError(f"{name} must be (B, S, {size}) or (B, {size}) with {size} >= 1, got {tuple(tokens.shape)}")
     if labels.dtype != torch.int64:
-        _raise_label_dtype(labels, tokens)
+        _raise_label_dtype(name, labels, tokens)
     if shape != tokens.shape[:-1]:
         raise ValueError(
             f"labels must be {tuple(tokens.shape[:-1])} for {name} of {tuple(tokens.shape)}, got {tuple(shape)}"
@@ -114,13 +114,13 @@ def raise_layout(key: str, tensor: Tensor) -> None:
     raise TypeError(f"{key} must be a dense tensor, got {how}")
 
 
-def _raise_label_dtype(labels: Tensor, tokens: Tensor) -> None:
+def _raise_label_dtype(name: str, labels: Tensor, tokens: Tensor) -> None:
     if not (labels.is_floating_point() or labels.is_complex()):
         raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
-    if labels.shape == tokens.shape:
+    if labels.shape == tokens.shape or (name == "hidden" and labels.dim() == tokens.dim()):  # V is not known here
         raise TypeError(
-            f"labels must be int64 class indices, one a token, got {labels.dtype} of the logits' shape: class "
-            "probabilities are not supported; use F.cross_entropy for them"
+            f"labels must be int64 class indices, one a token, got {labels.dtype} of shape {tuple(labels.shape)}: "
+            "class probabilities are not supported; use F.cross_entropy for them"
         )
     raise TypeError(
         f"labels must be int64 class indices, got {labels.dtype}; where all are whole numbers, labels.long() keeps "
@@ -142,8 +142,13 @@ def _ignore_index(value: Any) -> int:
         raise TypeError(f"ignore_index must be an int, got {value!r}")
     number = int(value)
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"ignore_index must be within int64, as labels are, got {number}")
+        raise ValueError(f"ignore_index must be within int64, as labels are, got {_shown(number)}")
     return number
+
+
+def _shown(value: Any) -> str:
+    """`value` in a message; Python writes out no integer of more than 4300 digits."""
+    return str(value) if not isinstance(value, int) or abs(value) < 10**60 else f"an int of {value.bit_length()} bits"
 
 
 def _is_real(value: object) -> bool:
@@ -154,9 +159,9 @@ def _softcap(value: Any) -> float:
     if isinstance(value, bool) or not _is_real(value):
         raise TypeError(f"softcap must be a number above 0 or None, got {value!r}")
     if not 0 < value < math.inf:
-        raise ValueError(f"softcap must be a finite number above 0 or None, got {value}")
+        raise ValueError(f"softcap must be a finite number above 0 or None, got {_shown(value)}")
     if not _FLOAT32.tiny <= value <= _FLOAT32.max:
-        raise ValueError(f"softcap must be {_IN_RANGE}, got {value}")
+        raise ValueError(f"softcap must be {_IN_RANGE}, got {_shown(value)}")
     return float(value)
 
 
@@ -215,8 +220,8 @@ def chunk_budget(value: Any) -> float | None:
     if isinstance(value, bool) or not _is_real(value):
         raise TypeError(f"chunk_mib must be a number of MiB or None, got {value!r}")
     if not value > 0:
-        raise ValueError(f"chunk_mib must be above 0, got {value}")
-    return float(value)
+        raise ValueError(f"chunk_mib must be above 0, got {_shown(value)}")
+    return float(min(value, _FLOAT32.max))  # an int may be too large for a float
 
 
 def check_values(
@@ -272,6 +277,8 @@ def _items_of(num_items: Tensor, device: torch.device, eager: bool) -> Tensor:
         raise ValueError(f"num_items must be a number or a tensor of one element, got shape {shape}")
     if num_items.dtype == torch.bool or num_items.is_complex():
         raise TypeError(f"num_items must be a tensor of real numbers, got {num_items.dtype}")
+    if num_items.is_meta and device.type != "meta":
+        raise ValueError(f"num_items must hold a value, got a tensor on the meta device for a batch on {device}")
     visible = eager and num_items.device.type == "cpu"
     if visible:
         _check_items(num_items.item())
@@ -284,6 +291,6 @@ def _items_of(num_items: Tensor, device: torch.device, eager: bool) -> Tensor:
 
 def _check_items(value: Any) -> None:
     if not 0 < value < math.inf:
-        raise ValueError(f"num_items must be a finite number above 0, got {value}")
+        raise ValueError(f"num_items must be a finite number above 0, got {_shown(value)}")
     if not _FLOAT32.tiny <= value <= _FLOAT32.max:
-        raise ValueError(f"num_items must be {_IN_RANGE}, got {value}")
+        raise ValueError(f"num_items must be {_IN_RANGE}, got {_shown(value)}")

@@ -30,6 +30,11 @@ def check_transforms(name: str, *tensors: Tensor | None) -> None:
             "weighted_linear_loss does not run under the transforms of torch.func (grad, vjp, jacrev, vmap, jvp); use "
             "weighted_loss(F.linear(hidden, weight, bias), ...) there, or backward()"
         )
+    if _levels(TransformType.Functionalize):
+        raise NotImplementedError(
+            "weighted_loss does not run under torch.func.functionalize: its state is updated in place; use "
+            "torch.compile, which functionalizes what it can"
+        )
     if _levels(TransformType.Vmap):
         raise NotImplementedError(
             "weighted_loss does not run under torch.vmap: its state is updated in place, a batch at a time. Give it "
@@ -52,6 +57,15 @@ def _has_tangent(tensor: Any) -> bool:
             return True
         tensor = get_unwrapped(tensor)
     return False
+
+
+def check_upstream(name: str, grad_output: Tensor) -> None:
+    """Raise `NotImplementedError` where `grad_output` of a backward of `name` has a tangent, which would be lost."""
+    if forward_ad._current_level >= 0 and _has_tangent(grad_output):
+        raise NotImplementedError(
+            f"the gradient of {name} has no forward-mode derivative (forward_ad or torch.func.jvp around a backward); "
+            f"use {_PLAIN[name]} for one"
+        )
 
 
 def once(name: str, grad: Tensor, *sources: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from geko_kernels.checks import (
     chunk_budget,
     num_items_tensor,
 )
-from geko_kernels.derivatives import batched, check_transforms, link, once
+from geko_kernels.derivatives import batched, check_transforms, check_upstream, link, once
 from geko_kernels.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.linear_gradients import HeadGradients
 from geko_kernels.loss import Visits, table_of
@@ -91,6 +91,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        check_upstream("weighted_linear_loss", grad_output)
         if batched(grad_output):
             raise NotImplementedError(
                 "weighted_linear_loss makes one gradient at a time, and several are asked for at once "

@@ -20,7 +20,7 @@ from geko_kernels.checks import (
     num_items_tensor,
 )
 from geko_kernels.config import GEKOConfig
-from geko_kernels.derivatives import batched, check_transforms, once
+from geko_kernels.derivatives import batched, check_transforms, check_upstream, once
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
 
 
@@ -83,6 +83,7 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        check_upstream("weighted_loss", grad_output)
         logits, labels = ctx.saved_tensors
         grad = _logits_grad(grad_output, logits, labels, ctx.visits, ctx.shift, ctx.softcap, ctx.inplace)
         return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
@@ -101,6 +102,7 @@ class _PlannedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        check_upstream("weighted_loss", grad_output)
         logits, labels = ctx.saved_tensors
         plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
         predicted, ctx.predicted = ctx.predicted, None  # given away: a second backward computes anew
@@ -152,8 +154,8 @@ def _apply(*args: Any) -> Tensor:
 def _check_single(grad_output: Tensor) -> None:
     if batched(grad_output):
         raise NotImplementedError(
-            "inplace=True has room for one gradient, where the logits are, and several are asked for at once "
-            "(is_grads_batched, jacrev); leave inplace=False"
+            "inplace=True has room for one gradient, where the logits are, neither for several at once "
+            "(is_grads_batched, jacrev) nor for the transforms of torch.func; leave inplace=False"
         )
 
 
@@ -214,9 +216,9 @@ def weighted_loss(
         NotImplementedError: a derivative that there is not, see the limits.
 
     Limits: there is a first derivative in reverse mode: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
-        `jacrev`. A second one, forward mode (`jvp`, `jacfwd`) and `torch.vmap` over the call raise. On the meta device
-        and with fake tensors there are shapes only, and no value is checked. Gradients are ordinary tensors, also to
-        `resize_`, but with `inplace` they are the logits' own memory.
+        `jacrev`. A second one, forward mode (`jvp`, `jacfwd`), `torch.vmap` and `functionalize` over the call raise. On
+        the meta device and with fake tensors there are shapes only, and no value is checked. Gradients are ordinary
+        tensors, also to `resize_`, but with `inplace` they are the logits' own memory, and not for `torch.func`.
 
     Source: the GEKO document's weighted loss; see `reference.py` for every op in plain PyTorch.
     """

@@ -1,7 +1,9 @@
 """Settings, folders and models that `train` refuses in one line, before anything is trained."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +43,40 @@ def test_version(capsys):
     assert stop.value.code == 0 and capsys.readouterr().out == f"geko_kernels {geko_kernels.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        (["env"], "geko_kernels env: interrupted\n"),
+        (["train"], "geko_kernels train: interrupted; nothing had begun, so the same command starts anew\n"),
+    ],
+)
+def test_interrupted_while_it_is_still_loading(monkeypatch, capsys, command, told):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geko_kernels.cli._run", interrupted)
+    assert main(command) == 130 and capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "output, status, told", [("pipe", 141, ""), ("/dev/full", 2, "cannot write the output (No space left on device)")]
+)
+def test_output_that_nobody_takes(output, status, told):
+    """`geko env | true`, and a full disk: no traceback, also not from the flush at exit."""
+    if output == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    elif os.path.exists(output):
+        writer = os.open(output, os.O_WRONLY)
+    else:
+        pytest.skip(f"there is no {output}")
+    command = [sys.executable, "-m", "geko_kernels", "env"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    lines = [line for line in done.stderr.splitlines() if "geko_kernels env" in line or "Error" in line]
+    assert done.returncode == status and lines == ([f"geko_kernels env: {told}"] if told else [])
+
+
 class TestYaml:
     @pytest.mark.parametrize(
         "content, message",
@@ -58,6 +94,8 @@ class TestYaml:
             (b"geko: {1: 2, a: 3}", "unknown 1, a; GEKOConfig has"),
             (b"epochs: .inf", "epochs must be above 0 and at most 1,000,000, got inf"),
             (b"trust_remote_code: 1", "trust_remote_code must be true or false, got 1"),
+            (b"training_arguments: {label_names: [y]}", "label_names cannot be set here; `train` makes the labels"),
+            (b"training_arguments: {resume_from_checkpoint: x}", "resume_from_checkpoint cannot be set here; use --re"),
             (b"training_arguments: {weight_decay: abc}", "weight_decay must be a number, got 'abc'"),
             (b"training_arguments: {max_steps: 1.5}", "max_steps must be a whole number, got 1.5"),
             (b"training_arguments: {lr_scheduler_kwargs: 3}", "must be a mapping or text or null, got 3"),

@@ -76,6 +76,10 @@ def call(**changes):
             ValueError,
             "ignore_index must be within int64, as labels are, got 9223372036854775808",
         ),
+        ({"ignore_index": -(10**5000)}, ValueError, "as labels are, got an int of 16610 bits"),
+        ({"num_items": 10**5000}, ValueError, "num_items must be in float32's range, 1.18e-38 to 3.4e+38, got an int"),
+        ({"softcap": 10**5000}, ValueError, "softcap must be in float32's range, 1.18e-38 to 3.4e+38, got an int of"),
+        ({"num_items": torch.ones((), device="meta")}, ValueError, "num_items must hold a value, got a tensor on the"),
         ({"ignore_index": np.float64(1)}, TypeError, "ignore_index must be an int, got "),
         ({"ignore_index": False}, TypeError, "ignore_index must be an int, got False"),
         (
@@ -119,6 +123,11 @@ def test_other_layouts_of_logits_and_labels(changes, error, message):
     arguments = {"hidden": LOGITS, "weight": torch.randn(4, 5), "labels": LABELS, **changes}
     with pytest.raises(error, match=re.escape(message.replace("logits", "hidden"))):
         gk.weighted_linear_loss(**arguments)
+
+
+def test_class_probabilities_for_the_linear_loss_which_have_the_shape_of_no_argument():
+    with pytest.raises(TypeError, match=r"float32 of shape \(2, 3, 4\): class probabilities are not supported"):
+        gk.weighted_linear_loss(LOGITS, torch.randn(4, 5), torch.rand(2, 3, 4))
 
 
 def test_the_classes_in_dimension_1_of_a_square_batch_cannot_be_told():

@@ -105,6 +105,35 @@ def test_forward_mode_transforms_are_refused(reference, transform):
         transform(loss_of(False), torch.randn(ROWS, LENGTH, VOCAB))
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_tangent_of_the_upstream_gradient_is_refused(reference, linear, reduction):
+    inputs = head() if linear else [torch.randn(ROWS, LENGTH, VOCAB)]
+    loss = loss_of(linear, reduction=reduction)(*(tensor.requires_grad_() for tensor in inputs))
+    message = re.escape("has no forward-mode derivative (forward_ad or torch.func.jvp around a backward)")
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(loss), torch.ones_like(loss))
+        with pytest.raises(NotImplementedError, match=message):
+            torch.autograd.grad(loss, inputs, upstream)
+
+
+def test_jvp_of_a_vjp_is_refused(reference):
+    logits, one = torch.randn(ROWS, LENGTH, VOCAB), torch.ones(())
+    with pytest.raises(NotImplementedError, match=r"the gradient of weighted_loss has no forward-mode derivative"):
+        torch.func.jvp(lambda upstream: torch.func.vjp(loss_of(False), logits)[1](upstream), (one,), (one,))
+
+
+def test_functionalize_is_refused():
+    with pytest.raises(NotImplementedError, match=r"weighted_loss does not run under torch\.func\.functionalize"):
+        torch.func.functionalize(loss_of(False))(torch.randn(ROWS, LENGTH, VOCAB))
+
+
+def test_inplace_does_not_run_under_torch_func():
+    message = "inplace=True has room for one gradient.* nor for the transforms of torch.func"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.grad(lambda z: gk.weighted_loss(z * 1, LABELS, inplace=True))(torch.randn(ROWS, LENGTH, VOCAB))
+
+
 def test_jacrev_and_batched_gradients_are_those_of_pytorch(backend, device):
     logits, labels = torch.randn(5, VOCAB, device=device), LABELS[0].new_tensor([0, 6, 3, 3, 1]).to(device)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +32,8 @@ In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` take
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C.
+    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C; 141 where the reader of the
+    output has gone (`| head`).
     """
     parsed = vars(_parser().parse_args(arguments))
     command = parsed.pop("command")
@@ -47,21 +50,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message, status = f"needs {error.name}: {TRAINING}", 2
     except KeyboardInterrupt as stop:
-        message, status = str(stop) or "interrupted", 130
+        early = "interrupted" + ("; nothing had begun, so the same command starts anew" if command == "train" else "")
+        message, status = str(stop) or early, 130
+    except OSError as error:
+        gone = isinstance(error, BrokenPipeError) and _reader_gone()
+        if command == "train" and not gone:
+            raise
+        _drop_output()
+        if gone and command != "train":
+            return 141
+        message, status = f"cannot write the output ({error.strerror})", 2
+        if gone:
+            message, status = "the output's reader has gone, which ended the run; go on with --resume", 141
     gc.collect()  # ends the progress bars of what was stopped, which else write below the message
     print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """What is left to write is dropped, as the exit would fail at it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(command: str, parsed: dict[str, Any]) -> None:
     if command == "env":
         from geko_kernels.cli.environment import describe
 
-        print(describe())
+        print(describe(), flush=True)
     elif command == "report":
         from geko_kernels.cli.report import report
 
-        print(report(parsed["run_dir"]))
+        print(report(parsed["run_dir"]), flush=True)
     else:
         options = read_options(parsed, parsed.pop("config"))
         from geko_kernels.cli.train import train

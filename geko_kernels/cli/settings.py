@@ -24,6 +24,7 @@ _PLAIN = {
     list: "a list",
     types.NoneType: "null",
 }
+_SET_HERE = {"label_names": "`train` makes the labels itself: leave it out", "resume_from_checkpoint": "use --resume"}
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # of every evaluation
 
 
@@ -70,6 +71,8 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
     for name, value in options.training_arguments.items():
         if name in from_options:
             raise UsageError(f"training_arguments: {name} has an option of its own; see `train --help`")
+        if name in _SET_HERE:
+            raise UsageError(f"training_arguments: {name} cannot be set here; {_SET_HERE[name]}")
         if name not in known:
             raise UsageError(
                 f"training_arguments: GEKOTrainingArguments has no {name!r}; see transformers.TrainingArguments"

@@ -112,7 +112,7 @@ def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
             raise UsageError(
                 f"cannot write to {options.output_dir} ({error}): make room there; {_how_to_go_on(options)}"
             ) from error
-        if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError)):
+        if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError, BrokenPipeError)):
             raise
         raise UsageError(f"--resume: {error}" if isinstance(error, ResumeError) else str(error)) from error
 
