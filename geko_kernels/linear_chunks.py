@@ -79,7 +79,7 @@ class Scored:
     """The tokens of a batch that predict something; how many, the host learns later. See `ops.scored_rows`."""
 
     def __init__(self, batch: Batch, vocab: int) -> None:
-        self.rows, self.targets, visits = ops.scored_rows(
+        self.rows, self.targets, visits = ops.direct.scored_rows(
             batch.labels, batch.sample_ids, vocab, batch.ignore_index, batch.shift
         )
         self.copy = HostCopy(visits)
@@ -182,7 +182,7 @@ class Chunks:
             self._foresee(part.start + sample)
             coeff, done = update(self.tokens, False).coeff, sample
             where = (self.rows, self.positions, self.sources, held, part.start, sample)
-            kept = HostCopy(ops.kept_rows_(coeff, *where))
+            kept = HostCopy(ops.direct.kept_rows_(coeff, *where))
         self._logits(part.start + ahead, part.stop, held + ahead)
         if kept is not None:
             self.fused = int(kept.wait()) - held > FUSED_SHARE * sample
@@ -199,7 +199,7 @@ class Chunks:
 
     def _statistics(self, slot: int, start: int, count: int, fused: bool) -> None:
         where = (self.rows, self.targets, self.tokens, fused, slot, start, count)
-        ops.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap)
+        ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap)
 
     def _foresee(self, stop: int) -> dict[int, Tensor]:
         """Where a visit goes on behind scored row `stop`, expect of the rest what its scored rows showed.
@@ -216,11 +216,11 @@ class Chunks:
     def _keep(self, visits: Visits, part: slice, held: int, ready_from: int) -> int:
         """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
         count = part.stop - part.start
-        end = ops.kept_rows_(visits.coeff, self.rows, self.positions, self.sources, held, part.start, count)
+        end = ops.direct.kept_rows_(visits.coeff, self.rows, self.positions, self.sources, held, part.start, count)
         kept = HostCopy(end)
         batch = self.batch
         where = (self.positions, self.sources, end, batch.labels, self.tokens, held, held + count)
-        ops.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
+        ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
         return int(kept.wait())
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
@@ -239,7 +239,7 @@ class Chunks:
             self.used.index_copy_(0, positions, coeff.index_select(0, positions))
             missing, rows = coeff - self.used, torch.cat(crossing)
             again, sources = torch.empty_like(rows), torch.empty_like(rows)
-            wrong = int(HostCopy(ops.kept_rows_(missing, rows, again, sources, 0, 0, len(rows))).wait())
+            wrong = int(HostCopy(ops.direct.kept_rows_(missing, rows, again, sources, 0, 0, len(rows))).wait())
         if held:
             self._flush(coeff, held, last=not wrong)
         if wrong:
@@ -257,5 +257,5 @@ class Chunks:
             slots = self.buffer[: len(rows)]
             self.head.logits(rows, slots)
             where = (rows, None, None, batch.labels, tokens, 0, len(rows), len(rows))
-            ops.gradient_rows_(self.buffer, *where, self.head.vocab, batch.shift, batch.softcap)
+            ops.direct.gradient_rows_(self.buffer, *where, self.head.vocab, batch.shift, batch.softcap)
             self.gradients.add(slots, rows, missing, coeff, last=start + len(rows) == len(positions))

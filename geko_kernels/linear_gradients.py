@@ -97,7 +97,7 @@ class BiasGradient:
         self.dtype, self.total = dtype, torch.zeros(vocab, dtype=sum_dtype(device), device=device)
 
     def add(self, tile: Tensor, by_row: Tensor) -> None:
-        self.total += ops.column_sums(tile, by_row)
+        self.total += ops.direct.column_sums(tile, by_row)
 
     def finish(self) -> Tensor:
         return self.total.to(self.dtype)
@@ -146,7 +146,7 @@ class HeadGradients:
         at = positions[: len(tile)]
         if self.weight_grad is not None:
             fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
-            rows = ops.gather_rows(self.hidden, positions, fitting, len(tile))
+            rows = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
             self.weight_grad.add(tile, rows, last)
             del rows
         if self.bias_grad is not None:
@@ -188,7 +188,7 @@ class HeadGradients:
                 product = free[: len(free) // columns * columns].view(-1, columns)
             rows = product[: count - start]
             multiply_(rows, tile[start : start + len(rows)], self.weight)
-            ops.scatter_rows_(out, rows, positions, coeff, start)
+            ops.direct.scatter_rows_(out, rows, positions, coeff, start)
             start += len(rows)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

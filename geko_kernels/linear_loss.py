@@ -121,7 +121,7 @@ def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
     gradients, ctx.gradients = ctx.gradients, None
     for grad in gradients:
         if grad is not None:
-            ops.rescale_(grad, grad_output)
+            ops.direct.rescale_(grad, grad_output)
     return gradients
 
 
@@ -140,7 +140,7 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     chunks = Chunks(head, batch, buffer_rows(head, ctx.call.chunk_mib, gradients.narrow), gradients)
     rows = torch.arange(len(coeff), device=coeff.device)
     positions, sources = torch.empty_like(rows), torch.empty_like(rows)
-    kept = int(HostCopy(ops.kept_rows_(coeff, rows, positions, sources, 0, 0, len(rows))).wait())
+    kept = int(HostCopy(ops.direct.kept_rows_(coeff, rows, positions, sources, 0, 0, len(rows))).wait())
     chunks.add_rows(tokens, positions[:kept], coeff, coeff)
     return _unpadded(gradients, head)
 

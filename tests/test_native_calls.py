@@ -15,6 +15,13 @@ from geko_kernels import ops
 COLUMNS = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
 
 
+@pytest.fixture(autouse=True)
+def on_device(request):
+    """New tensors are where the backend runs."""
+    with torch.device(request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"):
+        yield
+
+
 def test_random_calls_return_or_raise(monkeypatch):
     cpp = pytest.importorskip("geko_kernels.cpp", exc_type=ImportError)
     taken = [Calls(seed).run(module)[1] for module in (cpp, ops) for seed in range(150)]
@@ -23,7 +30,7 @@ def test_random_calls_return_or_raise(monkeypatch):
 
 def forward(**changes):
     """`loss_forward_` of 2 x 3 tokens over 5 logits and 4 samples, with some arguments replaced."""
-    state = gk.SampleState(4)
+    state = gk.SampleState(4, device=torch.get_default_device())
     arguments = {
         **{"logits": torch.randn(2, 3, 5), "labels": torch.zeros(2, 3, dtype=torch.int64)},
         **{"sample_ids": torch.tensor([0, 3]), "rules": state.rules, "weights": state.weights, "num_items": None},

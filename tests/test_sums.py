@@ -58,7 +58,7 @@ def test_equal_losses_have_that_mean(backend, device, packed):
     head = (tokens.to(device), labels.to(device), ids.to(device), state.rules, torch.ones(4, device=device), None)
     loss, *_, floats, _, _ = ops.sample_update_(*head, *held, 4, 1, -100, False, True)
     got = torch.stack([loss, *floats[:3, 0], state.last_loss[0], state.confidence[0]]).cpu()
-    torch.testing.assert_close(got, torch.full((6,), 0.1), rtol=3 * ROUNDING, atol=0)
+    torch.testing.assert_close(got, torch.full((6,), 0.1), rtol=6 * ROUNDING, atol=0)  # a GPU's division rounds too
 
 
 @pytest.mark.parametrize("kind", ["random", "equal"])

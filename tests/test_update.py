@@ -96,9 +96,9 @@ def due_of(state, epoch=1):
 def test_probes_that_counted_nothing_are_heard_of(backend, device, update):
     state = state_of([FREEZE] * 80)
     sampler, due = due_of(state)
-    logits, labels = torch.zeros(10, 4), torch.zeros(10, dtype=torch.long)
+    logits, labels = torch.zeros(10, 4, device=device), torch.zeros(10, dtype=torch.long, device=device)
     with torch.no_grad():
-        gk.weighted_loss(logits, labels, due, state, update=update)
+        gk.weighted_loss(logits, labels, due.to(device), state, update=update)
     message = "none of the 10 samples that due_probes returned has been visited: run them through weighted_loss"
     with contextlib.nullcontext() if update else pytest.raises(ValueError, match=message):
         sampler.probed(due, 1)
