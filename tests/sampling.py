@@ -10,9 +10,9 @@ FREEZE, LIGHT, FOCUS, HARD = range(4)
 PLAIN = {"use_curriculum": False, "uniform_finish": 0.0, "noise_guard": False}
 
 
-def state_of(buckets: list[int], **fields) -> gk.SampleState:
+def state_of(buckets: list[int], device: str = "cpu", **fields) -> gk.SampleState:
     """A state whose samples have been seen once and are in `buckets`."""
-    state = gk.SampleState(len(buckets), gk.GEKOConfig(**{**PLAIN, **fields}))
+    state = gk.SampleState(len(buckets), gk.GEKOConfig(**{**PLAIN, **fields}), device)
     state.bucket.copy_(torch.tensor(buckets))
     state.times_seen.fill_(1)
     return state

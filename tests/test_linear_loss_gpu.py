@@ -166,9 +166,9 @@ def test_the_first_rows_say_whether_gradients_come_with_the_statistics(monkeypat
     monkeypatch.setattr(linear_chunks, "AHEAD", 0)
     monkeypatch.setattr(linear_chunks, "SAMPLE", 192)
     seen = []
-    score = linear_chunks.ops.score_rows_
+    score = linear_chunks.ops.direct.score_rows_
     monkeypatch.setattr(
-        *(linear_chunks.ops, "score_rows_"),
+        *(linear_chunks.ops.direct, "score_rows_"),
         lambda *args: (seen.append((args[7], args[4])), score(*args))[1],
     )
     for learnt, fused in ((0.0, True), (1.0, False)):

@@ -38,7 +38,15 @@ def forward(**changes):
         **{"reduction": 1, "ignore_index": -100, "shift": False, "softcap": 0.0, "update": True},
     }
     assert changes.keys() <= arguments.keys()
-    return ops.loss_forward_(*(arguments | changes).values())
+    return ops.loss_forward_(*(arguments | here(changes)).values())
+
+
+def here(changes):
+    """Tensors that parameters hold, where the others are; strided ones would lose their strides."""
+    moves = {
+        name: value for name, value in changes.items() if isinstance(value, torch.Tensor) and value.is_contiguous()
+    }
+    return changes | {name: value.to(torch.get_default_device()) for name, value in moves.items() if value.data_ptr()}
 
 
 def many(*shape: int) -> torch.Tensor:
@@ -87,7 +95,7 @@ def gradient(op=None, **changes):
         **{"token_visit": torch.zeros(0, dtype=torch.int32), "shift": False, "softcap": 0.0},
     }
     assert changes.keys() <= arguments.keys()
-    return (op or ops.logits_grad)(*(arguments | changes).values())
+    return (op or ops.logits_grad)(*(arguments | here(changes)).values())
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def due_of(state, epoch=1):
 
 @pytest.mark.parametrize("update", [None, True])
 def test_probes_that_counted_nothing_are_heard_of(backend, device, update):
-    state = state_of([FREEZE] * 80)
+    state = state_of([FREEZE] * 80, device)
     sampler, due = due_of(state)
     logits, labels = torch.zeros(10, 4, device=device), torch.zeros(10, dtype=torch.long, device=device)
     with torch.no_grad():

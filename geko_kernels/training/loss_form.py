@@ -86,8 +86,6 @@ class Question:
             return None
         if own.numel() != 1:
             raise ValueError(f"the model's loss must be a scalar, got shape {tuple(own.shape)}")
-        narrow = own.dtype in (torch.float16, torch.bfloat16)
-        relative = torch.finfo(own.dtype).eps if narrow else 1e-4
         logits = find_logits(outputs, labels)
         counted = {form: self.counted(labels, form) for form in self.forms}
         rows = {
@@ -95,7 +93,8 @@ class Question:
         }
         plain = {form: float(F.cross_entropy(*pair)) for form, pair in rows.items()}
         valid = {form: int(targets.ne(_IGNORED).sum()) for form, (_, targets) in rows.items()}
-        return _Answer(float(own), relative * max(1.0, abs(float(own))), plain, valid)
+        tolerance = _relative_error(own, logits, max(valid.values())) * max(1.0, abs(float(own)))
+        return _Answer(float(own), tolerance, plain, valid)
 
     def other_terms(self, labels: Tensor, route: Route) -> float:
         """What the model's loss is without its cross-entropy."""
@@ -224,6 +223,19 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
             "infinity, or a row has no token to attend to"
         )
     raise ValueError(_refusal(known[0], ""))
+
+
+def _relative_error(own: Tensor, logits: Tensor, valid: int) -> float:
+    """How far a loss may be off: more where the model computed it, or the loss of each label, in low precision.
+
+    Autocast may return float32 of what it has rounded before: then the logits show it.
+    """
+    if own.dtype in (torch.float16, torch.bfloat16):
+        return torch.finfo(own.dtype).eps
+    for dtype in (torch.bfloat16, torch.float16):
+        if logits.to(dtype).to(logits.dtype).equal(logits):
+            return max(1e-4, torch.finfo(dtype).eps / max(valid, 1) ** 0.5)
+    return 1e-4
 
 
 def _check_training(question: Question, form: LossForm, route: Route, labels: Tensor) -> None:

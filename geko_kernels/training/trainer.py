@@ -94,7 +94,7 @@ class GEKOMixin(PlannedMixin):
             self.train_dataset is None or has_length(self.train_dataset)
         ):
             raise ValueError("GEKOTrainer needs a train_dataset with a length and items by index, not an iterable one")
-        if isinstance(self.train_dataset, Mapping):  # a DatasetDict too
+        if isinstance(self.train_dataset, Mapping) and 0 not in self.train_dataset:  # a DatasetDict too
             raise ValueError(
                 f"train_dataset must give its items by index, got a {type(self.train_dataset).__name__} with the keys "
                 f"{sorted(self.train_dataset)}: of several splits give one; of columns make a dataset, as by "
