@@ -465,3 +465,25 @@ def test_a_quantised_head_is_left_to_the_model(tmp_path):
         runs.append(curve(trainer))
         assert (trainer._found.head is None) == (model is models[0])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+class Rounded(OwnLoop):
+    """As autocast does it on a GPU: the loss of each label is rounded to bfloat16, and float32 comes back."""
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.embed(input_ids)).bfloat16().float()
+        if labels is None:
+            return {"logits": logits}
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+        valid = labels.flatten().ne(-100)
+        return {"loss": losses.bfloat16().float().sum() / valid.sum(), "logits": logits}
+
+
+def test_a_loss_rounded_to_low_precision_is_taken(tmp_path):
+    torch.manual_seed(0)
+    args = arguments(tmp_path, num_train_epochs=1)
+    options = {"data_collator": default_data_collator, "config": gk.GEKOConfig.uniform()}
+    trainer = gk.GEKOTrainer(Rounded(), args, train_dataset=sentences(12), **options)
+    trainer.train()
+    assert not trainer._found.form.shift
+    assert curve(trainer) == pytest.approx(curve(trainer, "geko_loss"), rel=1e-4)
