@@ -18,7 +18,7 @@ from geko_kernels import ops  # noqa: E402
 
 # backend is set anew for each test, not for each example: nothing in it changes between examples
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("ci", max_examples=30, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=20, derandomize=True, **_common)
 settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

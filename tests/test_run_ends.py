@@ -84,7 +84,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_every_run_ends(tmp_path_factory, data):
     size, batch = data.draw(st.integers(1, 12), "size"), data.draw(st.integers(1, 5), "batch")
