@@ -287,4 +287,4 @@ def test_planning_costs_little_time_and_memory():
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     memory, seconds = map(float, out.split())
     assert memory < 20
-    assert seconds < 2
+    assert seconds < 3  # 1.3 here when quiet, 2.03 beside another test process
