@@ -32,7 +32,7 @@ test-gpu: $(READY)
 	$(PYTHON) -m pytest -m gpu
 
 bench: $(READY)
-	$(PYTHON) benchmarks/loss.py
+	$(PYTHON) -m benchmarks.kernels.loss
 
 lint: $(READY)
 	$(PYTHON) -m ruff check

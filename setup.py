@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 HOPPER = "geko_kernels._hopper"
-HOPPER_SOURCE = "csrc/cuda/predicted_rows.cu"
+HOPPER_SOURCE = "csrc/hopper/predicted_rows.cu"
 NVCC_FLAGS = ["-gencode=arch=compute_90,code=sm_90", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-I."]
 
 
@@ -38,15 +38,15 @@ def find_nvcc():
 
 
 def hopper_extension():
-    """A plain C library that `geko_kernels.hopper` loads, no Python module: nothing of Python or torch goes in."""
-    return Extension(HOPPER, [], depends=["csrc/cuda/clusters.h", "csrc/cuda/vectors.h", HOPPER_SOURCE], optional=True)
+    """A plain C library that `hopper.py` loads, no Python module: nothing of Python or torch goes in."""
+    return Extension(HOPPER, [], depends=[*map(str, ROOT.glob("csrc/hopper/*"))], optional=True)
 
 
 def cpu_extension(cpp_extension, torch_version):
     """`geko_kernels._C`, against the stable ABI of LibTorch 2.11: one binary for that torch and later ones."""
     return cpp_extension.CppExtension(
         "geko_kernels._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp")),
         include_dirs=[str(ROOT)],
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
         define_macros=[("GEKO_BUILD_TORCH", f'"{torch_version}"')],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 

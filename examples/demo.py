@@ -20,7 +20,7 @@ from smollm2 import Prefix, Tail, load_smollm2, tiny_llama
 from transformers.utils import logging
 
 import geko_kernels as gk
-from geko_kernels.training.report import write_report
+from geko_kernels.training.report.report import write_report
 
 TRAINED_LAYERS = 6
 CONFIG = gk.GEKOConfig.recommended()

@@ -11,7 +11,7 @@ from gloss_prompts import gloss_items
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geko_kernels import GEKOTrainer, GEKOTrainingArguments
-from geko_kernels.training.report import write_report
+from geko_kernels.training.report.report import write_report
 
 
 def main() -> None:

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
 from geko_kernels.extras import TRAINING
-from geko_kernels.linear_loss import weighted_linear_loss
-from geko_kernels.loss import SampleStats, weighted_loss
+from geko_kernels.losses.linear import weighted_linear_loss
+from geko_kernels.losses.logits import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
 
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
-    from geko_kernels.training.sampler import GEKOSampler
+    from geko_kernels.training.planning.sampler import GEKOSampler
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
 
 _LAZY = {
-    "GEKOSampler": "sampler",
+    "GEKOSampler": "planning.sampler",
     "GEKOMixin": "trainer",
     "GEKOTrainer": "trainer",
     "GEKOTrainingArguments": "arguments",

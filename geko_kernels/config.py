@@ -43,7 +43,7 @@ class GEKOConfig:
         spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
             shorter epochs. False finishes sooner.
         uniform_finish: last share of the run, in [0, 1), on all samples but quarantined ones, with weight 1.
-        noise_guard: quarantine samples that look mislabelled; see `training/guard.py` for the rule.
+        noise_guard: quarantine samples that look mislabelled; see `training/planning/guard.py` for the rule.
         noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
         noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0. Take 1
             where labels are known to be wrong in ways hard to tell from right; hard samples may then be held back too.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.config import Bucket, GEKOConfig
-from geko_kernels.reference_state import quality_of
+from geko_kernels.reference.visits import quality_of
 from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 

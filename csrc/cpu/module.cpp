@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/simd/row_kernels.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The CPU kernels of geko_kernels: facts about them; the ops are in torch.ops.geko_cpu.";

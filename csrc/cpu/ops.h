@@ -1,11 +1,11 @@
-// The ops of the namespace geko_cpu; geko_kernels/reference.py says what each equals.
+// The ops of the namespace geko_cpu; geko_kernels/reference/ops.py says what each equals.
 #pragma once
 
 #include <optional>
 #include <tuple>
 
 #include "csrc/cpu/tensors.h"
-#include "csrc/layout.h"
+#include "csrc/cpu/layout.h"
 
 namespace geko {
 

@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "csrc/cpu/ops.h"
-#include "csrc/visit.h"
+#include "csrc/cpu/visit.h"
 
 namespace geko {
 namespace {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "csrc/cpu/row_kernels.h"
+#include "csrc/cpu/simd/row_kernels.h"
 #include "csrc/stable_abi.h"
 
 namespace geko {

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import geko_kernels
-from geko_kernels import hopper, ops
+from geko_kernels import ops
 from geko_kernels.cli.errors import UsageError
+from geko_kernels.kernels.one_pass import hopper
 
 _PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
 _VARIABLES = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.training.figures import read_figures
-from geko_kernels.training.report import write_report
+from geko_kernels.training.report.figures import read_figures
+from geko_kernels.training.report.report import write_report
 
 
 def report(run_dir: str) -> str:

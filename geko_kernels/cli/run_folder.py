@@ -16,7 +16,7 @@ from geko_kernels.cli.options import LAST_CHECKPOINT, TrainOptions
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.checkpoint import STATE_NAME, last_complete
-from geko_kernels.training.efficiency import REPORT_NAME
+from geko_kernels.training.report.efficiency import REPORT_NAME
 
 
 def check_output(options: TrainOptions) -> None:

@@ -22,8 +22,8 @@ from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most
 from geko_kernels.cli.options import TrainOptions
 from geko_kernels.cli.run_folder import check_checkpoint, check_loss, check_output, find_checkpoint, newest_checkpoint
 from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
-from geko_kernels.training.efficiency import REPORT_NAME
-from geko_kernels.training.report import write_report
+from geko_kernels.training.report.efficiency import REPORT_NAME
+from geko_kernels.training.report.report import write_report
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.trainer import GEKOTrainer
 

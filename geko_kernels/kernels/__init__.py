@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from geko_kernels.kernels import column_sums as _column_sums
 from geko_kernels.kernels import forward as _forward
-from geko_kernels.kernels import gradient_rows as _gradient_rows
-from geko_kernels.kernels import linear_rows as _linear_rows
 from geko_kernels.kernels import logits_grad as _logits_grad
-from geko_kernels.kernels import move_rows as _move_rows
-from geko_kernels.kernels import rescale as _rescale
-from geko_kernels.kernels import sample_update as _sample_update
-from geko_kernels.kernels import score_rows as _score_rows
 from geko_kernels.kernels import token_stats as _token_stats
+from geko_kernels.kernels.rows import column_sums as _column_sums
+from geko_kernels.kernels.rows import gradient as _gradient_rows
+from geko_kernels.kernels.rows import lists as _linear_rows
+from geko_kernels.kernels.rows import move as _move_rows
+from geko_kernels.kernels.rows import rescale as _rescale
+from geko_kernels.kernels.rows import score as _score_rows
+from geko_kernels.kernels.sample_update import kernel as _sample_update
 
 
 def _on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:

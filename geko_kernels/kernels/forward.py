@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels import reference
+from geko_kernels.kernels.one_pass.plan import PredictedPlan, predicted_plan
 from geko_kernels.kernels.plan import Columns, Plan, plan_of
-from geko_kernels.kernels.predicted_plan import PredictedPlan, predicted_plan
-from geko_kernels.kernels.sample_update import empty_outputs
-from geko_kernels.kernels.visit_prep import scratch_words
+from geko_kernels.kernels.sample_update.kernel import empty_outputs
+from geko_kernels.kernels.sample_update.prepare import scratch_words
+from geko_kernels.reference import ops as reference
 
 
 def loss_forward_(

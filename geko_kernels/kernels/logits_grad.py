@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geko_kernels.kernels.addressing import LOG2E, VECTOR_BITS, edge_span, row_span, soft_cap
+from geko_kernels.kernels.batch import LOG2E, VECTOR_BITS, edge_span, row_span, soft_cap
 from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.token_stats import SMALL_VOCAB
 

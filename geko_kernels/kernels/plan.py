@@ -14,9 +14,9 @@ from torch import Tensor
 
 from geko_kernels.kernels.launch import MOST, Launch
 from geko_kernels.kernels.logits_grad import gradient_launch
-from geko_kernels.kernels.sample_update import update_launch
+from geko_kernels.kernels.sample_update.kernel import update_launch
+from geko_kernels.kernels.sample_update.prepare import scratch_words
 from geko_kernels.kernels.token_stats import statistics_launch
-from geko_kernels.kernels.visit_prep import scratch_words
 
 Columns = tuple[Tensor | None, ...]  # of the state, in the op's order: (q_value, ..., quarantined, error)
 

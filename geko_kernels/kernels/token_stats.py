@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geko_kernels.kernels.addressing import (
+from geko_kernels.kernels.batch import (
     BATCH_INTS,
     LOG2E,
     VECTOR_BITS,
@@ -18,7 +18,7 @@ from geko_kernels.kernels.addressing import (
     token_target,
 )
 from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
-from geko_kernels.kernels.visit_prep import PREP_TILE, prepare_visits
+from geko_kernels.kernels.sample_update.prepare import PREP_TILE, prepare_visits
 
 SMALL_VOCAB = 1024  # up to here a program takes several rows
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.utils import logging
 
 from geko_kernels.state import SampleState
-from geko_kernels.training.efficiency import Efficiency
 from geko_kernels.training.progress import ProgressMixin
+from geko_kernels.training.report.efficiency import Efficiency
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from geko_kernels._files import VERSION, load_tensors, save_tensors
 from geko_kernels.state import SampleState
-from geko_kernels.training.efficiency import strict, write_json
+from geko_kernels.training.report.efficiency import strict, write_json
 
 STATE_NAME = "geko_state.safetensors"
 SAMPLER_NAME = "geko_sampler.safetensors"

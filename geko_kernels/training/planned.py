@@ -24,10 +24,10 @@ from geko_kernels.training.checkpoint import (
     save_files,
     set_aside,
 )
-from geko_kernels.training.efficiency import bucket_names
 from geko_kernels.training.fingerprint import fingerprint
+from geko_kernels.training.planning.schedule import read_progress_
+from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
-from geko_kernels.training.schedule import read_progress_
 
 logger = logging.get_logger(__name__)
 

@@ -13,9 +13,9 @@ from transformers.trainer_utils import has_length
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.audit import Audit, bypassed
 from geko_kernels.training.callbacks import RunEpoch
-from geko_kernels.training.efficiency import Efficiency
-from geko_kernels.training.sampler import GEKOSampler
-from geko_kernels.training.schedule import follow_progress
+from geko_kernels.training.planning.sampler import GEKOSampler
+from geko_kernels.training.planning.schedule import follow_progress
+from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.standard import StandardRun
 
 if TYPE_CHECKING:

@@ -21,15 +21,15 @@ from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
-from geko_kernels.training.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
-from geko_kernels.training.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
-from geko_kernels.training.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.orders import PaddedIds
-from geko_kernels.training.own_loss import Route, find_loss, is_compiled, unwrap_compiled
+from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
+from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
+from geko_kernels.training.model_loss.own_loss import Route, find_loss, is_compiled, unwrap_compiled
+from geko_kernels.training.model_loss.untouched import untouched
 from geko_kernels.training.planned import PlannedMixin
-from geko_kernels.training.sampler import GEKOSampler
-from geko_kernels.training.summary import run_summary
-from geko_kernels.training.untouched import untouched
+from geko_kernels.training.planning.orders import PaddedIds
+from geko_kernels.training.planning.sampler import GEKOSampler
+from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
+from geko_kernels.training.report.summary import run_summary
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader

@@ -1,0 +1,153 @@
+"""The CUDA kernel in csrc/hopper: one pass over the logits for statistics and gradient, on sm_90.
+
+A plain C library behind ctypes: it holds its own CUDA runtime and sees addresses only, so one binary serves every
+torch, and nothing imports it but the first call that can use it. Against LibTorch's stable ABI it would need a CUDA
+build of torch to compile and one to load.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CAPABILITY = (9, 0)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BLOCK_BYTES = 227 * 1024  # shared memory that one block may have, of 228 KiB a multiprocessor
+_HALF_BYTES = 113 * 1024  # the same with two blocks a multiprocessor
+_STEP = 4  # vectors that a thread takes at once
+_SLICE_BYTES = 160 * 1024  # what a block should take of a row at most: the rest of its memory prefetches the next row
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("device", "dtype", "warps", "blocks", "shared")),
+        ("kernel", ctypes.c_void_p),
+    ]
+
+
+# struct Arguments: 9 pointers; strides of B and S of logits and grad; rows, length, vocab, parts, slice, chunk, slots,
+# clusters
+_ARGUMENTS = struct.Struct("@9Q 4q 8i")
+
+
+class Tiling(NamedTuple):
+    """How blocks share a row: `blocks` a cluster, each a slice of it, in chunks; sizes in vectors of 16 bytes."""
+
+    blocks: int
+    warps: int
+    slice: int
+    chunk: int
+    slots: int  # chunks in a block's memory
+    shared: int  # bytes
+
+
+def tiling_of(vocab: int, itemsize: int) -> Tiling | None:
+    """The fastest of those tried on an H200 for rows of this size; None where no cluster holds one."""
+    per = 16 // itemsize
+    vectors = (vocab + 2 * per - 2) // per  # of a row that starts off a vector's boundary
+    if 16 * vectors <= _HALF_BYTES - 1024:
+        return _tiling(vectors, 1, 8, _HALF_BYTES)
+    for blocks in (1, 2, 4, 8):
+        if 16 * vectors <= blocks * _SLICE_BYTES:
+            return _tiling(vectors, blocks, 24, _BLOCK_BYTES)
+    return None
+
+
+def _tiling(vectors: int, blocks: int, warps: int, shared: int) -> Tiling:
+    size = -(-vectors // blocks)
+    chunk = -(-size // -(-size // (warps * 32 * _STEP)))
+    chunk = -(-chunk // 8) * 8
+    room = shared - 4 * (blocks * warps * 16 + 8)  # beside the warps' partial sums of four rows, and their barriers
+    return Tiling(blocks, warps, size, chunk, min(room // (chunk * 16 + 16), 64), shared)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library; raises ImportError where it was not built or cannot be loaded."""
+    found = sorted(Path(__file__).parents[2].glob("_hopper.*"))
+    if not found:
+        raise ImportError("geko_kernels._hopper was not built at install: that takes nvcc")
+    try:
+        loaded = ctypes.PyDLL(str(found[0]))  # keeps the interpreter's lock: a launch is shorter than giving it away
+    except OSError as error:
+        raise ImportError(f"geko_kernels._hopper does not load: {error}") from error
+    loaded.geko_error.restype = ctypes.c_char_p
+    loaded.geko_predicted_rows.argtypes = [ctypes.c_void_p] * 3
+    return loaded
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why the kernel cannot run on `device`; None where it can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        return f"it is for compute capability 9.0, this is {capability[0]}.{capability[1]}"
+    try:
+        library()
+        RowsLaunch(device, torch.bfloat16, (1, 1, 2048), (1, 1), (1, 1), 0)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+class RowsLaunch:
+    """`reference_predicted.predicted_rows_` on tensors of one layout; all but the pointers settled.
+
+    Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: how many counts there are.
+    Raises: ValueError for a shape without a kernel; RuntimeError at a launch, for rows that do not lie as in `serves`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        logits_strides: tuple[int, ...],
+        grad_strides: tuple[int, ...],
+        parts: int,
+    ) -> None:
+        batch, length, vocab = shape
+        tiling = tiling_of(vocab, dtype.itemsize) if dtype in _DTYPES and vocab > 0 else None
+        if tiling is None or not 0 < batch * length < 2**31 or parts < 0:
+            raise ValueError(f"no kernel for {dtype} logits of shape {tuple(shape)} and {parts} counts")
+        self._library = library()
+        self._device = device.index or 0
+        self._shape = _Shape(self._device, _DTYPES[dtype], tiling.warps, tiling.blocks, tiling.shared)
+        clusters = ctypes.c_int()
+        self._check(self._library.geko_shape(ctypes.byref(self._shape), ctypes.byref(clusters)))
+        numbers = (*logits_strides, *grad_strides, batch * length, length, vocab, parts)
+        sizes = (tiling.slice, tiling.chunk, tiling.slots, clusters.value)
+        self._numbers, self._shape_at = (*numbers, *sizes), ctypes.addressof(self._shape)
+        self._launch = self._library.geko_predicted_rows
+
+    def __call__(self, *pointers: Tensor | int | None) -> None:
+        """On the current stream. Pointers: logits, grad, target, coeff, counts, num_items, upstream, tokens, factor."""
+        at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
+        arguments = _ARGUMENTS.pack(*at, *self._numbers)
+        error = self._launch(self._shape_at, arguments, torch._C._cuda_getCurrentRawStream(self._device))
+        if error:
+            self._check(error)
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise RuntimeError(f"geko_kernels._hopper: CUDA error {error}, {self._library.geko_error(error).decode()}")
+
+
+def serves(logits: Tensor, grad: Any) -> bool:
+    """Whether rows of `logits` (B, S, V) and their gradient lie as the kernel needs them."""
+    per = 16 // logits.element_size()
+    apart = (logits.data_ptr() - grad.data_ptr()) % 16
+    return (
+        logits.stride(2) == 1
+        and not apart
+        and not any((mine - its) % per for mine, its in zip(logits.stride()[:2], grad.stride()[:2], strict=True))
+        and tiling_of(logits.shape[2], logits.element_size()) is not None
+    )

@@ -1,0 +1,261 @@
+"""The head in chunks: no more logits at once than a buffer holds, gradients only of rows whose weight is not zero.
+
+The buffer is filled with logits, whose statistics give the visits' weights; the rows with weight turn into gradients
+and stay at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. How many there
+are reaches the host by an asynchronous copy. The weight of a visit that goes on in the next fill is foreseen from the
+rows that are scored; where it turns out otherwise, the rows of that visit are done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geko_kernels import ops
+from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
+from geko_kernels.losses.logits import Visits
+
+AHEAD = 1e11  # multiplications of logits on their way while the host learns how many rows there are: 0.3 ms of an H200
+SAMPLE = 1024  # of the first rows say whether most are kept
+FUSED_SHARE = 0.75  # of rows kept: above, one launch for statistics and gradients is faster than two
+WHOLE_MIB = 2048  # by default all rows are held where that takes no more; else a buffer of
+CHUNK_MIB = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """`logits = hidden @ weight[:vocab].T + bias[:vocab]`; rows of the weight beyond `vocab` are zeros."""
+
+    hidden: Tensor  # (T, H), contiguous
+    weight: Tensor  # (ld, H)
+    bias: Tensor | None  # (ld,)
+    vocab: int
+
+    def logits(self, rows: Tensor | slice, out: Tensor) -> None:
+        """Write the logits of tokens `rows`, padding included, to `out` (len(rows), ld)."""
+        hidden = self.hidden[rows] if isinstance(rows, slice) else self.hidden.index_select(0, rows)
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the logits are scored against; see `weighted_loss`."""
+
+    labels: Tensor  # (B, S)
+    sample_ids: Tensor | None
+    ignore_index: int
+    shift: bool
+    softcap: float
+
+
+class HostCopy:
+    """`values` on the host, without making the device wait: the copy is asynchronous, only `wait` blocks."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        self.values = values
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(values.device))
+
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values
+
+
+class Scored:
+    """The tokens of a batch that predict something; how many, the host learns later. See `ops.scored_rows`."""
+
+    def __init__(self, batch: Batch, vocab: int) -> None:
+        self.rows, self.targets, visits = ops.direct.scored_rows(
+            batch.labels, batch.sample_ids, vocab, batch.ignore_index, batch.shift
+        )
+        self.copy = HostCopy(visits)
+
+
+def buffer_rows(head: Head, mib: float | None, narrow: bool) -> int:
+    """How many rows of logits to hold within `mib` MiB; by default `WHOLE_MIB` for all rows, or `CHUNK_MIB`.
+
+    Several flushes sum a dW of 2 bytes (`narrow`) in float32, which takes as much again as dW. Where all rows fit into
+    the budget and that memory, they are held: one flush writes dW at once.
+    """
+    tokens, columns = head.hidden.shape
+    row = head.weight.shape[0] * head.weight.element_size()
+    spared = head.weight.numel() * 2 if narrow else 0
+    others = HIDDEN_BYTES + HIDDEN_BYTES // 4  # for the making of dX
+    if tokens * row + others <= (WHOLE_MIB if mib is None else mib) * 2**20 + spared:
+        return tokens
+    room = int((CHUNK_MIB if mib is None else mib) * 2**20) - others
+    return min(tokens, max(room // (row + columns * head.weight.element_size()), 8))
+
+
+class Chunks:
+    """Passes over a batch with one buffer of logits.
+
+    Args:
+        rows: how many rows of logits the buffer holds.
+        gradients: what takes the gradients; None to score only.
+        all_kept: every row is known to be kept.
+
+    Attributes: fused, whether rows get their gradients along with the statistics; None: that is still to be found out.
+    """
+
+    def __init__(
+        self, head: Head, batch: Batch, rows: int, gradients: HeadGradients | None, all_kept: bool = False
+    ) -> None:
+        self.head, self.batch, self.gradients = head, batch, gradients
+        device, dtype = head.hidden.device, head.weight.dtype
+        able = gradients is not None and ops.backend_name(device, dtype) == "triton"
+        self.fused = (True if all_kept else None) if able else False
+        self.buffer = torch.empty(rows, head.weight.shape[0], dtype=dtype, device=device)
+        self.positions = torch.empty(rows, dtype=torch.int64, device=device)  # token of each slot of the buffer
+        self.sources = torch.empty_like(self.positions)
+        self.used: Tensor | None = None  # (T,) coefficients in what was flushed, once a visit was foreseen
+
+    def run(
+        self, scored: Scored, update: Callable[[Tensor, bool], Visits], factor: Callable[[Visits], Tensor | float]
+    ) -> Visits:
+        """Score all rows, and add up the gradients of those with weight, times `coeff * factor`.
+
+        Args: update: statistics (5, T) -> `Visits`, with True at its last call, when all statistics are there.
+        """
+        room = len(self.buffer)
+        self.rows, self.targets = scored.rows, scored.targets
+        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), room)
+        known = scored.copy.arrived()
+        if not known:
+            self.head.logits(self.rows[:ahead], self.buffer[:ahead])
+        real = torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
+        self.tokens = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
+        found = scored.copy.wait().numpy()
+        count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
+        ahead = min(ahead, count)
+        if known:
+            self._logits(0, ahead, 0)
+        crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
+        part, held = slice(0, 0), 0
+        while part.stop < count:
+            left = count - part.stop
+            fills = -(-left // (room - held))
+            part = slice(part.stop, part.stop - (-left // fills))
+            ready_from = self._score(part, held, ahead, update)
+            ahead = 0
+            if self.gradients is None or part.stop == count:
+                continue
+            crossing |= self._foresee(part.stop)
+            if crossing and self.used is None:
+                self.used = torch.zeros_like(self.tokens[0])
+            visits = update(self.tokens, False)
+            before, held = held, self._keep(visits, part, held, ready_from)
+            self.fused = self.fused is not False and held - before > FUSED_SHARE * (part.stop - part.start)
+            if 2 * held > room:
+                self._flush(visits.coeff * factor(visits), held, last=False)
+                held = 0
+        visits = update(self.tokens, True)
+        if self.gradients is not None:
+            held = self._keep(visits, part, held, ready_from) if count else 0
+            self._finish(visits.coeff * factor(visits), held, list(crossing.values()))
+        return visits
+
+    def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], Visits]) -> int:
+        """Statistics of the scored rows `part`, whose logits go to slots from `held` on; the first `ahead` are there.
+
+        Whether that writes the gradients too the host decides, by how many of the first rows are kept; it learns so
+        while the other logits are made. Returns: the slot from which on gradients are written.
+        """
+        count, sample, done = part.stop - part.start, min(SAMPLE, ahead), 0
+        kept: HostCopy | None = None
+        if self.fused is None and 0 < sample < count:
+            self._statistics(held, part.start, sample, False)
+            self._foresee(part.start + sample)
+            coeff, done = update(self.tokens, False).coeff, sample
+            where = (self.rows, self.positions, self.sources, held, part.start, sample)
+            kept = HostCopy(ops.direct.kept_rows_(coeff, *where))
+        self._logits(part.start + ahead, part.stop, held + ahead)
+        if kept is not None:
+            self.fused = int(kept.wait()) - held > FUSED_SHARE * sample
+        fused = bool(self.fused)
+        self._statistics(held + done, part.start + done, count - done, fused)
+        return held + (done if fused else count)
+
+    def _logits(self, start: int, stop: int, slot: int) -> None:
+        """Logits of the scored rows [start, stop) to the slots from `slot` on."""
+        if start < stop:
+            every = len(self.visit) == len(self.rows)
+            rows = slice(start, stop) if every else self.rows[start:stop]
+            self.head.logits(rows, self.buffer[slot : slot + stop - start])
+
+    def _statistics(self, slot: int, start: int, count: int, fused: bool) -> None:
+        where = (self.rows, self.targets, self.tokens, fused, slot, start, count)
+        ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap)
+
+    def _foresee(self, stop: int) -> dict[int, Tensor]:
+        """Where a visit goes on behind scored row `stop`, expect of the rest what its scored rows showed.
+
+        So its weight can be foreseen. Returns: {its first row: its rows}, or {}.
+        """
+        if self.visit[stop] != self.visit[stop - 1]:
+            return {}
+        start, end = (int(self.visit.searchsorted(self.visit[stop], side)) for side in ("left", "right"))
+        expected = self.tokens.index_select(1, self.rows[start:stop]).mean(1, keepdim=True)
+        self.tokens.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
+        return {start: self.rows[start:end]}
+
+    def _keep(self, visits: Visits, part: slice, held: int, ready_from: int) -> int:
+        """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
+        count = part.stop - part.start
+        end = ops.direct.kept_rows_(visits.coeff, self.rows, self.positions, self.sources, held, part.start, count)
+        kept = HostCopy(end)
+        batch = self.batch
+        where = (self.positions, self.sources, end, batch.labels, self.tokens, held, held + count)
+        ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
+        return int(kept.wait())
+
+    def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
+        """Run the gradient GEMMs on the rows in slots [0, held)."""
+        assert self.gradients is not None
+        if self.used is not None:
+            positions = self.positions[:held]
+            self.used.index_copy_(0, positions, coeff.index_select(0, positions))
+        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last)
+
+    def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
+        """The last flush, then again the rows of visits whose weight turned out other than foreseen."""
+        wrong = 0
+        if self.used is not None:
+            positions = self.positions[:held]
+            self.used.index_copy_(0, positions, coeff.index_select(0, positions))
+            missing, rows = coeff - self.used, torch.cat(crossing)
+            again, sources = torch.empty_like(rows), torch.empty_like(rows)
+            wrong = int(HostCopy(ops.direct.kept_rows_(missing, rows, again, sources, 0, 0, len(rows))).wait())
+        if held:
+            self._flush(coeff, held, last=not wrong)
+        if wrong:
+            self.add_rows(self.tokens, again[:wrong], missing, coeff)
+
+    def add_rows(self, tokens: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor) -> None:
+        """Add the gradients of the tokens `positions`, of which the statistics (5, T) are known.
+
+        Args: missing (T,) what is to be added of each token's coefficient, coeff (T,) what that makes in all.
+        """
+        assert self.gradients is not None
+        batch, step = self.batch, max(1, len(self.buffer))
+        for start in range(0, len(positions), step):
+            rows = positions[start : start + step]
+            slots = self.buffer[: len(rows)]
+            self.head.logits(rows, slots)
+            where = (rows, None, None, batch.labels, tokens, 0, len(rows), len(rows))
+            ops.direct.gradient_rows_(self.buffer, *where, self.head.vocab, batch.shift, batch.softcap)
+            self.gradients.add(slots, rows, missing, coeff, last=start + len(rows) == len(positions))

@@ -1,0 +1,202 @@
+"""The gradients of the head, summed over batches of kept rows: dX, dW in float32, d(bias) in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from geko_kernels import ops
+from geko_kernels.reference.visits import sum_dtype
+
+_COPIED = 2**24  # elements of a float16 tile that are in float32 at a time
+HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
+
+
+def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`; `out` may be float32 where a and b are of lower precision."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif a.dtype == torch.float16:  # no GEMM of the CPU widens, and the range of float16 is too small for a product
+        wide, step = b.to(out.dtype), max(1, _COPIED // a.shape[1])
+        for start in range(0, len(out), step):
+            multiply_(out[start : start + step], a[start : start + step].to(out.dtype), wide, add)
+    else:  # each product is rounded once, the sum is not
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
+
+
+class WeightGradient:
+    """`sum(tile.T @ rows)` over calls of `add`, (rows, columns) in `dtype`, summed in float32 (float64 for float64).
+
+    A single product goes straight to `dtype`. Else the sum is held in float32; where `dtype` is narrower, its upper
+    half lies in the memory of the result, so that the narrow copy at the end takes no more.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.compute = (rows, columns), dtype, compute
+        self.memory = torch.empty(-(-rows * columns // 2) * 2, dtype=dtype, device=device)
+        self.result = self.memory[: rows * columns].view(rows, columns)
+        self.parts: list[Tensor] = []  # float32 sums of the rows, in order
+
+    def add(self, tile: Tensor, rows: Tensor, last: bool) -> None:
+        """Args: tile (n, rows of dW), rows (n, columns); last: nothing will follow."""
+        first = not self.parts
+        if first and last and self.dtype == self.compute:
+            multiply_(self.result, tile.t(), rows)
+            self.parts = [self.result]
+            return
+        if first:
+            self._hold()
+        start = 0
+        for part in self.parts:
+            multiply_(part, tile[:, start : start + len(part)].t(), rows, add=not first)
+            start += len(part)
+
+    def _hold(self) -> None:
+        rows, columns = self.shape
+        wide = torch.float64 if self.compute == torch.float64 else torch.float32
+        if self.dtype == wide:
+            self.parts = [self.result]
+            return
+        upper = rows // 128 * 64  # half of the rows at twice the bytes fit
+        inside = self.memory.view(wide)[: upper * columns].view(upper, columns)
+        self.parts = [inside, torch.empty(rows - upper, columns, dtype=wide, device=self.memory.device)]
+
+    def finish(self) -> Tensor:
+        """The sum in `dtype`; 0 if nothing was added."""
+        if not self.parts:
+            return self.result.zero_()
+        if len(self.parts) == 2:
+            inside, outside = self.parts
+            narrow_(inside, self.memory)
+            self.result[len(inside) :] = outside
+        self.parts = []
+        return self.result
+
+
+def narrow_(wide: Tensor, memory: Tensor) -> None:
+    """`memory[:n] = wide.flatten()`, where `wide` (4 bytes) starts in the same memory as `memory` (2 bytes).
+
+    Element i is read at byte 4i and written at byte 2i: elements [k, 2k) are written where only [k/2, k) was.
+    """
+    source, count = wide.view(-1), wide.numel()
+    start = min(count, 2**16)
+    memory[:start] = source[:start].clone()
+    while start < count:
+        stop = min(2 * start, count)
+        memory[start:stop] = source[start:stop]
+        start = stop
+
+
+class BiasGradient:
+    """`by_row @ tile` summed over calls of `add`, (V,) in `dtype`; see `ops.column_sums`."""
+
+    def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.total = dtype, torch.zeros(vocab, dtype=sum_dtype(device), device=device)
+
+    def add(self, tile: Tensor, by_row: Tensor) -> None:
+        self.total += ops.direct.column_sums(tile, by_row)
+
+    def finish(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
+class HeadGradients:
+    """The gradients of `hidden` (T, H), `weight` (V, H) and `bias` (V,) that are asked for; the others cost nothing.
+
+    Args:
+        hidden, weight: as in the GEMM, of one dtype; the vocabulary may be padded.
+        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None. In place
+            of float16 all are float32: the upstream gradient is still to come, and with it the range they need.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        hidden_needed: bool,
+        weight_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.hidden_needed = hidden_needed
+        self.hidden_dtype = self._held(hidden.dtype)
+        weight_dtype, bias_dtype = self._held(weight_dtype), self._held(bias_dtype)
+        self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
+        self.factor: Tensor | None = None  # of the float16 rows in the sum of dW
+        self.hidden_grad: Tensor | None = None
+        vocab, columns = weight.shape
+        self.weight_grad: WeightGradient | None = None
+        self.bias_grad: BiasGradient | None = None
+        if weight_dtype is not None:
+            self.weight_grad = WeightGradient(vocab, columns, weight_dtype, weight.dtype, weight.device)
+        if bias_dtype is not None:
+            self.bias_grad = BiasGradient(vocab, bias_dtype, weight.device)
+
+    def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
+        """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
+
+        Args:
+            tile (n, V) unscaled, contiguous, overwritten; positions (n or more,) distinct tokens; coeff (T,);
+            missing (T,): what of `coeff` the sums of dW and d(bias) do not hold yet;
+            last: nothing will follow.
+        """
+        at = positions[: len(tile)]
+        if self.weight_grad is not None:
+            fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
+            rows = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
+            self.weight_grad.add(tile, rows, last)
+            del rows
+        if self.bias_grad is not None:
+            self.bias_grad.add(tile, missing.index_select(0, at))
+        if self.hidden_needed:
+            if self.hidden_grad is None:
+                self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
+            self._add_hidden(self.hidden_grad, tile, positions, coeff)
+
+    def _held(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _refit(self, at: Tensor, missing: Tensor) -> Tensor:
+        """What makes the rows `at` of dW's sum just fit into float16, () float32; the sums so far follow it.
+
+        The largest coefficient becomes a power of two, so that where all are alike none is rounded.
+        """
+        low, high = self.hidden.index_select(0, at).aminmax()
+        exponent = torch.frexp(torch.maximum(-low, high).float().clamp(min=1)).exponent
+        largest = missing.index_select(0, at).abs().amax().clamp(min=2.0**-100)
+        factor = torch.ldexp(1 / largest, 15 - exponent)
+        if self.factor is not None:
+            for part in self.weight_grad.parts if self.weight_grad is not None else ():
+                part *= factor / self.factor
+        self.factor = factor
+        return factor
+
+    def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+        """Rows of `tile` are overwritten once they are done: the next products lie there."""
+        wide = torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
+        wide = torch.float64 if tile.dtype == torch.float64 else wide
+        columns, count = self.weight.shape[1], len(tile)
+        room = min(count, max(1, HIDDEN_BYTES // (columns * wide.itemsize)))
+        product = torch.empty(room, columns, dtype=wide, device=tile.device)
+        start = 0
+        while start < count:
+            free = tile[:start].view(-1).view(wide)
+            if len(free) // columns > len(product):
+                product = free[: len(free) // columns * columns].view(-1, columns)
+            rows = product[: count - start]
+            multiply_(rows, tile[start : start + len(rows)], self.weight)
+            ops.direct.scatter_rows_(out, rows, positions, coeff, start)
+            start += len(rows)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""
+        if self.hidden_needed and self.hidden_grad is None:
+            self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
+        weight_grad = self.weight_grad.finish() if self.weight_grad is not None else None
+        if self.factor is not None and weight_grad is not None:
+            weight_grad /= self.factor
+        bias_grad = self.bias_grad.finish() if self.bias_grad is not None else None
+        return self.hidden_grad, weight_grad, bias_grad

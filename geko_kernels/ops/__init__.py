@@ -1,0 +1,329 @@
+"""The op set `torch.ops.geko`: schemas, shapes for tracing, choice of backend. See `reference` for the maths."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geko_kernels.losses.derivatives import batched
+from geko_kernels.ops import checks as op_checks
+from geko_kernels.reference import rows as reference_rows
+from geko_kernels.reference.visits import sum_dtype
+
+_COLUMNS = (
+    "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
+    "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
+    "Tensor(i!)? error"
+)
+_GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
+_SCHEMAS = {
+    "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
+    "-> Tensor",
+    "sample_update_": "(Tensor tokens, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
+    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "loss_forward_": "(Tensor logits, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
+    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
+    "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
+    "scored_rows": "(Tensor labels, Tensor? sample_ids, int vocab, int ignore_index, bool shift) "
+    "-> (Tensor, Tensor, Tensor)",
+    "score_rows_": "(Tensor(a!) logits, Tensor rows, Tensor targets, Tensor(b!) tokens, bool fused, int slot, "
+    "int start, int count, int vocab, float softcap) -> ()",
+    "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held, int start, "
+    "int count) -> Tensor",
+    "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, "
+    "Tensor labels, Tensor tokens, int first, int last, int ready_from, int vocab, bool shift, float softcap) -> ()",
+    "gather_rows": "(Tensor hidden, Tensor positions, Tensor coeff, int count) -> Tensor",
+    "scatter_rows_": "(Tensor(a!) out, Tensor product, Tensor positions, Tensor coeff, int first) -> ()",
+    "column_sums": "(Tensor tile, Tensor by_row) -> Tensor",
+    "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
+}
+# the argument that says which backend runs
+_PROBES = ("logits", "hidden", "out", "tokens", "coeff", "labels", "tile", "values")
+_MODULES = {"reference": "geko_kernels.reference.ops", "triton": "geko_kernels.kernels", "cpp": "geko_kernels.cpu"}
+_override = os.environ.get("GEKO_BACKEND", "")  # tests replace it
+_loaded: dict[str, ModuleType] = {}
+
+
+def _load(name: str) -> ModuleType:
+    """The backend module `name`, or the reference with one warning where it can't be imported."""
+    if name not in _MODULES:
+        raise ValueError(f"GEKO_BACKEND must be one of {sorted(_MODULES)}, got {name!r}")
+    try:
+        _loaded[name] = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        if _override:
+            raise
+        warnings.warn(
+            f"geko_kernels: the {name!r} backend is not available ({error}); using the plain PyTorch reference, "
+            "which is right but slow. `python -m geko_kernels env` says what is missing.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        _loaded[name] = importlib.import_module(_MODULES["reference"])
+    return _loaded[name]
+
+
+def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Which backend runs on `device`: "triton", "cpp" or "reference" (always for float64)."""
+    if dtype == torch.float64:
+        return "reference"
+    return _override or ("cpp" if device.type == "cpu" else "triton")
+
+
+def recomputing() -> bool:
+    """Whether activation checkpointing repeats a forward that has been counted.
+
+    Non-reentrant: the repeat runs inside the backward, under saved-tensor hooks. Reentrant: there are no hooks, and
+    the first forward ran under no_grad, uncounted.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def counts(update: bool | None) -> bool:
+    """Whether a call with this `update` counts its visits, unless it turns out to be `recomputing` without hooks.
+
+    None: where gradients are enabled. True: always, and once: a reentrant checkpoint's first forward, under no_grad,
+    has counted when its repeat runs in the backward.
+    """
+    if update is None:
+        return torch.is_grad_enabled()
+    return update and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+
+
+def _implement(op: str) -> Callable[..., Any]:
+    """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
+    arguments = getattr(torch.ops.geko, op).default._schema.arguments
+    written = [place for place, argument in enumerate(arguments) if argument.is_write]
+    updates = arguments[-1].name == "update"
+    names = [argument.name for argument in arguments]
+    check = op_checks.CHECKS[op]
+    needed = [place for place, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
+    probe = names.index(next(name for name in _PROBES if name in names))
+
+    def run(*args: Any) -> Any:
+        if updates and args[-1] and recomputing():
+            args = (*args[:-1], False)
+        if args[probe] is None:  # the dispatcher takes None for any tensor
+            raise ValueError(f"{names[probe]} must be a tensor, got None")
+        name = backend_name(args[probe].device, args[probe].dtype)
+        backend = _loaded.get(name) or _load(name)
+        if op not in getattr(backend, "CHECKED", ()):
+            for place in needed:
+                if args[place] is None:
+                    raise ValueError(f"{names[place]} must be a tensor, got None")
+            check(*args)
+        result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
+        if written and (not updates or args[-1]):
+            torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
+        return result
+
+    return run
+
+
+def _entries(labels: Tensor, sample_ids: Tensor | None) -> int | torch.SymInt:
+    return labels.numel() if sample_ids is not None and sample_ids.dim() == 2 else labels.shape[0]
+
+
+def _real(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((5, labels.numel()), dtype=_real(logits))
+
+
+def _fake_sample_update(
+    tokens: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entries, reduction = _entries(labels, sample_ids), rest[-4]
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    value = tokens.new_empty(() if reduction else (entries,))
+    coeff = tokens.new_empty(labels.numel())
+    token_visit = labels.new_empty(labels.numel() if packed else 0, dtype=torch.int32)
+    floats, ints = tokens.new_empty((6, entries)), labels.new_empty((2, entries))
+    flags = labels.new_empty((2, entries), dtype=torch.uint8)
+    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, flags
+
+
+def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    tokens = _fake_token_stats(logits, labels)
+    reduction, ignore_index, shift, _softcap, update = rest[-5:]
+    return *_fake_sample_update(tokens, labels, sample_ids, reduction, ignore_index, shift, update), tokens
+
+
+def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_scored_rows(labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    count = labels.numel()
+    return labels.new_empty(count), labels.new_empty(count), labels.new_empty(1 + count, dtype=torch.int32)
+
+
+def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
+    return coeff.new_empty((), dtype=torch.int32)
+
+
+def _fake_gather_rows(hidden: Tensor, _positions: Tensor, _coeff: Tensor, count: int) -> Tensor:
+    return hidden.new_empty((count, hidden.shape[1]))
+
+
+def _fake_column_sums(tile: Tensor, _by_row: Tensor) -> Tensor:
+    return tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device))
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "token_stats": _fake_token_stats,
+    "sample_update_": _fake_sample_update,
+    "loss_forward_": _fake_loss_forward,
+    "logits_grad": _fake_logits_grad,
+    "logits_grad_": _fake_nothing,
+    "scored_rows": _fake_scored_rows,
+    "kept_rows_": _fake_kept_rows,
+    "gradient_rows_": _fake_nothing,
+    "score_rows_": _fake_nothing,
+    "gather_rows": _fake_gather_rows,
+    "scatter_rows_": _fake_nothing,
+    "column_sums": _fake_column_sums,
+    "rescale_": _fake_nothing,
+}
+
+_library = torch.library.Library("geko", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implement(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"geko::{_name}", _FAKES[_name], lib=_library)
+
+token_stats = torch.ops.geko.token_stats.default
+sample_update_ = torch.ops.geko.sample_update_.default
+loss_forward_ = torch.ops.geko.loss_forward_.default
+logits_grad = torch.ops.geko.logits_grad.default
+logits_grad_ = torch.ops.geko.logits_grad_.default
+scored_rows = torch.ops.geko.scored_rows.default
+kept_rows_ = torch.ops.geko.kept_rows_.default
+gradient_rows_ = torch.ops.geko.gradient_rows_.default
+score_rows_ = torch.ops.geko.score_rows_.default
+gather_rows = torch.ops.geko.gather_rows.default
+scatter_rows_ = torch.ops.geko.scatter_rows_.default
+column_sums = torch.ops.geko.column_sums.default
+rescale_ = torch.ops.geko.rescale_.default
+
+
+def _direct(op: str) -> Callable[..., Any]:
+    """`op` of the backend itself, past the dispatcher and the checks: both took a tenth of a small head's host time.
+
+    For the linear loss, which is never traced, and whose arguments are made here.
+    """
+    names = [argument.name for argument in getattr(torch.ops.geko, op).default._schema.arguments]
+    probe = names.index(next(name for name in _PROBES if name in names))
+
+    def run(*args: Any) -> Any:
+        name = backend_name(args[probe].device, args[probe].dtype)
+        backend = _loaded.get(name) or _load(name)
+        return getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
+
+    return run
+
+
+_ROW_OPS = ("scored_rows", "kept_rows_", "gradient_rows_", "score_rows_", "gather_rows", "scatter_rows_")
+direct = SimpleNamespace(**{op: _direct(op) for op in (*_ROW_OPS, "column_sums", "rescale_")})
+
+
+def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleType | None:
+    """The backend, if it has plans and a call past the dispatcher (14 us in Python) cannot be told from one through it.
+
+    It can where somebody traces, transforms or records the call, and where a tensor is more than memory.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(logits) is not Tensor
+        or type(labels) is not Tensor
+        or (other is not None and type(other) is not Tensor)
+        or logits.is_neg()
+        or logits.is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return None
+    name = backend_name(logits.device, logits.dtype)
+    backend = _loaded.get(name) or _load(name)
+    return backend if hasattr(backend, "planned_loss_forward") else None
+
+
+def planned_loss_forward(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    columns: tuple[Tensor | None, ...],
+    stats: bool,
+    upstream: Tensor | None,
+    inplace: bool,
+    *options: Any,
+) -> tuple[Tensor, Any, Tensor, Tensor | None, Tensor | None] | None:
+    """`kernels.forward.planned_loss_forward` where it can stand in for `loss_forward_`, else None."""
+    backend = _planning(logits, labels, sample_ids)
+    if backend is None or not labels.numel():
+        return None
+    update = options[-1]
+    if update and recomputing():
+        update, options = False, (*options[:-1], False)
+    if _override or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, stats)
+    outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
+    if inplace and outcome[-1] is not None:
+        torch.autograd.graph.increment_version(logits)
+    if update:
+        *written, _quarantined, error = columns
+        torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])
+    return outcome
+
+
+def planned_logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    plan: Any,
+    kept: Tensor,
+    grad_output: Tensor,
+    inplace: bool,
+    predicted: Tensor | None,
+    prediction: tuple[Tensor, Tensor],
+) -> Tensor | None:
+    """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None.
+
+    With `predicted`, `kernels.forward.predicted_logits_grad`: in place always, as the logits are gone.
+    """
+    backend = _planning(logits, labels, grad_output)
+    if inplace and predicted is not None:
+        backend = _load("triton")
+    elif backend is None or batched(grad_output) or not plan.fits(logits, labels):
+        return None
+    if predicted is None:
+        grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
+    else:
+        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, *prediction)
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad

@@ -1,0 +1,1 @@
+"""The truth for every op: plain PyTorch, on any device, and slow."""

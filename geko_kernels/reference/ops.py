@@ -1,0 +1,226 @@
+"""Every op in plain PyTorch: the truth that all kernels are tested against. Runs on any device.
+
+Shapes: B rows, S positions a row, T = B * S tokens, V vocabulary, N samples in the table, and M entries for
+visits: M = B with one id a row, M = T with one id a token (front-packed, the rest unused).
+All maths is in float32, or float64 for float64 logits.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+from geko_kernels.reference.layout import Layout, layout
+from geko_kernels.reference.visits import Table, Visits, learn, sum_dtype, visit_means, write_rows_
+
+
+class Reduction(enum.IntEnum):
+    """Codes of `reduction` as the ops take them."""
+
+    NONE = 0
+    MEAN = 1
+    TOKEN_MEAN = 2
+    SUM = 3
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def token_stats(
+    logits: Tensor, labels: Tensor, sample_ids: Tensor | None, ignore_index: int, shift: bool, softcap: float
+) -> Tensor:
+    """Per-token loss, maximum, log-sum, confidence and hit.
+
+    Equal to `z = logits.float(); m = z.max(-1); s = (z - m).exp().sum(-1)` and then
+    `(s.log() - (z[y] - m), m, s.log(), 1 / s, z[y] == m)`.
+
+    Args: logits (B, S, V), labels (B, S) int64, sample_ids (B,), (B, S) or None.
+    Returns: (5, T) float32: all 0 for a token that predicts nothing or has a label outside [0, V).
+    """
+    where = layout(labels, sample_ids, -1, logits.shape[-1], ignore_index, shift)
+    scored = where.scored
+    if not logits.shape[-1]:
+        return torch.zeros(5, labels.numel(), dtype=_compute_dtype(logits), device=logits.device)
+    z = _cap(logits.flatten(0, 1)[scored].to(_compute_dtype(logits)), softcap)
+    top = z.amax(-1)
+    total = (z - top[:, None]).exp().sum(-1)
+    at_target = z.gather(1, where.target[scored, None])[:, 0]
+    loss = total.log() - (at_target - top)
+    hit = (at_target == top) & ~loss.isnan()
+    out = torch.zeros(5, labels.numel(), dtype=z.dtype, device=z.device)
+    out[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.to(z.dtype)])
+    return out
+
+
+def sample_update_(
+    tokens: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    q_value: Tensor | None,
+    confidence: Tensor | None,
+    loss_history: Tensor | None,
+    times_seen: Tensor | None,
+    bucket: Tensor | None,
+    wrong_streak: Tensor | None,
+    changed: Tensor | None,
+    claim: Tensor | None,
+    quarantined: Tensor | None,
+    error: Tensor | None,
+    vocab: int,
+    reduction: int,
+    ignore_index: int,
+    shift: bool,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Visit means, learning state, bucket and weight of each visit, and the loss.
+
+    Args: tokens (5, T) from `token_stats`; the columns of `SampleState` or None for each (plain loss, weight 1);
+        weights (4,) of (HARD, FOCUS, LIGHT, FREEZE); num_items () replaces the divisor of mean and token_mean.
+    Returns:
+        loss () or (M,) for NONE;
+        scale (): the divisor's inverse;
+        coeff (T,): weight / tokens of the visit (weight alone for TOKEN_MEAN), 0 for a token without loss:
+            the gradient of a token's loss is `coeff * scale * upstream`;
+        token_visit (T,) int32: entry of each token's visit, -1 for padding; empty with one id a row;
+        floats (6, M): loss, confidence, accuracy, quality, q_value, weight;
+        ints (2, M) int64: sample id, valid tokens;  flags (2, M) uint8: bucket, correct.
+    """
+    rows = -1 if q_value is None else q_value.shape[0]
+    where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
+    table = Table(q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, quarantined)
+    visits = visit_means(tokens, where, rows)
+    learnt = learn(visits, table, rules)
+    weight = (
+        torch.ones_like(visits.loss) if q_value is None else weights[3 - learnt.bucket.clamp(max=3)].to(tokens.dtype)
+    )
+    if quarantined is not None:
+        shut_out = quarantined.view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
+        weight = torch.where(visits.in_table & shut_out, 0, weight)
+    weight = torch.where(visits.counted, weight, 0)
+    if q_value is not None and update:
+        write_rows_(visits, learnt, table)
+    if error is not None:
+        error.copy_(torch.minimum(error, where.error))
+    value, scale, coeff = _reduce(visits, weight, where, reduction, num_items)
+    means = (visits.loss, visits.confidence, visits.accuracy)
+    floats = torch.stack([*means, learnt.quality.to(weight.dtype), learnt.q_value.to(weight.dtype), weight])
+    ints = torch.stack([visits.ids, visits.num_tokens])
+    flags = torch.stack([learnt.bucket, learnt.correct.long()]).to(torch.uint8)
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    token_visit = where.visit.int() if packed else torch.empty(0, dtype=torch.int32, device=labels.device)
+    return value, scale, coeff, token_visit, floats, ints, flags
+
+
+def _reduce(
+    visits: Visits, weight: Tensor, where: Layout, reduction: int, num_items: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss () or (M,), scale (), coeff (T,)."""
+    by_token, real = reduction == Reduction.TOKEN_MEAN, weight.dtype
+    share = weight if by_token else weight / visits.num_tokens.clamp(min=1).to(real)
+    coeff = share[where.visit] * where.valid.to(real)
+    contribution = torch.where(visits.counted, weight * (visits.loss_sum if by_token else visits.loss), 0)
+    if reduction in (Reduction.MEAN, Reduction.TOKEN_MEAN):
+        items = (visits.num_tokens.sum() if by_token else visits.counted.sum()) if num_items is None else num_items
+        items = items.to(real)
+        scale = torch.where(items > 0, 1 / items, 0)
+    else:
+        items = scale = torch.ones((), dtype=real, device=weight.device)
+    if reduction == Reduction.NONE:
+        return contribution, scale, coeff
+    total = contribution.sum(dtype=sum_dtype(weight.device))
+    return torch.where(items > 0, total / items, total * 0).to(real), scale, coeff
+
+
+def loss_forward_(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    q_value: Tensor | None,
+    confidence: Tensor | None,
+    loss_history: Tensor | None,
+    times_seen: Tensor | None,
+    bucket: Tensor | None,
+    wrong_streak: Tensor | None,
+    changed: Tensor | None,
+    claim: Tensor | None,
+    quarantined: Tensor | None,
+    error: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    shift: bool,
+    softcap: float,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`token_stats`, then `sample_update_`: the forward of the logits path in one op.
+
+    Returns: `sample_update_`'s seven and `tokens` (5, T) last.
+    """
+    tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap)
+    columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined, error)
+    vocab = logits.shape[-1]
+    rest = (vocab, reduction, ignore_index, shift, update)
+    return *sample_update_(tokens, labels, sample_ids, rules, weights, num_items, *columns, *rest), tokens
+
+
+def logits_grad(
+    grad_output: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    coeff: Tensor,
+    scale: Tensor,
+    token_visit: Tensor,
+    shift: bool,
+    softcap: float,
+) -> Tensor:
+    """`g = coeff * scale * upstream; g * (softmax(logits) - onehot(labels))`, zeros where g is 0.
+
+    Args: grad_output () or, for NONE, (M,); logits (B, S, V); labels (B, S); the rest from `loss_forward_`.
+    Returns: (B, S, V), contiguous, in the logits' dtype.
+    """
+    batch, length, vocab = logits.shape
+    if grad_output.dim():
+        rows = torch.arange(batch, device=labels.device).repeat_interleave(length)
+        upstream = grad_output[(token_visit.long() if token_visit.numel() else rows)]
+    else:
+        upstream = grad_output
+    g = torch.where(coeff != 0, coeff * scale * upstream.to(tokens.dtype), 0)  # (T,)
+    kept = g != 0
+    target = labels.roll(-1, 1) if shift else labels
+    raw = logits.flatten(0, 1)[kept].to(tokens.dtype)
+    z = _cap(raw, softcap)
+    grad = (z - tokens[1, kept, None] - tokens[2, kept, None]).exp()
+    grad.scatter_add_(1, target.flatten()[kept, None], -torch.ones_like(grad[:, :1]))
+    if softcap:
+        grad *= 1 - (z / softcap).square()
+    out = torch.zeros(batch * length, vocab, dtype=logits.dtype, device=logits.device)
+    out[kept] = (grad * g[kept, None]).to(logits.dtype)
+    return out.view(batch, length, vocab)
+
+
+def logits_grad_(
+    grad_output: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    coeff: Tensor,
+    scale: Tensor,
+    token_visit: Tensor,
+    shift: bool,
+    softcap: float,
+) -> None:
+    """`logits_grad`, written over the logits."""
+    logits.copy_(logits_grad(grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap))

@@ -1,0 +1,151 @@
+"""What a visit makes of its sample's row in the learning state, in plain PyTorch: means, Q-value, quality, bucket."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from geko_kernels.reference.layout import Layout
+
+
+class Rules(enum.IntEnum):
+    """Where each number of the config stands in the rules tensor."""
+
+    FREEZE_CONFIDENCE = 0
+    FREEZE_QUALITY = 1
+    FOCUS_CONFIDENCE = 2
+    CORRECT_LOSS = 3
+    CORRECT_ACCURACY = 4
+    Q_LR = 5
+    Q_SCALE = 6
+    MIN_Q = 7
+    BY_ACCURACY = 8
+    BY_STD = 9
+
+
+class Table(NamedTuple):
+    """Columns of the `SampleState`, (N, ...), or None for each."""
+
+    q_value: Tensor | None
+    confidence: Tensor | None
+    loss_history: Tensor | None
+    times_seen: Tensor | None
+    bucket: Tensor | None
+    wrong_streak: Tensor | None
+    changed: Tensor | None
+    quarantined: Tensor | None
+
+
+class Visits(NamedTuple):
+    """Means over the tokens of each visit, (M,) each."""
+
+    ids: Tensor
+    row: Tensor  # the id's row in the table, or one of another where it has none
+    in_table: Tensor
+    num_tokens: Tensor  # valid ones
+    counted: Tensor  # has any
+    finite: Tensor  # and its means are numbers
+    loss_sum: Tensor
+    loss: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+class Learnt(NamedTuple):
+    """What each visit makes of its sample's row, (M, ...) each."""
+
+    q_value: Tensor
+    loss_history: Tensor
+    times_seen: Tensor
+    quality: Tensor
+    bucket: Tensor
+    correct: Tensor
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In what to add up many float32: in their own precision a long sum loses what is small beside it."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+
+
+def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
+    """Sums over the tokens (5, T) of each visit, divided by how many are valid; `rows` of the table, -1 without one."""
+    entries = where.ids.shape[0]
+    slot = torch.where(where.visit < 0, entries, where.visit)
+
+    def per_visit(values: Tensor) -> Tensor:
+        sums = torch.zeros(entries + 1, dtype=values.dtype, device=values.device)
+        return sums.index_add_(0, slot, values)[:-1]
+
+    num_tokens = per_visit(where.valid.long())
+    wide = tokens.to(sum_dtype(tokens.device))
+    sums = [per_visit(torch.where(where.valid, wide[i], 0)) for i in (0, 3, 4)]
+    loss, sure, accuracy = ((part / num_tokens.clamp(min=1)).to(tokens.dtype) for part in sums)
+    loss_sum = sums[0].to(tokens.dtype)
+    counted = num_tokens > 0
+    finite = counted & loss.float().isfinite() & sure.isfinite()
+    row = where.ids.clamp(0, max(rows - 1, 0))
+    in_table = (where.ids >= 0) & (where.ids < rows)
+    return Visits(where.ids, row, in_table, num_tokens, counted, finite, loss_sum, loss, sure, accuracy)
+
+
+def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
+    """The new row of each visit; a visit without finite means leaves Q-value and quality as they were."""
+
+    def old(column: Tensor | None, fresh: float, *shape: int) -> Tensor:
+        if column is None:
+            return torch.full((*visits.ids.shape, *shape), fresh, device=visits.ids.device)
+        return torch.where(visits.in_table.view(-1, *(1 for _ in shape)), column[visits.row], fresh)
+
+    old_history, old_q = old(table.loss_history, 0.0, 5), old(table.q_value, 0.5)
+    old_seen = old(table.times_seen, 0).int()
+    seen = old_seen.clamp(0, torch.iinfo(torch.int32).max - 1) + 1  # a damaged file may hold anything
+    loss = visits.loss.float()
+    history = torch.cat([old_history[:, 1:], loss[:, None]], 1)
+    lr = rules[Rules.Q_LR]
+    q = (1 - lr) * old_q + lr * (1 - (loss / rules[Rules.Q_SCALE]).clamp(max=1))
+    q = torch.where(visits.finite, q, old_q)
+    quality = torch.where(visits.finite, quality_of(history, seen, rules), quality_of(old_history, old_seen, rules))
+    by_loss = visits.loss < rules[Rules.CORRECT_LOSS]
+    by_accuracy = visits.accuracy >= rules[Rules.CORRECT_ACCURACY]
+    correct = visits.finite & torch.where(rules[Rules.BY_ACCURACY] > 0, by_accuracy, by_loss)
+    steady = (visits.confidence > rules[Rules.FREEZE_CONFIDENCE]) & (quality > rules[Rules.FREEZE_QUALITY])
+    frozen = correct & steady & (q >= rules[Rules.MIN_Q])
+    hard = ~correct & (visits.confidence > rules[Rules.FOCUS_CONFIDENCE])
+    bucket = torch.where(correct, torch.where(frozen, 0, 1), torch.where(hard, 3, 2))
+    bucket = torch.where(visits.counted, bucket, old(table.bucket, 2).long())
+    return Learnt(q, history, seen, quality, bucket, correct)
+
+
+def write_rows_(visits: Visits, learnt: Learnt, table: Table) -> None:
+    """The rows of finite visits; of a sample visited twice the last one's."""
+    q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, _ = table
+    assert q_value is not None and confidence is not None and loss_history is not None and times_seen is not None
+    assert bucket is not None and wrong_streak is not None and changed is not None
+    place = torch.where(visits.finite, visits.ids, len(q_value))
+    position = torch.arange(len(place), device=place.device)
+    last = torch.full((len(q_value) + 1,), -1, device=place.device).scatter_reduce_(0, place, position, "amax")
+    write = visits.finite & (last[place] == position)
+    at = visits.ids[write]
+    q_value[at], loss_history[at] = learnt.q_value[write].float(), learnt.loss_history[write]
+    confidence[at], times_seen[at] = visits.confidence[write].float(), learnt.times_seen[write]
+    bucket[at] = learnt.bucket[write].to(bucket.dtype)
+    streak = wrong_streak[at].int() + 1
+    wrong_streak[at] = torch.where(learnt.correct[write], 0, streak.clamp(max=255)).to(wrong_streak.dtype)
+    changed[at] = True
+
+
+def quality_of(history: Tensor, times_seen: Tensor, rules: Tensor) -> Tensor:
+    """(n, 5) losses, newest last, of which the last `times_seen` count -> (n,) quality in [0, 1]; 0 for a NaN."""
+    count = times_seen.clamp(0, history.shape[1])
+    slot = torch.arange(history.shape[1], device=history.device)
+    live = slot >= history.shape[1] - count[:, None]
+    rises = live[:, :-1] & (history[:, 1:] > history[:, :-1])
+    rise = torch.where(rises, history[:, 1:] - history[:, :-1], 0)
+    by_rise = (rise.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+    mean = torch.where(live, history, 0).sum(1) / count.clamp(min=1)
+    by_std = (torch.where(live, history - mean[:, None], 0).square().sum(1) / count.clamp(min=1)).sqrt()
+    unsteady = torch.where(rules[Rules.BY_STD] > 0, by_std, by_rise)
+    return 1 - torch.where(unsteady < 1, unsteady, 1)

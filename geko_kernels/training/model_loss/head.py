@@ -1,0 +1,140 @@
+"""The head of a causal language model, computed together with the loss: no logits are held in training.
+
+The loss takes the place of the head's forward, so that it runs inside the model's: in its autocast, with its sharded
+parameters gathered, and where DDP sees which parameters took part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from geko_kernels.losses.linear import weighted_linear_loss
+from geko_kernels.losses.logits import SampleStats
+from geko_kernels.state import SampleState
+from geko_kernels.training.model_loss.loss_form import LossForm, Question
+from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+
+
+def find_head(question: Question, form: LossForm) -> nn.Linear:
+    """The output embeddings of a language model, if the loss computed with them is the model's own on test labels.
+
+    Raises:
+        ValueError: the model has none that the loss could take over; says why.
+    """
+    base = question.base
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    if head is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings")
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(f"its output embeddings are a {type(head).__name__}, not a plain nn.Linear")
+    if "forward" in vars(head):
+        raise ValueError("the forward of its output embeddings is patched")
+    for mode in (nullcontext, question.in_training):  # probes look in eval mode
+        with mode():
+            _check_head(question, head, form)
+    return head
+
+
+def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
+    labels = question.counted(next(question.made_up()), form)
+    logits, returned = _observe(question, head, labels)
+    if len(returned) != 1 or logits.dim() != 3 or not logits.float().equal(returned[0].float()):
+        raise ValueError("its logits are not what its output embeddings return")
+    try:
+        loss, terms = _fused(question, head, form, labels)
+    except Exception as error:  # whatever a head or a model does without logits
+        raise ValueError(f"it does not run without logits ({type(error).__name__}: {error})") from error
+    expected, others = _plain(form, labels, logits), question.other_terms(labels, form.route)
+    if not (_close(loss, expected, 1e-2) and _close(terms, others, 1e-4)):
+        raise ValueError(
+            f"without logits its loss is {loss:.4f} + {terms:.4f}, with them {expected:.4f} + {others:.4f}"
+        )
+
+
+def _close(found: float, expected: float, tolerance: float) -> bool:
+    return abs(found - expected) <= tolerance * max(1.0, abs(expected))
+
+
+def _observe(question: Question, head: nn.Linear, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The model's logits, and what its head returned on the way."""
+    returned: list[Tensor] = []
+
+    def observe(hidden: Tensor) -> Tensor:
+        returned.append(nn.Linear.forward(head, hidden))
+        return returned[-1]
+
+    with _forward_of(head, observe):
+        logits = find_logits(question.outputs(labels), labels)
+    return logits, returned
+
+
+def _plain(form: LossForm, labels: Tensor, logits: Tensor) -> float:
+    """The loss of test labels from all logits."""
+    labels = fit_labels(labels, logits, form.prompt)
+    some, targets = (logits[:, :-1], labels[:, 1:]) if form.shift else (logits, labels)
+    return float(nn.functional.cross_entropy(some.flatten(0, -2).float(), targets.flatten()))
+
+
+def _fused(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) -> tuple[float, float]:
+    """The same with the head in the loss, its gradients included; and the model's other terms.
+
+    What the head returns has a large number added, so that it shows wherever the model makes use of its logits.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            targets = fit_labels(labels, hidden, form.prompt)
+            loss = weighted_linear_loss(
+                hidden, head.weight, targets, bias=head.bias, reduction="token_mean", shift=form.shift
+            )
+            torch.autograd.grad(loss, hidden)
+        return loss.detach() + _MARK
+
+    with _forward_of(head, forward), without_cross_entropy(question.base, form.route):
+        outputs = question.model(**question.few) if form.route is Route.APART else question.outputs(labels)
+    loss = find_logits(outputs, labels)
+    if loss.dim():
+        raise ValueError(f"its logits should be the loss, but have shape {tuple(loss.shape)}")
+    terms = find_loss(outputs) if form.route.has_terms else None
+    return float(loss) - _MARK, 0.0 if terms is None else float(terms)
+
+
+_MARK = 1024.0
+
+
+@contextmanager
+def _forward_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+@contextmanager
+def loss_in_head(
+    head: nn.Linear,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    state: SampleState | None,
+    form: LossForm,
+    options: dict[str, Any],
+) -> Iterator[list[SampleStats]]:
+    """Within, `head` returns `weighted_linear_loss` in the place of logits; yields a list that gets its statistics."""
+    found: list[SampleStats] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        arguments = (hidden, head.weight, fit_labels(labels, hidden, form.prompt), sample_ids, state)
+        loss, stats = weighted_linear_loss(*arguments, bias=head.bias, reduction="token_mean", **options)
+        found.append(stats)
+        return loss
+
+    with _forward_of(head, forward):
+        yield found

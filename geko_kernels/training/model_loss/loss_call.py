@@ -1,0 +1,75 @@
+"""The one place where the trainer calls the model and the weighted loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from geko_kernels.losses.logits import SampleStats, weighted_loss
+from geko_kernels.state import SampleState
+from geko_kernels.training.model_loss.head import loss_in_head
+from geko_kernels.training.model_loss.loss_form import LossForm
+from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+
+
+class ModelLoss(NamedTuple):
+    """What one forward gave."""
+
+    loss: Tensor  # (): the weighted cross-entropy
+    terms: Tensor | None  # (): what the model adds to it
+    outputs: Any  # of the model; without logits where the head computed the loss
+    stats: SampleStats
+
+
+def forward_loss(
+    model: nn.Module,
+    base: nn.Module,
+    form: LossForm,
+    head: nn.Linear | None,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    state: SampleState | None,
+    *,
+    label_name: str = "labels",
+    shifted: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+    forward_only: bool = False,
+) -> ModelLoss:
+    """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
+
+    With every weight 1, `loss + terms` is the model's own loss.
+
+    Args:
+        base: `model` without any wrapper; `form` and `head`: what was found for it.
+        inputs: neither labels nor sample_ids.
+        shifted: labels that a collator has shifted already, in the place of `labels`.
+        forward_only: a probe: no graph, and the state counts the visits all the same.
+    """
+    shift = form.shift and shifted is None
+    if num_items is not None:  # 0 where a step has no label at all
+        num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
+    if forward_only:
+        options["update"] = True
+    targets = labels if shifted is None else shifted
+    given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
+    with ExitStack() as stack:
+        if head is not None:
+            in_head = loss_in_head(head, targets, sample_ids, state, form, options)
+            found = stack.enter_context(in_head)
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
+        stack.enter_context(without_cross_entropy(base, form.route))
+        outputs = model(**given)
+    terms = find_loss(outputs) if form.route.has_terms else None
+    if head is not None:
+        loss, outputs.logits = outputs.logits, None
+        return ModelLoss(loss, terms, outputs, found[0])
+    logits = find_logits(outputs, labels)
+    targets = fit_labels(targets, logits, form.prompt)
+    loss, stats = weighted_loss(logits, targets, sample_ids, state, reduction="token_mean", **options)
+    return ModelLoss(loss, terms, outputs, stats)

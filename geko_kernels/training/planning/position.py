@@ -1,0 +1,102 @@
+"""What the `state_dict()` of a `GEKOSampler` may hold: checked before a sampler takes it over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geko_kernels.training.planning.probes import MAX_INTERVAL
+
+_MOST = torch.iinfo(torch.int32).max
+# name -> dtype, which values are allowed, in words; one row a sample
+_COLUMNS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
+    "interval": (torch.uint8, lambda column: column <= MAX_INTERVAL, f"from 0 to {MAX_INTERVAL}"),
+    "next_probe": (torch.int32, lambda column: column >= 0, "an epoch"),
+    "was_correct": (torch.bool, lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
+    "forgotten": (torch.uint8, lambda column: column >= 0, "a count"),
+}
+# name -> least, most
+_INTEGERS = {
+    "lost": (0, 2**62),
+    "doubtful": (0, _MOST),
+    "epoch": (0, _MOST),
+    "position": (0, _MOST),
+    "hurried": (-1, _MOST),
+}
+_REST = ("plan", "spans", "finished", "guarded", "num_epochs")
+
+
+def check_position(values: Mapping[str, Any], num_samples: int) -> None:
+    """Look at every value of a sampler's `state_dict()`.
+
+    Raises:
+        ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
+    """
+    known = {*_COLUMNS, *_INTEGERS, *_REST}
+    if values.keys() != known:
+        missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known)
+        raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
+    for name, (dtype, allows, words) in _COLUMNS.items():
+        _check_column(name, values[name], dtype, num_samples)
+        fits = allows(values[name])
+        if not bool(fits.all()):
+            row = int(fits.logical_not().nonzero()[0])
+            raise ValueError(f"state_dict[{name!r}][{row}] must be {words}")
+    for name, (least, most) in _INTEGERS.items():
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"state_dict[{name!r}] must be an integer from {least} to {most}, got {value!r}")
+    if not isinstance(values["finished"], bool):
+        raise ValueError(f"state_dict['finished'] must be True or False, got {values['finished']!r}")
+    if not (values["guarded"] is None or isinstance(values["guarded"], bool)):
+        raise ValueError(f"state_dict['guarded'] must be True, False or None, got {values['guarded']!r}")
+    passes = values["num_epochs"]
+    if type(passes) is not float or not 0 < passes < math.inf:
+        raise ValueError(f"state_dict['num_epochs'] must be a number above 0, got {passes!r}")
+    _check_plan(values, num_samples)
+
+
+def _check_column(name: str, column: Any, dtype: torch.dtype, num_samples: int) -> None:
+    if not isinstance(column, Tensor) or column.dtype != dtype or column.dim() != 1:
+        got = f"{tuple(column.shape)} {column.dtype}" if isinstance(column, Tensor) else type(column).__name__
+        raise ValueError(f"state_dict[{name!r}] must be ({num_samples},) {dtype}, got {got}")
+    if len(column) != num_samples:
+        raise ValueError(f"state_dict is of a sampler over {len(column)} samples, this one has {num_samples}")
+
+
+def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
+    plan, spans, position = values["plan"], values["spans"], values["position"]
+    if plan is None:
+        if spans is not None or position or values["finished"]:
+            raise ValueError("state_dict has no plan, yet a place in it")
+        return
+    if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.dim() != 1:
+        got = f"{tuple(plan.shape)} {plan.dtype}" if isinstance(plan, Tensor) else type(plan).__name__
+        raise ValueError(f"state_dict['plan'] must be (n,) torch.int32, got {got}")
+    outside = (plan < 0) | (plan >= num_samples)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"state_dict['plan'][{at}] must be a sample from 0 to {num_samples - 1}, got {int(plan[at])}")
+    drawn = torch.zeros(num_samples, dtype=torch.bool, device=plan.device)
+    drawn[plan.long()] = True
+    if int(drawn.count_nonzero()) != len(plan):
+        raise ValueError(f"state_dict['plan'] draws samples twice: {len(plan)} ids of {int(drawn.count_nonzero())}")
+    if position > len(plan) or values["finished"] != (position == len(plan)):
+        raise ValueError(f"state_dict['position'] is {position} of {len(plan)}, 'finished' {values['finished']}")
+    if not isinstance(spans, list) or len(spans) != 4 or not _are_spans(spans, len(plan)):
+        raise ValueError(
+            f"state_dict['spans'] must be [head, start, turn, end] with head from 0 to {len(plan)} and "
+            f"start, turn and end in [0, 1], got {spans!r}"
+        )
+
+
+def _are_spans(spans: list[Any], size: int) -> bool:
+    head, *points = spans
+    if type(head) is not int or not 0 <= head <= size or any(type(point) not in (int, float) for point in points):
+        return False
+    start, turn, end = points
+    return 0 <= start <= min(turn, end) and max(turn, end) <= 1

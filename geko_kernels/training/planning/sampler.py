@@ -1,0 +1,383 @@
+"""`GEKOSampler`: each epoch's plan, drawn from the learning state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from geko_kernels.config import Bucket
+from geko_kernels.curriculum import MountainCurriculum
+from geko_kernels.state import SampleState
+from geko_kernels.training.planning.guard import generalises, nearly_suspects, update_quarantine_
+from geko_kernels.training.planning.orders import Orders, by_length, cut_after, in_turn, iterate_padded
+from geko_kernels.training.planning.position import check_position
+from geko_kernels.training.planning.probes import ProbeSchedule
+
+ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
+_COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
+Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
+
+
+class Plan(NamedTuple):
+    """One epoch: which samples in which order, and which stretch of the run it makes."""
+
+    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
+    head: int  # samples of the head
+    start: float  # progress of the run at the first sample,
+    turn: float  # where the head ends
+    end: float  # and after the last one
+
+
+class GEKOSampler(Sampler[int]):
+    """Sample ids of one epoch without replacement, those left out that have nothing to teach now.
+
+    With `perm = torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` the plan is
+    `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
+    bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
+    those never seen; of LIGHT each has its turn every `light_interval` epochs. The last `uniform_finish` of the run
+    takes every sample but the quarantined.
+
+    In a loop of your own, with `inputs` and `labels` of all samples on the device of the state:
+
+        B, sampler = 32, GEKOSampler(state, num_epochs=3)
+        loader = DataLoader(range(len(state)), batch_size=B, sampler=sampler)  # of sample ids
+        for epoch in range(sampler.next_epoch, 3):  # from 0, or where load_state_dict has left it
+            model.eval()
+            with torch.no_grad():
+                while len(due := sampler.due_probes(epoch)):
+                    for ids in due.to(state.device).split(128):
+                        weighted_loss(model(inputs[ids]), labels[ids], ids, state, update=True)  # counts the visit
+                    sampler.probed(due, epoch)
+            model.train()
+            sampler.set_epoch(epoch)  # draws the plan: len(loader) is this epoch's
+            for step, ids in enumerate(loader, sampler.position // B):
+                sampler.advance(step * B)  # moves the weights along the curriculum
+                ids = ids.to(state.device)
+                weighted_loss(model(inputs[ids]), labels[ids], ids, state).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                position = sampler.state_dict(consumed=(step + 1) * B)  # for a checkpoint, beside model and state
+
+    Several processes: give every rank the same arguments; `due_probes` and `set_epoch` sync the state and draw the
+    same plan everywhere. The sampler yields the whole plan; sharding is accelerate's part (`accelerator.prepare`).
+
+    Args:
+        state: the learning state; its config says what is left out.
+        num_epochs: length of the run, in passes over the dataset; the last one may be partial.
+        seed: of the order.
+        shuffle: False keeps the order of the ids.
+        pad_to: fill the plan up to a multiple of this with marked repeats: `~id`, which `IdDataset` turns into the
+            sample with id -1. So accelerate never repeats a sample itself, and repeats count for nothing.
+        lengths: (N,) sample lengths: windows of the plan are sorted by them, longest first.
+        window: samples in such a window.
+    """
+
+    def __init__(
+        self,
+        state: SampleState,
+        num_epochs: float = 1.0,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        pad_to: int = 1,
+        lengths: Tensor | None = None,
+        window: int = 1,
+    ) -> None:
+        if not isinstance(state, SampleState):
+            raise TypeError(f"state must be a SampleState, got {type(state).__name__}")
+        if not num_epochs > 0:
+            raise ValueError(f"num_epochs must be above 0, got {num_epochs}")
+        if lengths is not None and len(lengths) != len(state):
+            raise ValueError(f"lengths must have one entry for each of the {len(state)} samples, got {len(lengths)}")
+        self.state = state
+        self.num_epochs = float(num_epochs)
+        self.last_slots: int | None = None  # samples of a partial last epoch, where a trainer makes whole steps of it
+        self.shuffle, self.pad_to = shuffle, pad_to
+        self.orders = Orders(len(state), seed)
+        self.lengths, self.window = lengths, window
+        self.curriculum = MountainCurriculum()
+        self.probes = ProbeSchedule(len(state), state.device)
+        self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
+        self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
+        self.doubtful = 0  # the most that `update_quarantine_` returned
+        self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
+        self._looked = -1  # the epoch before which `probed` was last called
+        self._hurried = -1  # when all left-out samples were last made due
+        self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
+        self.epoch = 0
+        self.position = 0  # ids of the plan handed out
+        self.plan: Plan | None = None
+        self._finished = False  # the plan has been handed out to its end
+        self._row: Row | None = None  # weights in force
+
+    def __len__(self) -> int:
+        """Ids in this epoch's plan, padding included; all samples' before the first plan is drawn."""
+        size = len(self.state) if self.plan is None else len(self.plan.ids)
+        return math.ceil(size / self.pad_to) * self.pad_to
+
+    @property
+    def handed_out(self) -> bool:
+        """Has the plan at hand been yielded to its end?"""
+        return self._finished
+
+    def __iter__(self) -> Iterator[int]:
+        if self.plan is None or self._finished:
+            self.set_epoch(self.next_epoch)
+        assert self.plan is not None
+        if self.shuffle:
+            self.orders.prepare(self.epoch + 1)
+        for sample in iterate_padded(self.plan.ids, len(self), self.position):
+            self.position += 1
+            yield sample
+        self.position, self._finished = 0, True
+
+    def set_epoch(self, epoch: int, start: float | None = None) -> None:
+        """Draw the plan of `epoch`, unless that is the one at hand and not yet handed out.
+
+        `start` is the finished share of the run where it is counted in samples drawn, so that a run of shorter
+        epochs has more of them (`max_steps`); left out, epoch e begins at `e / num_epochs`.
+        """
+        if self._has_plan_of(epoch):
+            return
+        self.state.sync()
+        if self._guards():
+            self.doubtful = max(self.doubtful, update_quarantine_(self.state))
+        self.note_forgotten_()
+        self.plan = None  # frees its ids first
+        self.plan = self._draw(epoch, start)
+        self.epoch, self.position, self._finished = epoch, 0, False
+        self.advance(0)
+
+    def _has_plan_of(self, epoch: int) -> bool:
+        return self.plan is not None and epoch == self.epoch and not self._finished
+
+    def _span(self, epoch: int, start: float | None) -> tuple[float, float]:
+        """Progress at the epoch's begin and its longest possible end."""
+        begin = epoch / self.num_epochs if start is None else start
+        return min(begin, 1.0), min(begin + 1 / self.num_epochs, 1.0)
+
+    def _keep(self, epoch: int, start: float | None) -> Tensor:
+        """(N,) bool: samples that the part of the epoch before the uniform finish trains."""
+        state, config = self.state, self.state.config
+        keep = ~state.quarantined
+        if config.selection:
+            begin, end = self._span(epoch, start)
+            row = self._weights_at((begin + end) / 2)
+            taught = state.times_seen == 0
+            for bucket in Bucket:
+                if row[3 - bucket] > 0:
+                    taught |= state.bucket == bucket
+            keep &= taught
+            if config.light_interval > 1:
+                keep &= in_turn(len(state), config.light_interval, epoch, state.device) | (state.bucket != Bucket.LIGHT)
+        return keep
+
+    def _draw(self, epoch: int, start: float | None) -> Plan:
+        state, total = self.state, len(self.state)
+        begin, longest = self._span(epoch, start)
+        finish = 1 - state.config.uniform_finish
+        keep = self._keep(epoch, start)
+        perm = self.orders.of(epoch) if self.shuffle else torch.arange(total, dtype=torch.int32)
+        kept = keep.cpu().index_select(0, perm)
+        if start is None:  # a slot passes whether its sample is trained or not
+            slots = round((longest - begin) * self.num_epochs * total)
+            if slots < total and self.last_slots is not None:
+                slots = self.last_slots
+            cut = min(max(round((finish - begin) / max(longest - begin, 1e-12) * slots), 0), slots)
+        else:  # only samples drawn count
+            slots = total
+            cut = cut_after(kept, round((finish - begin) * self.num_epochs * total))
+        if cut < slots:
+            kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
+        ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
+        head = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
+        self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
+        if self.lengths is not None:
+            ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
+        return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)))
+
+    def _stretch(self, epoch: int, start: float | None, head: int, size: int) -> tuple[float, float, float]:
+        """Progress at the begin of a plan of `size`, where its head ends, and at its end."""
+        begin, longest = self._span(epoch, start)
+        if start is not None:
+            drawn = self.num_epochs * len(self.state)
+            return begin, min(begin + head / drawn, 1.0), min(begin + size / drawn, 1.0)
+        return begin, min(max(1 - self.state.config.uniform_finish, begin), longest), longest
+
+    def fill_up_(self, size: int, start: float | None = None) -> None:
+        """Extend the plan at hand to `size` samples by others, in the epoch's order; quarantined ones stay out.
+
+        Those beyond the head have weight 1 where their batch begins beyond it. `start` as for `set_epoch`.
+        """
+        assert self.plan is not None
+        ids, head = self.plan.ids, self.plan.head
+        others = ~self.state.quarantined.cpu()
+        others[ids.long()] = False
+        order = self.orders.of(self.epoch) if self.shuffle else torch.arange(len(self.state), dtype=torch.int32)
+        more = order[others[order.long()]][: max(size - len(ids), 0)]
+        begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
+        self.plan = Plan(torch.cat([ids, more]), head, begin, turn if head else begin, end)
+        self.advance(0)
+
+    def relocate_(self, start: float | None = None) -> None:
+        """Place the plan at hand, drawn for a run of another length, within this one; `start` as for `set_epoch`."""
+        if self.plan is not None:
+            ids, head = self.plan.ids, self.plan.head
+            self.plan = Plan(ids, head, *self._stretch(self.epoch, start, head, len(ids)))
+
+    def progress(self, consumed: float) -> float:
+        """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
+        if self.plan is None:
+            return 0.0
+        ids, head, start, turn, end = self.plan
+        if consumed < head:
+            return start + (turn - start) * consumed / head
+        tail = len(ids) - head
+        return turn + (end - turn) * min((consumed - head) / tail, 1.0) if tail else end
+
+    def _weights_at(self, progress: float) -> Row:
+        config = self.state.config
+        if config.use_curriculum:
+            return (*self.curriculum.weights(progress), config.freeze_weight)
+        return (*config.bucket_weights, config.freeze_weight)
+
+    def weights(self, consumed: float) -> Row:
+        """Weights of (HARD, FOCUS, LIGHT, FREEZE) after `consumed` samples of the plan: the phase's, or 1 for all.
+
+        In the first epoch FREEZE weighs what LIGHT does, unless a curriculum says otherwise: one visit proves nothing.
+        """
+        if self.plan is not None and consumed >= self.plan.head and len(self.plan.ids) > self.plan.head:
+            return (1.0, 1.0, 1.0, 1.0)
+        row = self._weights_at(self.progress(consumed))
+        return row if self.epoch or self.state.config.use_curriculum else (*row[:3], row[2])
+
+    def advance(self, consumed: float) -> None:
+        """Give the state the weights that hold after `consumed` samples of the plan; launches nothing in between."""
+        row = self.weights(consumed)
+        if row != self._row:
+            for slot, weight in enumerate(row):
+                self.state.weights[slot].fill_(weight)
+            self._row = row
+
+    def due_probes(self, epoch: int, start: float | None = None) -> Tensor:
+        """ids (n,) int64 on the CPU that are due for a look, forward only, before `epoch` is drawn.
+
+        Look with `weighted_loss(..., update=True)` under `torch.no_grad`, then call `probed`.
+
+        Those are samples that it leaves out, and samples that one more wrong visit would send to quarantine. None
+        where the uniform finish makes up most of the epoch and so looks at all of them anyway, nor where the plan of
+        `epoch` is at hand, as after resuming in its middle.
+        """
+        if self._has_plan_of(epoch):
+            return torch.empty(0, dtype=torch.int64)
+        self.state.sync()
+        begin, end = self._span(epoch, start)
+        if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
+            return torch.empty(0, dtype=torch.int64)
+        self.note_forgotten_()
+        due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
+        if self._guards() and self._looked < epoch:
+            due = torch.cat([due, nearly_suspects(self.state)])
+        self.probes.hand_out_(due, self.state.times_seen)
+        return due.cpu()
+
+    def _guards(self) -> bool:
+        """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
+        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * len(self.state):
+            self._guarded = self.state.config.noise_guard and generalises(self.state)
+        return bool(self._guarded)
+
+    def probed(self, ids: Tensor, epoch: int, start: float | None = None) -> None:
+        """`ids` have been run forward-only: their next probe is twice as far off, unless they came back.
+
+        Were more than a tenth of the frozen ones forgotten, all that are left out are due: ask `due_probes` again.
+
+        Raises:
+            ValueError: no call has counted a visit since `due_probes`. Samples without a valid label or with a NaN
+                loss are never counted and may be among them.
+        """
+        idle = self.probes.untouched(self.state.times_seen)  # by this process; the sync brings the others' visits
+        self.state.sync()
+        if idle:
+            self.probes.check_visited(self.state.times_seen)
+        self._looked = epoch
+        clock = self._clock(epoch, start)
+        at = ids.to(self.state.device).long()
+        frozen = at[(self.probes.interval[at] > 0) & ~self.state.quarantined[at]]
+        lost = int((self.state.bucket[frozen] > Bucket.LIGHT).count_nonzero())
+        if lost > ALARM * len(frozen) and self._hurried < clock:
+            self.probes.hurry_(clock)
+            self._hurried = clock
+        self.probes.probed_(at, clock)
+
+    def _clock(self, epoch: int, start: float | None) -> int:
+        """Passes over the dataset that the run could have made by now: what the intervals between probes count."""
+        return epoch if start is None else int(start * self.num_epochs)
+
+    def note_forgotten_(self) -> None:
+        """Count samples that were right when last looked at and are wrong now, in `forgotten` and `lost`."""
+        correct = (self.state.bucket <= Bucket.LIGHT) & (self.state.times_seen > 0)
+        lost = self.was_correct & ~correct
+        self.forgotten += (lost & (self.forgotten < 255)).to(self.forgotten.dtype)
+        self.was_correct.copy_(correct)
+        self.lost += lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch to go on with: that of the plan at hand until it has been handed out, then the one after it."""
+        return self.epoch + self._finished
+
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """What resuming in the middle of an epoch needs, beside the SampleState; tensors are not copies.
+
+        `consumed` is how many samples of the plan have been trained. The sampler only knows how many it has handed
+        out, and a loader fetches ahead. Padding may be counted in.
+        """
+        if isinstance(consumed, bool) or not isinstance(consumed, int):
+            raise TypeError(f"consumed must be an int, the samples of the plan trained so far, got {consumed!r}")
+        if consumed < 0:
+            raise ValueError(f"consumed must be at least 0, got {consumed}")
+        plan = self.plan
+        size = 0 if plan is None else len(plan.ids)
+        return {
+            **{name: getattr(self._owner(name), name) for name in _COLUMNS},
+            "plan": None if plan is None else plan.ids,
+            "spans": None if plan is None else list(plan[1:]),
+            "lost": int(self.lost),
+            "doubtful": self.doubtful,
+            "epoch": self.epoch,
+            "position": min(consumed, size),
+            "finished": plan is not None and consumed >= size,
+            "guarded": self._guarded,
+            "hurried": self._hurried,
+            "num_epochs": self.num_epochs,
+        }
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Carry on from `state_dict()`: iterating hands out what its plan has left, `next_epoch` is its epoch.
+
+        Raises:
+            ValueError: a value is missing, unknown or damaged, or of a run over other data; names it. Nothing is
+                changed then.
+        """
+        check_position(values, len(self.state))
+        for name in _COLUMNS:
+            getattr(self._owner(name), name).copy_(values[name])
+        self.lost.fill_(values["lost"])
+        self.doubtful = values["doubtful"]
+        self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
+        self.epoch, self._finished = values["epoch"], values["finished"]
+        self.position = 0 if self._finished else values["position"]
+        self._guarded, self._hurried = values["guarded"], values["hurried"]
+        self._row = None
+        if values["num_epochs"] != self.num_epochs:
+            self.relocate_()
+
+    def _owner(self, column: str) -> Any:
+        return self.probes if column in ("interval", "next_probe") else self

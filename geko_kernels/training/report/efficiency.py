@@ -1,0 +1,265 @@
+"""What a run has truly forwarded and backpropagated, beside what a standard run would have.
+
+`GEKOTrainer.get_efficiency_report()` returns, and a checkpoint carries on, this dict:
+
+    samples_standard   samples that `transformers.Trainer` would have trained by now: the same share of its run
+    samples_forward    samples that went through a forward pass, with labels or without, probes included
+    samples_backward   samples that went through a backward pass: every sample of a training batch
+    samples_idle       those among them whose weight was zero, or that had no label: their backward moved nothing
+    samples_nonfinite  visits, probes included, whose loss was NaN or infinite; the state keeps their old rows
+    gradients_predicted, gradients_corrected
+                       tokens whose gradient the forward had right, and those that the backward had to correct; both 0
+                       where the loss does not predict gradients (it takes a large batch on a Hopper GPU)
+    tokens_forward     tokens of the forward passes, padding left out
+    tokens_backward    tokens of the backward passes
+    saved_compute      1 - (samples_forward + 2 * samples_backward) / (3 * samples_standard): share of the standard
+                       run's work not done, a backward counted as two forwards; negative where probes cost more;
+                       0 where steps were trained and nothing was counted
+    seconds            {"total": in `train()`, "steps": training steps, "probes", "selection": sync and planning,
+                       "evaluation", "checkpoints"}, wall time of this process; attempts that `auto_find_batch_size`
+                       gave up are in the total alone
+    epochs             a list of one dict per planned epoch:
+        epoch          counted from 0
+        end            the `epoch` of `log_history` at its end
+        samples        samples trained (forward and backward)
+        probes         left-out samples re-checked forward-only before it
+        steps          optimizer steps
+        loss           mean unweighted token loss over the training samples, nats; None where none was trained, NaN
+                       where one was not finite
+        accuracy       share of their tokens predicted right; None where none was trained
+        nonfinite      those among them whose loss was NaN or infinite
+        seconds        wall time, probes and selection included
+        buckets        {"FREEZE": n, "LIGHT": n, "FOCUS": n, "HARD": n} of all samples at its end
+        quarantined    samples that the noise guard holds back at its end
+        forgotten      samples found wrong that were right before, by a probe ahead of the epoch or in its training
+
+`train()` ends by writing `geko_report.json` into `output_dir` (of a hyperparameter search: the trial's). It is strict
+JSON: NaN and infinity are null. A dict of:
+
+    version            1
+    num_samples        size of the training set
+    config             `GEKOConfig.to_dict()`
+    efficiency         the dict above
+    log_history        what `Trainer.log` got: `trainer.state.log_history`; beside Transformers' own keys each training
+                       entry has geko_loss, geko_accuracy, geko_freeze, geko_light, geko_focus, geko_hard and
+                       geko_quarantined (shares of the samples), geko_progress and geko_phase_hard, geko_phase_focus,
+                       geko_phase_light (the weights in force), and where the loss of a sample since the last entry
+                       was not finite geko_nonfinite (how many), geko_loss being NaN
+    most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
+    num_quarantined    how many samples are quarantined
+    quarantined        up to 10,000 of their ids, highest loss first
+    num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geko_kernels._files import write_whole
+from geko_kernels.config import Bucket
+from geko_kernels.losses.logits import SampleStats
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "geko_report.json"
+_COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits", "nonfinite", "predicted", "corrected")
+_PARTS = ("steps", "probes", "selection", "evaluation", "checkpoints", "other")
+
+
+class Efficiency:
+    """Counts on the device without a sync, collected at log steps, at epoch ends and in checkpoints.
+
+    Args:
+        device: where the statistics of the steps are.
+        reduce: sums a tensor over all processes in place; left out for one process.
+    """
+
+    def __init__(self, device: torch.device, reduce: Callable[[Tensor], None] | None = None) -> None:
+        self.reduce = reduce
+        self.sums = torch.zeros(2, len(_COUNTS), dtype=torch.float64, device=device)  # (train, probe) since collect
+        self.train = dict.fromkeys(_COUNTS, 0.0)
+        self.probe = dict.fromkeys(_COUNTS, 0.0)
+        self.spent = dict.fromkeys(_PARTS, 0.0)
+        self.epochs: list[dict[str, Any]] = []
+        self.samples_standard = 0
+        self.batches = 0  # training batches counted by this process since it started
+        self.predictions: Tensor | None = None  # of the run's `SampleState`
+        self.open_epoch: int | None = None
+        self.mark = self._marked(0)  # totals when the open epoch began
+        self._part: str | None = None  # what the wall time goes to now
+        self._since = 0.0
+
+    def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
+        """Add one forward's visits; `tokens` () is how many tokens the model read for them."""
+        self.batches += not probe
+        seen, labelled, finite = stats.sample_ids >= 0, stats.num_tokens > 0, stats.loss.isfinite()
+        loss = torch.where(finite, stats.loss, 0).double()
+        parts = [
+            seen.sum(),
+            tokens,
+            (seen & ((stats.weight == 0) | ~labelled)).sum(),
+            stats.num_tokens.sum(),
+            (loss * stats.num_tokens).sum(),
+            (stats.accuracy.double() * stats.num_tokens).sum(),
+            (labelled & ~finite).sum(),
+        ]
+        self.sums[int(probe), : len(parts)] += torch.stack([part.double() for part in parts])
+
+    def switch(self, part: str | None) -> str | None:
+        """From now on wall time goes to `part`; returns where it went before."""
+        now, before = time.perf_counter(), self._part
+        if before is not None:
+            self.spent[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """The block's wall time goes to `part`, and to nothing around it."""
+        before = self.switch(part)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def collect(self) -> dict[str, float]:
+        """Move the device's counts into the totals (all processes call it); returns the training share of them."""
+        if self.predictions is not None:
+            self.sums[0, -2:] += self.predictions
+            self.predictions.zero_()
+        if self.reduce is not None:
+            self.reduce(self.sums)
+        train, probe = (dict(zip(_COUNTS, row, strict=True)) for row in self.sums.tolist())
+        self.sums.zero_()
+        if train["nonfinite"] + probe["nonfinite"] > 0 == self.train["nonfinite"] + self.probe["nonfinite"]:
+            logger.warning(
+                f"The loss of {round(train['nonfinite'] + probe['nonfinite'])} samples was NaN or infinite: geko_loss "
+                "is NaN, and the learning state keeps what it knew of them. The model has probably diverged; a lower "
+                "learning_rate or a max_grad_norm may help. This is said once; samples_nonfinite goes on counting."
+            )
+        for total, new in ((self.train, train), (self.probe, probe)):
+            for name in _COUNTS:
+                total[name] += new[name]
+        return train
+
+    def _marked(self, step: int) -> dict[str, Any]:
+        spent = sum(self.spent[part] for part in ("steps", "probes", "selection"))
+        return {"train": dict(self.train), "probe": dict(self.probe), "step": step, "spent": spent}
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Open the record of `epoch`, which begins after `step` optimizer steps; counts and time go to it from now."""
+        self.switch(self._part)
+        self.open_epoch, self.mark = epoch, self._marked(step)
+
+    def end_epoch(self, step: int, marks: dict[str, Any]) -> None:
+        """Append the open epoch's record, if one is open; `marks` adds end, buckets, quarantined and forgotten."""
+        if self.open_epoch is None:
+            return
+        self.collect()
+        self.switch(self._part)
+        now, before = self._marked(step), self.mark
+        train = {name: now["train"][name] - before["train"][name] for name in _COUNTS}
+        labels = train["labels"]
+        self.epochs.append(
+            {
+                "epoch": self.open_epoch,
+                "samples": round(train["samples"]),
+                "probes": round(now["probe"]["samples"] - before["probe"]["samples"]),
+                "steps": step - before["step"],
+                "loss": mean_loss(train),
+                "nonfinite": round(train["nonfinite"]),
+                "accuracy": train["hits"] / labels if labels else None,
+                "seconds": now["spent"] - before["spent"],
+                **marks,
+            }
+        )
+        self.open_epoch = None
+
+    def report(self) -> dict[str, Any]:
+        """The dict described at the top of this file."""
+        backward = round(self.train["samples"])
+        forward = backward + round(self.probe["samples"])
+        standard = self.samples_standard
+        counted = forward > 0 or not any(epoch["steps"] for epoch in self.epochs)
+        self.switch(self._part)
+        seconds = {part: spent for part, spent in self.spent.items() if part != "other"}
+        return {
+            "samples_standard": standard,
+            "samples_forward": forward,
+            "samples_backward": backward,
+            "samples_idle": round(self.train["idle"]),
+            "samples_nonfinite": round(self.train["nonfinite"] + self.probe["nonfinite"]),
+            "gradients_predicted": round(self.train["predicted"]),
+            "gradients_corrected": round(self.train["corrected"]),
+            "tokens_forward": round(self.train["tokens"] + self.probe["tokens"]),
+            "tokens_backward": round(self.train["tokens"]),
+            "saved_compute": 1 - (forward + 2 * backward) / (3 * standard) if standard and counted else 0.0,
+            "seconds": {"total": sum(self.spent.values()), **seconds},
+            "epochs": [dict(epoch) for epoch in self.epochs],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `collect` first."""
+        self.switch(self._part)
+        names = ("train", "probe", "spent", "epochs", "samples_standard", "open_epoch", "mark")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Carry on from `state_dict()`."""
+        self.sums.zero_()
+        self.batches = 0
+        for name in self.state_dict():
+            setattr(self, name, values[name])
+        for epoch in self.epochs:  # JSON has no NaN
+            epoch["loss"] = math.nan if epoch["nonfinite"] else epoch["loss"]
+
+
+def count_tokens(inputs: dict[str, Any], sample_ids: Tensor) -> Tensor:
+    """() tokens that the model reads for real samples (id >= 0): padding and repeated samples left out."""
+    real = sample_ids >= 0
+    if sample_ids.dim() == 2:
+        return real.sum()
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.ne(0) & real[:, None]).sum()
+    return real.sum() * (tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() == 2 else 1)
+
+
+def bucket_names(counts: list[int]) -> dict[str, int]:
+    """Counts in order of `Bucket` by name."""
+    return {bucket.name: counts[bucket] for bucket in Bucket}
+
+
+def mean_loss(counts: dict[str, float]) -> float | None:
+    """Loss a label; None where there was no label, NaN where a visit's loss was not finite."""
+    if counts["nonfinite"]:
+        return math.nan
+    return counts["loss"] / counts["labels"] if counts["labels"] else None
+
+
+def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    """Write strict JSON, so that a process killed meanwhile leaves the old file whole; NaN and infinity become null."""
+    text = json.dumps(strict(values), indent=1, allow_nan=False)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def strict(value: Any) -> Any:
+    """`value` as strict JSON has it: None for a number that is not finite, tensors and arrays of one element plain."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,94 @@
+"""`report.html` and its PNGs, made from the figures that a run leaves in its output directory."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from geko_kernels._files import write_whole
+from geko_kernels.training.planning.guard import few_samples_factor
+from geko_kernels.training.report.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
+from geko_kernels.training.report.figures import read_figures
+
+_DOUBTFUL = 0.1  # share of the samples from which on the page says what to do about labels in doubt
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+Curve = list[tuple[float, float]]
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write `report.html`, which needs no other file, and `report_*.png` into `run_dir`; returns the page's path.
+
+    A run that has not ended has the figures of its newest whole checkpoint; the page says so.
+
+    Raises:
+        FileNotFoundError: neither `geko_report.json` nor a whole checkpoint in `run_dir`.
+        ValueError: that file or checkpoint is damaged or of another version.
+    """
+    run_dir = Path(run_dir)
+    run, checkpoint = read_figures(run_dir)
+    images = {}
+    for name, figure in _charts(run).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        picture = buffer.getvalue()
+        write_whole(run_dir / f"report_{name}.png", partial(Path.write_bytes, data=picture))
+        images[name] = {"title": figure.axes[0].get_title("left"), "data": base64.b64encode(picture).decode()}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    page = run_dir / "report.html"
+    doubtful, total = run.get("num_doubtful", 0), run["num_samples"]  # older runs lack it
+    values = {
+        "checkpoint": checkpoint,
+        "name": run_dir.resolve().name,
+        "colours": BUCKET_COLOURS,
+        "doubtful": doubtful if doubtful > _DOUBTFUL * few_samples_factor(total) * total else 0,
+    }
+    text = template.render(run=run, images=images, **values)
+    write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return page
+
+
+def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
+    efficiency = run["efficiency"]
+    loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
+    charts = {"work": work_chart(_work(efficiency)), "time": time_chart(efficiency["seconds"])}
+    if efficiency["epochs"]:
+        charts["buckets"] = bucket_chart([epoch["buckets"] for epoch in efficiency["epochs"]])
+    if loss:
+        charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
+    if accuracy:
+        charts["accuracy"] = curve_chart("Accuracy", "labels predicted right", accuracy, share=True)
+    return charts
+
+
+def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones."""
+    standard, trained = efficiency["samples_standard"], efficiency["samples_backward"]
+    counts = {
+        unit: {part: efficiency[f"{unit}_{part}"] for part in ("forward", "backward")} for unit in ("samples", "tokens")
+    }
+    counts["samples"]["standard"] = standard
+    counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
+    return counts
+
+
+def _curves(run: Mapping[str, Any], quantity: str) -> dict[str, Curve]:
+    """Points (epoch, value) of `quantity` on the training and the evaluation data, where they were logged."""
+    keys = {"training": f"geko_{quantity}", "evaluation": f"eval_{quantity}"}
+    logged = {
+        name: [(row["epoch"], row[key]) for row in run["log_history"] if row.get(key) is not None]
+        for name, key in keys.items()
+    }
+    if len(logged["training"]) < 2:
+        epochs = run["efficiency"]["epochs"]
+        known = [row for row in epochs if row[quantity] is not None]
+        logged["training"] = [(row.get("end", row["epoch"] + 1), row[quantity]) for row in known]  # older runs lack it
+    return {name: points for name, points in logged.items() if points}

@@ -1,0 +1,178 @@
+"""`weighted_linear_loss` on a CUDA device, at sizes where its buffers, GEMMs and copies are those of real use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import geko_kernels as gk
+from geko_kernels.losses import linear_chunks
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+REDUCTIONS = ["mean", "token_mean", "sum", "none"]
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    monkeypatch.setattr(gk.ops, "_override", "triton")
+    torch.use_deterministic_algorithms(False)  # its index_copy_ takes other kernels and memory than those of use
+
+
+def batch(vocab, dtype=torch.bfloat16, rows=16, length=192, columns=256, learnt=0.5, masked=0.25):
+    """hidden (requires grad), weight (requires grad), labels, ids; of the samples `learnt` predict their labels."""
+    weight = torch.randn(vocab, columns, device="cuda") * 0.3
+    labels = torch.randint(vocab, (rows, length), device="cuda")
+    hidden = torch.randn(rows, length, columns, device="cuda")
+    easy = torch.rand(rows, device="cuda") < learnt
+    hidden[easy] = 2 * weight[labels[easy]] + 0.1 * hidden[easy]
+    labels[:, : int(masked * length)] = -100
+    ids = torch.randperm(rows, device="cuda")
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, ids
+
+
+def grads_of(loss, inputs):
+    upstream = torch.linspace(0.5, 2, loss.numel(), device="cuda").view(loss.shape) if loss.dim() else 3.0
+    return torch.autograd.grad((loss * upstream).sum(), inputs)
+
+
+def relative(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("chunk_mib", [None, 8, 40])
+@pytest.mark.parametrize("vocab", [1000, 4096, 10007])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_error_is_within_twice_pytorchs_own(dtype, vocab, chunk_mib):
+    hidden, weight, labels, ids = batch(vocab, dtype)
+    found = []
+    for cast, linear in ((torch.float64, False), (dtype, False), (dtype, True)):
+        inputs = hidden.detach().to(cast).requires_grad_(), weight.detach().to(cast).requires_grad_()
+        state = gk.SampleState(16, device="cuda")
+        if linear:
+            loss = gk.weighted_linear_loss(*inputs, labels, ids, state, chunk_mib=chunk_mib)
+        else:
+            loss = gk.weighted_loss(F.linear(*inputs), labels, ids, state)
+        found.append((loss.detach(), *grads_of(loss, inputs)))
+    for exact, torchs, ours in zip(*found, strict=True):
+        assert relative(ours, exact) <= 2 * relative(torchs, exact) + 1e-6
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", ["row", "packed"])
+@pytest.mark.parametrize("learnt", [0.0, 0.5, 1.0])
+def test_statistics_and_state_equal_those_of_the_logits(reduction, form, learnt):
+    hidden, weight, labels, ids = batch(5003, torch.float32, learnt=learnt)
+    if form == "packed":
+        ids = torch.randint(0, 16, (16, 24), device="cuda").repeat_interleave(8, 1)
+    found = []
+    for linear in (False, True):
+        state = gk.SampleState(16, device="cuda")
+        options = {"reduction": reduction, "return_stats": True, "shift": True, "softcap": 20.0}
+        if linear:
+            loss, stats = gk.weighted_linear_loss(hidden, weight, labels, ids, state, chunk_mib=40, **options)
+        else:
+            loss, stats = gk.weighted_loss(F.linear(hidden, weight), labels, ids, state, **options)
+        found.append((loss, *stats, *grads_of(loss, (hidden, weight)), *state.state_dict().values()))
+    for want, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_waits_for_the_device(reduction):
+    hidden, weight, labels, ids = batch(10007)
+    state = gk.SampleState(16, device="cuda")
+    bias = torch.zeros(10007, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        options = {
+            "bias": bias,
+            "reduction": reduction,
+            "chunk_mib": 40,
+            "num_items": 7 if reduction == "mean" else None,
+        }
+        loss = gk.weighted_linear_loss(hidden, weight, labels, ids, state, **options)
+        loss.sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream_gets_the_same():
+    hidden, weight, labels, ids = batch(10007)
+    state = gk.SampleState(16, device="cuda")
+    want = gk.weighted_linear_loss(hidden, weight, labels, ids, state, update=False, chunk_mib=40)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        ours = gk.weighted_linear_loss(hidden, weight, labels, ids, state, update=False, chunk_mib=40)
+        grads = torch.autograd.grad(ours, (hidden, weight))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert ours.equal(want)
+    for grad, exact in zip(grads, torch.autograd.grad(want, (hidden, weight)), strict=True):
+        assert grad.equal(exact)
+
+
+@pytest.mark.parametrize("chunk_mib", [64, 256])
+def test_memory_keeps_to_the_budget(chunk_mib):
+    hidden, weight, labels, ids = batch(50304, rows=32, learnt=0.0, masked=0.0)
+    state = gk.SampleState(32, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = gk.weighted_linear_loss(hidden, weight, labels, ids, state, chunk_mib=chunk_mib)
+        torch.autograd.grad(loss, (hidden, weight))
+    sums = hidden.numel() * 2 + weight.numel() * 4
+    assert torch.cuda.max_memory_allocated() - before <= sums + chunk_mib * 2**20
+
+
+def test_dW_takes_no_more_memory_than_its_elements():
+    hidden, weight, labels, ids = batch(50304, rows=32, learnt=0.0)
+    state = gk.SampleState(32, device="cuda")
+    gk.weighted_linear_loss(hidden, weight, labels, ids, state, chunk_mib=64).backward()
+    assert weight.grad.untyped_storage().nbytes() == weight.numel() * 2
+
+
+def test_more_than_2_to_the_31_logits_in_the_buffer():
+    tokens, vocab = 2**16, 2**15 + 64
+    hidden = torch.randn(64, 1024, 16, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocab, 16, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(vocab, (64, 1024), device="cuda")
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    loss = gk.weighted_linear_loss(*inputs, labels, chunk_mib=8192)
+    grad = torch.autograd.grad(loss, inputs)[0]
+    last = hidden.detach()[-1].requires_grad_()
+    want = F.cross_entropy(F.linear(last, weight.detach()).float(), labels[-1], reduction="sum") / tokens
+    torch.testing.assert_close(grad[-1].float(), torch.autograd.grad(want, last)[0].float(), rtol=0.05, atol=1e-6)
+
+
+def test_a_capture_is_refused():
+    hidden, weight, labels, ids = batch(1000)
+    state = gk.SampleState(16, device="cuda")
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gk.weighted_linear_loss(hidden, weight, labels, ids, state)
+
+
+def test_the_first_rows_say_whether_gradients_come_with_the_statistics(monkeypatch):
+    monkeypatch.setattr(linear_chunks, "AHEAD", 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 192)
+    seen = []
+    score = linear_chunks.ops.direct.score_rows_
+    monkeypatch.setattr(
+        *(linear_chunks.ops.direct, "score_rows_"),
+        lambda *args: (seen.append((args[7], args[4])), score(*args))[1],
+    )
+    for learnt, fused in ((0.0, True), (1.0, False)):
+        seen.clear()
+        hidden, weight, labels, ids = batch(4096, learnt=learnt, masked=0.0)
+        gk.weighted_linear_loss(hidden, weight, labels, ids, gk.SampleState(16, device="cuda")).backward()
+        assert seen == [(192, False), (15 * 192, fused)]

@@ -1,0 +1,121 @@
+"""The parts of the linear path: its buffer's size, the sum of dW, the ops on rows of logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import cases
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geko_kernels import ops
+from geko_kernels.losses import linear_chunks
+from geko_kernels.losses.linear_gradients import WeightGradient, narrow_
+from geko_kernels.reference import rows as reference_rows
+
+
+def test_the_buffer_keeps_to_its_budget():
+    def rows(tokens, columns, vocab, mib, narrow=True):
+        like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+        head = linear_chunks.Head(like.new_empty(tokens, columns), like.new_empty(vocab, columns), None, vocab)
+        return linear_chunks.buffer_rows(head, mib, narrow)
+
+    assert rows(8192, 4096, 128256, 1024) == 8192, "2 GiB of logits instead of 1 GiB and 1 GiB more for dW's sum"
+    assert rows(8192, 4096, 128256, 1024, narrow=False) * (128256 + 4096) * 2 <= 1004 * 2**20
+    assert 800 < rows(8192, 4096, 128256, 256) * 1.0 < 1024
+    assert rows(8192, 2048, 151936, None) == 8192 and rows(8192, 2048, 151936, 1024) < 4096
+    assert rows(16384, 2048, 151936, None) == rows(16384, 2048, 151936, 1024)
+    assert rows(100, 16, 128, 1024) == 100
+    assert rows(0, 16, 128, 1024) == 0
+
+
+@pytest.mark.parametrize("rows", [3, 200, 4001])
+def test_a_float32_sum_narrows_within_the_memory_of_its_result(rows):
+    gradient = WeightGradient(rows, 37, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+    tiles = [torch.randn(5, rows).bfloat16() for _ in range(3)]
+    hidden = [torch.randn(5, 37).bfloat16() for _ in range(3)]
+    for i in range(3):
+        gradient.add(tiles[i], hidden[i], last=i == 2)
+    want = sum(tile.t().double() @ x.double() for tile, x in zip(tiles, hidden, strict=True))
+    torch.testing.assert_close(gradient.finish().double(), want, rtol=0.02, atol=0.05)
+    memory = torch.empty(2 * 200_000, dtype=torch.bfloat16)
+    wide = memory.view(torch.float32).copy_(torch.randn(200_000))
+    exact = wide.bfloat16()
+    narrow_(wide, memory)
+    assert memory[:200_000].equal(exact)
+
+
+@given(case=cases(dtypes=(torch.float32,)), held=st.integers(0, 5))
+def test_row_lists_of_every_backend(backend, device, case, held):
+    labels = case.labels.to(device)
+    labels = torch.where(labels == case.logits.shape[-1] - 1, case.logits.shape[-1] + 2, labels)  # outside
+    ids = None if case.sample_ids is None else case.sample_ids.to(device)
+    arguments = (labels, ids, case.logits.shape[-1], case.options["ignore_index"], case.options["shift"])
+    rows, targets, visits = ops.scored_rows(*arguments)
+    want_rows, want_targets, want_visits = reference_rows.scored_rows(*arguments)
+    count = int(want_visits[0])
+    assert rows.equal(want_rows) and targets.equal(want_targets) and visits[0] == count
+    assert (visits[1 : 1 + count].diff() != 0).equal(want_visits[1 : 1 + count].diff() != 0)
+    coeff = case.logits.to(device).flatten(0, 1)[:, 0].clamp(min=0)
+    lists = []
+    for kept_rows_ in (ops.kept_rows_, reference_rows.kept_rows_):
+        positions, sources = torch.full((2, held + count), -7, device=device)
+        end = int(kept_rows_(coeff, rows, positions, sources, held, 0, count))
+        lists.append((positions[:end], sources[:end]))
+    assert all(ours.equal(want) for ours, want in zip(*lists, strict=True))
+    kept, where = lists[0][0][held:], lists[0][1][held:]
+    assert sorted(kept.tolist()) == [row for row in rows[:count].tolist() if coeff[row] != 0]
+    assert (rows[where - held] == kept).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(("vocab", "padded"), [(70, 72), (64, 64), (5000, 5056)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_rows_of_every_backend(backend, device, dtype, vocab, padded, softcap):
+    logits = (3 * torch.randn(8, padded, device=device)).to(dtype)
+    logits[2, :vocab], logits[4, 1] = -torch.inf, -torch.inf
+    targets = torch.randint(vocab, (6,), device=device)
+    rows, labels = torch.tensor([1, 2, 3, 4, 5, 0], device=device), targets.roll(1)[:, None]
+    results = []
+    for module in (ops, reference_rows):
+        tokens, scored = torch.zeros(5, 6, device=device), logits.clone()
+        # slots 1 to 6, the first two without their gradients
+        module.score_rows_(scored, rows, targets, tokens, False, 1, 0, 2, vocab, softcap)
+        fused = backend != "cpp"
+        module.score_rows_(scored, rows, targets, tokens, fused, 3, 2, 4, vocab, softcap)
+        positions = torch.tensor([0, 1, 2, 0, 4], device=device)
+        sources, end = torch.tensor([0, 1, 2, 6, 5], device=device), torch.tensor(4, dtype=torch.int32, device=device)
+        where = (labels, tokens, 1, 6, 3 if fused else 7, vocab, False, softcap)
+        module.gradient_rows_(scored, positions, sources, end, *where)
+        again = logits.clone()
+        where = (labels, tokens, 0, 6, 6, vocab, False, softcap)
+        module.gradient_rows_(again[1:7], rows, None, None, *where)
+        results.append((tokens, scored[:4], again))
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours, want, equal_nan=True, rtol=1e-5 if ours.dtype == torch.float32 else 0.016, atol=1e-5
+        )
+    tokens, scored, again = results[0]
+    torch.testing.assert_close(scored[1:3], again[1:3], equal_nan=True)
+    torch.testing.assert_close(scored[3], again[6], equal_nan=True)
+    assert not scored[1:, vocab:].any() and again[0].equal(logits[0]) and again[7].equal(logits[7])
+
+
+def test_moved_rows_of_every_backend(backend, device):
+    hidden, positions = torch.randn(9, 37, device=device).bfloat16(), torch.tensor([8, 2, 5, 0], device=device)
+    coeff = torch.randn(9, device=device)
+    got, want = (m.gather_rows(hidden, positions, coeff, 3) for m in (ops, reference_rows))
+    torch.testing.assert_close(got, want)
+    product, outs = torch.randn(2, 37, device=device), [hidden.clone(), hidden.clone()]
+    for module, out in zip((ops, reference_rows), outs, strict=True):
+        module.scatter_rows_(out, product, positions, coeff, 1)
+    torch.testing.assert_close(*outs)
+    assert not outs[0][2].equal(hidden[2]) and outs[0][8].equal(hidden[8])
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_rescale_of_every_backend(backend, device, factor):
+    values = torch.randn(100, 173, device=device).bfloat16()
+    want = (values.float() * factor).bfloat16()
+    ops.rescale_(values, torch.tensor(factor, device=device))
+    torch.testing.assert_close(values, want)  # Triton's interpreter rounds bfloat16 toward 0

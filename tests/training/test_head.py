@@ -1,0 +1,105 @@
+"""GEKOTrainer computes the head together with the loss where the model lets it, and says so where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from training import arguments, classified, curve, sentences, tiny_classifier, tiny_llama, weights
+
+import geko_kernels as gk
+from geko_kernels.training.model_loss import found_loss
+from geko_kernels.training.model_loss import head as head_module
+
+
+@pytest.fixture(autouse=True)
+def one_thread(reference):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of the hidden states that the fused loss was called with."""
+    seen = []
+    loss = head_module.weighted_linear_loss
+    monkeypatch.setattr(
+        head_module,
+        "weighted_linear_loss",
+        lambda *args, **options: (seen.append(args[0].shape), loss(*args, **options))[1],
+    )
+    return seen
+
+
+def train(folder, model, data=None, **fields):
+    config = gk.GEKOConfig(correct_loss=2.5, use_curriculum=False)
+    trainer = gk.GEKOTrainer(model, arguments(folder, **fields), train_dataset=data or sentences(12), config=config)
+    trainer.train()
+    return trainer
+
+
+def without_head(monkeypatch):
+    def refuse(question, form):
+        raise ValueError("not now")
+
+    monkeypatch.setattr(found_loss, "find_head", refuse)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_is_that_of_all_logits(tmp_path, monkeypatch, calls, tied):
+    ours, theirs = tiny_llama(tie_word_embeddings=tied), tiny_llama(tie_word_embeddings=tied)
+    fused = train(tmp_path, ours)
+    assert calls and all(shape[-1] == 16 for shape in calls)
+    count = len(calls)
+    without_head(monkeypatch)
+    plain = train(tmp_path, theirs)
+    assert len(calls) == count
+    torch.testing.assert_close(curve(fused), curve(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-3)
+    assert fused.sample_state.times_seen.equal(plain.sample_state.times_seen)
+
+
+def test_evaluation_returns_logits_and_nothing_stays_patched(tmp_path, calls):
+    model = tiny_llama()
+    trainer = train(tmp_path, model)
+    count = len(calls)
+    predictions = trainer.predict(sentences(3)).predictions
+    assert predictions.shape == (3, 8, 32) and len(calls) == count
+    assert "forward" not in vars(model.lm_head) and model(torch.ones(1, 4, dtype=torch.int64)).logits.shape[-1] == 32
+
+
+def test_a_frozen_head_and_adapters(tmp_path, calls):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = model.base_model.model.lm_head.weight.detach().clone()
+    train(tmp_path, model)
+    assert calls and model.base_model.model.lm_head.weight.equal(before)
+
+
+class Capped(type(tiny_llama())):
+    """A Llama that does more to its logits than its head."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        outputs.logits = 5 * torch.tanh(outputs.logits * 3)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, 32, **kwargs)
+        return outputs
+
+
+@pytest.mark.parametrize("why", ["classifier", "capped", "hooked", "patched"])
+def test_other_models_fall_back_with_one_line(tmp_path, monkeypatch, calls, why):
+    data = None
+    if why == "classifier":
+        model, data = tiny_classifier(), classified(12)
+    elif why == "capped":
+        model = Capped(tiny_llama().config)
+    else:
+        model = tiny_llama()
+        if why == "hooked":
+            model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            model.lm_head.forward = model.lm_head.forward
+    lines = []
+    monkeypatch.setattr(found_loss.logger, "info", lines.append)
+    train(tmp_path, model, data)
+    assert not calls
+    assert len(lines) == 1 and "from all logits" in lines[0]
