@@ -155,8 +155,8 @@ def test_labels_ids_and_upstream_may_be_strided():
 
 
 def test_every_kind_of_call_compiles_for_hopper():
-    script = Path(__file__).with_name("compile_kernels.py")
-    env = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
+    script = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
+    env = {**os.environ, "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     for line in done.stdout.splitlines():

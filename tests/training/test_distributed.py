@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
 SCENARIOS = ("selection", "accumulation", "resumed", "uniform", "sync", "fsdp2")
 
 

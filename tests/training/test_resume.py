@@ -18,7 +18,7 @@ from training import sentences, tiny_llama
 
 import geko_kernels as gk
 
-SCRIPT = Path(__file__).with_name("resume_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "resume_run.py"
 
 
 @pytest.fixture(autouse=True)
