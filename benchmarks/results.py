@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -34,13 +35,19 @@ def environment(device: torch.device, commit: str | None = None) -> Row:
 def append(path: Path, row: Row) -> None:
     """Add `row` as one line, at once: a run that is cut short leaves what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with _open(path, "at") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with _open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    """A file of rows, packed where its name ends in .gz."""
+    return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
 def runs(path: Path) -> list[list[Row]]:

@@ -31,7 +31,7 @@ from benchmarks.end_to_end.run import run
 from benchmarks.end_to_end.tasks import LARGE, TASKS, Task, best_lr, make_data
 from benchmarks.results import RESULTS, append, environment, read
 
-FILE = RESULTS / "end_to_end.jsonl"
+FILE = RESULTS / "end_to_end.jsonl.gz"
 QUICK = {"smollm2": "tiny", "adder": "tiny adder", "small instructions": "tiny instructions"}
 
 

@@ -1,6 +1,6 @@
 """Tables, targets and pictures of the end-to-end runs, made from their rows.
 
-    python -m benchmarks.end_to_end.report [results/end_to_end.jsonl]
+    python -m benchmarks.end_to_end.report [results/end_to_end.jsonl.gz]
 
 Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument
 of both files of rows, and the tables in docs/evidence.md. Differences are paired by seed; their intervals are 95 %
@@ -20,7 +20,7 @@ from benchmarks.end_to_end.targets import targets
 from benchmarks.end_to_end.tasks import TASKS
 from benchmarks.results import RESULTS
 
-LARGE, SMALL = RESULTS / "end_to_end.jsonl", RESULTS / "end_to_end_small.jsonl"
+LARGE, SMALL = RESULTS / "end_to_end.jsonl.gz", RESULTS / "end_to_end_small.jsonl.gz"
 EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
 DECIDING = ("A", "B", "H")
 MARGIN_1 = "H:noise_guard_margin=1"  # for labels known to be unreliable
@@ -213,9 +213,10 @@ def write(path: Path) -> None:
     lines += ["## Arms", ""]
     for task, rows in tasks.items():
         lines += table(task, rows)
-    path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    stem = path.name.split(".")[0]
+    path.with_name(f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
     if any(row["alone"] for rows in tasks.values() for runs in rows.values() for row in runs.values()):
-        draw(tasks, path.with_suffix(".png"))
+        draw(tasks, path.with_name(f"{stem}.png"))
     for cells in found:
         print(" | ".join(cells))
 
