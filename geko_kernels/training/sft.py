@@ -112,4 +112,7 @@ def _check_given(given: dict[str, Any]) -> None:
     if kind != "nll":
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}")
     if data is not None and not isinstance(data, Dataset):
-        raise ValueError(f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}")
+        raise ValueError(
+            f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: "
+            "load it without streaming"
+        )
