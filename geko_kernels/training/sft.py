@@ -110,7 +110,7 @@ def _check_given(given: dict[str, Any]) -> None:
             raise ValueError(f"GEKOSFTTrainer does not combine with {name}=True: set it to False")
     kind = getattr(args, "loss_type", "nll")
     if kind != "nll":
-        raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}")
+        raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
     if data is not None and not isinstance(data, Dataset):
         raise ValueError(
             f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: "
