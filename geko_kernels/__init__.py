@@ -13,11 +13,13 @@ from geko_kernels.state import SampleState
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
     from geko_kernels.training.planning.sampler import GEKOSampler
+    from geko_kernels.training.sft import GEKOSFTTrainer
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
 
 _LAZY = {
     "GEKOSampler": "planning.sampler",
     "GEKOMixin": "trainer",
+    "GEKOSFTTrainer": "sft",
     "GEKOTrainer": "trainer",
     "GEKOTrainingArguments": "arguments",
 }
@@ -27,6 +29,7 @@ __all__ = [
     "Bucket",
     "GEKOConfig",
     "GEKOMixin",
+    "GEKOSFTTrainer",
     "GEKOSampler",
     "GEKOTrainer",
     "GEKOTrainingArguments",
@@ -48,4 +51,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "accelerate"):
             raise ImportError(f"{name} needs {error.name}: {TRAINING}") from error
+        if error.name in ("trl", "datasets"):
+            raise ImportError(f"{name} needs {error.name}: pip install trl") from error
         raise

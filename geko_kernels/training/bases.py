@@ -38,7 +38,7 @@ def check_bases(cls: type, mixin: type) -> None:
         return
     for hook, why in _REPLACED.items():
         owner = next(base for base in below.__mro__ if hook in vars(base))
-        if owner is not Trainer:
+        if owner is not Trainer and not (hook == "compute_loss" and owner is getattr(cls, "_replaces", None)):
             raise TypeError(
                 f"{cls.__name__}: {owner.__name__}.{hook} gives {below.__name__} {why}. GEKO trains cross-entropies "
                 "that a model computes; another loss, or other batches, go with weighted_loss in a loop of your own"

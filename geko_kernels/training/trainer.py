@@ -50,6 +50,7 @@ class GEKOMixin(PlannedMixin):
     _evaluates_itself: bool | None
     _loss_shifts_labels: bool
     label_names: list[str]
+    _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -66,7 +67,7 @@ class GEKOMixin(PlannedMixin):
         super().__init__(**given)
         self.config = config or GEKOConfig.recommended()
         self._check_arguments()
-        if given.get("data_collator") is None and _is_causal(self._base()):
+        if self._replaces is None and given.get("data_collator") is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
         if not self.label_names and self.args.label_names is None:  # the model's forward takes none: they are ours

@@ -1,0 +1,162 @@
+"""GEKOSFTTrainer against trl.SFTTrainer."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from training import tiny_llama, weights
+
+import geko_kernels as gk
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+PLAIN = {"use_curriculum": False, "uniform_finish": 0.0, "noise_guard": False, "probes": False}
+
+
+def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "<eos>": 1, **{f"w{i}": i + 2 for i in range(20)}}, unk_token="<pad>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def chat_tokenizer():
+    words = tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}w1 {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} w2"
+        "{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    return words
+
+
+def rows(kind, number=12):
+    if kind == "chat":
+        talks = [
+            [{"role": "user", "content": f"w{i} w4"}, {"role": "assistant", "content": f"w{i + 1} w5 w{i % 3}"}]
+            for i in range(number)
+        ]
+        return datasets.Dataset.from_dict({"messages": talks})
+    texts = [" ".join(f"w{(i * 3 + j) % 20}" for j in range(3 + i % 4)) for i in range(number)]
+    if kind == "text":
+        return datasets.Dataset.from_dict({"text": texts})
+    return datasets.Dataset.from_dict({"prompt": texts, "completion": [f" w{i % 20} w3" for i in range(number)]})
+
+
+def trainer_of(cls, folder, data, **fields):
+    named = {name: fields.pop(name) for name in ("config", "eval_dataset", "peft_config") if name in fields}
+    settings = {
+        "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True,
+        "bf16": False, "save_strategy": "no", "train_sampling_strategy": "sequential", "learning_rate": 1e-3,
+        "gradient_checkpointing": False, "optim": "sgd", "disable_tqdm": True, **fields,
+    }  # fmt: skip
+    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    return cls(model=tiny_llama(), args=args, train_dataset=data, processing_class=chat_tokenizer(), **named)
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_uniform_trains_as_sft_does(tmp_path, kind, accumulation):
+    fields = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
+    fields["eval_dataset"] = rows(kind, 5)
+    plain = trainer_of(trl.SFTTrainer, tmp_path / "a", rows(kind), **fields)
+    ours = trainer_of(gk.GEKOSFTTrainer, tmp_path / "b", rows(kind), config=gk.GEKOConfig.uniform(), **fields)
+    for trainer in (plain, ours):
+        trainer.train()
+    for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+        curves = [[e[key] for e in t.state.log_history if key in e] for t in (plain, ours)]
+        assert len(curves[0]) == 3 and curves[1] == pytest.approx(curves[0], rel=1e-4), key
+    torch.testing.assert_close(weights(ours.model), weights(plain.model), rtol=1e-4, atol=1e-6)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert ours.sample_state.times_seen.tolist() == [1] * 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("chat", {}), ("chat", {"assistant_only_loss": True}), ("prompt", {"completion_only_loss": False})],
+)
+def test_the_masks_of_sft_stay(tmp_path, kind, fields):
+    plain = trainer_of(trl.SFTTrainer, tmp_path / "a", rows(kind), **fields)
+    ours = trainer_of(gk.GEKOSFTTrainer, tmp_path / "b", rows(kind), config=gk.GEKOConfig.uniform(), **fields)
+    for trainer in (plain, ours):
+        trainer.train()
+    torch.testing.assert_close(weights(ours.model), weights(plain.model), rtol=1e-4, atol=1e-6)
+
+
+def test_peft_config(tmp_path):
+    peft = pytest.importorskip("peft")
+    losses = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("text"), peft_config=lora, **named)
+        losses.append(trainer.train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_sample_ids_are_the_users_rows(tmp_path):
+    data = rows("text")
+    other = {"train": data.select(range(5))}  # an evaluation dataset of that name is not the training dataset
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, data, shuffle_dataset=True, eval_dataset=other)
+    words = tokenizer()
+    assert len(trainer.sample_state) == 12
+    for i in range(12):
+        assert trainer.train_dataset[i]["input_ids"][:-1] == words(data[i]["text"])["input_ids"]
+
+
+def test_frozen_rows_are_left_out(tmp_path):
+    fields = {"max_steps": -1, "num_train_epochs": 2, "config": gk.GEKOConfig(**PLAIN)}
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), **fields)
+    state = trainer.sample_state
+    state.times_seen[:4], state.bucket[:4], state.confidence[:4] = 1, 0, 0.99
+    trainer.train()
+    assert state.times_seen.tolist() == [1] * 4 + [2] * 8
+
+
+def test_resuming_is_exact(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), **fields)
+    whole.train()
+    again = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), **fields)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_dropped_rows_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"drops 9 of the 12 rows of train_dataset, first row 1"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("prompt"), max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("packing", True),
+        ("padding_free", True),
+        ("use_liger_kernel", True),
+        ("label_smoothing_factor", 0.1),
+        ("loss_type", "dft"),
+    ],
+)
+def test_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), **{name: value})
+
+
+def test_streams_and_other_losses_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="load it without streaming"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text").to_iterable_dataset(), max_steps=1)
+    with pytest.raises(TypeError, match="DPOTrainer a loss of its own"):
+        type("MyDPO", (gk.GEKOMixin, trl.DPOTrainer), {})
+    assert issubclass(type("MySFT", (gk.GEKOSFTTrainer,), {}), trl.SFTTrainer)
+
+
+def test_missing_trl_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "geko_kernels.training.sft", raising=False)
+    with pytest.raises(ImportError, match="pip install trl"):
+        _ = gk.GEKOSFTTrainer
