@@ -1,7 +1,7 @@
 """One kind of call worked out once: launches, sizes, and what lies where in the memory of a step.
 
-The host's time rules at small shapes, and on a large one it is what a step costs before the GPU has work. So an eager
-call does what is left: look its `Plan` up, ask for three pieces of memory, and start the two launches with addresses.
+CPU overhead dominates for small shapes, and for large ones it is the time before the GPU has work. So an eager call
+does only what is left: look its `Plan` up, ask for three pieces of memory, and start the two launches with addresses.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The buffer is filled with logits, whose statistics give the visits' weights; the rows with weight turn into gradients
 and stay at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. How many there
-are reaches the host by an asynchronous copy. The weight of a visit that goes on in the next fill is foreseen from the
-rows that are scored; where it turns out otherwise, the rows of that visit are done again.
+are reaches the host by an asynchronous copy. The weight of a visit that continues in the next fill is estimated from the
+rows that are scored; if the estimate was wrong, the rows of that visit are computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
 from geko_kernels.losses.logits import Visits
 
-AHEAD = 1e11  # multiplications of logits on their way while the host learns how many rows there are: 0.3 ms of an H200
+AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # of the first rows say whether most are kept
 FUSED_SHARE = 0.75  # of rows kept: above, one launch for statistics and gradients is faster than two
 WHOLE_MIB = 2048  # by default all rows are held where that takes no more; else a buffer of

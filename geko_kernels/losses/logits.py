@@ -78,7 +78,7 @@ class _LogitsLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         logits, labels, visits, ctx.shift, ctx.softcap, ctx.inplace = inputs
         ctx.save_for_backward(logits, labels)
-        # not saved but kept: under activation checkpointing these stay those of the forward that was counted
+        # on ctx, not saved: checkpointing's backward has to use the forward that updated the state
         ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
 
     @staticmethod
@@ -94,7 +94,7 @@ class _PlannedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Any, ...], inplace: bool) -> Tensor:
-        # not saved but kept: see `_LogitsLoss`
+        # on ctx, not saved: see `_LogitsLoss`
         loss, ctx.plan, ctx.kept, _entries, ctx.predicted, ctx.prediction = outcome
         ctx.inplace = inplace
         ctx.save_for_backward(logits, labels)
@@ -174,7 +174,7 @@ def weighted_loss(
     return_stats: bool = False,
     inplace: bool = False,
 ) -> Any:  # a union would make every typed caller narrow it before backward()
-    """Cross-entropy of each sample times the weight of its bucket; updates `state` by the way.
+    """Cross-entropy of each sample times the weight of its bucket; updates `state` as a side effect.
 
     With `l = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(B, S)`, `l_i` the
     mean of `l` over the valid tokens of visit i and `w_i` the weight of its bucket after this visit:

@@ -246,9 +246,9 @@ direct = SimpleNamespace(**{op: _direct(op) for op in (*_ROW_OPS, "column_sums",
 
 
 def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleType | None:
-    """The backend, if it has plans and a call past the dispatcher (14 us in Python) cannot be told from one through it.
+    """The backend, if it has plans and bypassing the dispatcher (14 us in Python) would go unnoticed; else None.
 
-    It can where somebody traces, transforms or records the call, and where a tensor is more than memory.
+    It would be noticed if the call is traced, transformed or recorded, or if a tensor is a subclass or a lazy view.
     """
     if (
         torch.compiler.is_compiling()

@@ -80,7 +80,7 @@ class ProgressMixin(_Base):
         return (sys.maxsize, *values[1:]) if self.counts_steps else values
 
     def _place(self, batches: int, epoch_batches: int) -> None:
-        """The run stands behind so many of the epoch's batches."""
+        """Record how many batches of this epoch are done."""
         accumulate = self.args.gradient_accumulation_steps
         self._batches, self._epoch_batches = batches, epoch_batches
         self._epoch_steps = math.ceil(epoch_batches / accumulate)

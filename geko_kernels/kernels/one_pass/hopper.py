@@ -74,7 +74,7 @@ def library() -> ctypes.CDLL:
     if not found:
         raise ImportError("geko_kernels._hopper was not built at install: that takes nvcc")
     try:
-        loaded = ctypes.PyDLL(str(found[0]))  # keeps the interpreter's lock: a launch is shorter than giving it away
+        loaded = ctypes.PyDLL(str(found[0]))  # PyDLL keeps the GIL: releasing it costs more than the launch
     except OSError as error:
         raise ImportError(f"geko_kernels._hopper does not load: {error}") from error
     loaded.geko_error.restype = ctypes.c_char_p

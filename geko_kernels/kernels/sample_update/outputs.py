@@ -63,7 +63,7 @@ def store_coefficients(
 
 @triton.jit
 def store_padding(outputs, entries, t, samples, visits, REDUCTION: tl.constexpr):
-    """Packed: what tokens t owe where they are padding, and entries t where no visit takes them."""
+    """Packed: write the outputs of padding tokens t and of unused entries t."""
     _, _, _, _, coeff_ptr, token_visit_ptr = outputs
     padding = (t < entries) & (samples == -1)
     tl.store(coeff_ptr + t, tl.zeros_like(t).to(tl.float32), mask=padding)
