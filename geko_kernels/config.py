@@ -47,8 +47,9 @@ class GEKOConfig:
         noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
         noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0. Take 1
             where labels are known to be wrong in ways hard to tell from right; hard samples may then be held back too.
-        noise_guard_min_share: share of the samples, in [0, 1), that has to look so before any is quarantined; of N
-            below 3600 samples sqrt(3600 / N) times that. With three times as many a third of the margin will do.
+        noise_guard_min_share: no sample is quarantined until at least this share of the samples, in [0, 1), looks
+            mislabelled. Below 3,600 samples the threshold grows by sqrt(3600 / N); at three times the threshold a third
+            of the margin suffices.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
 
     Raises:

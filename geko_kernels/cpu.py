@@ -35,7 +35,7 @@ def score_rows_(
     vocab: int,
     softcap: float,
 ) -> None:
-    """See `reference.rows.score_rows_`, never fused: on the CPU a row leaves the cache before its gradient is computed."""
+    """See `reference.rows.score_rows_`, never fused: a row leaves the cache before its gradient is computed."""
     assert not fused
     slots, part = slice(slot, slot + count), slice(start, start + count)
     stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)

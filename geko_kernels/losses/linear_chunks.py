@@ -2,8 +2,8 @@
 
 The buffer is filled with logits, whose statistics give the visits' weights; the rows with weight turn into gradients
 and stay at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. How many there
-are reaches the host by an asynchronous copy. The weight of a visit that continues in the next fill is estimated from the
-rows that are scored; if the estimate was wrong, the rows of that visit are computed again.
+are reaches the host by an asynchronous copy. The weight of a visit that continues in the next fill is estimated from
+the rows that are scored; if the estimate was wrong, the rows of that visit are computed again.
 """
 
 from __future__ import annotations

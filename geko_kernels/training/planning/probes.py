@@ -13,8 +13,8 @@ class ProbeSchedule:
     """Re-check times of the samples that an epoch's plan leaves out; 5 bytes a sample, on the state's device.
 
     A sample left out at epoch e is due at one of e + 1 to e + 8, by its id modulo 8: one eighth of
-    the samples that froze together is probed each epoch. While it stays left out the time to the next probe doubles, from 8 epochs on (up
-    to 64). `hurry_` makes all due at once.
+    the samples that froze together is probed each epoch. While it stays left out the time to the next probe doubles,
+    from 8 epochs on (up to 64). `hurry_` makes all due at once.
 
     Columns: interval (N,) uint8, 0 for a sample that takes part; next_probe (N,) int32, an epoch.
     """
