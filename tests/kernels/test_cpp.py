@@ -222,7 +222,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
 def test_every_instruction_set(capability):
-    show = "from geko_kernels import cpp; print(cpp.cpu_capability())"
+    show = "from geko_kernels import cpu; print(cpu.cpu_capability())"
     found = run("-c", show, GEKO_CPU_CAPABILITY=capability)
     if "that this CPU runs" in found.stderr:
         pytest.skip(f"this CPU does not run {capability}")
@@ -233,7 +233,7 @@ def test_every_instruction_set(capability):
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    found = run("-c", "from geko_kernels import cpp; cpp.cpu_capability()", GEKO_CPU_CAPABILITY="mmx")
+    found = run("-c", "from geko_kernels import cpu; cpu.cpu_capability()", GEKO_CPU_CAPABILITY="mmx")
     assert found.returncode != 0 and "GEKO_CPU_CAPABILITY must be" in found.stderr and "'mmx'" in found.stderr
 
 

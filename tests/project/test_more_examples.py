@@ -54,5 +54,5 @@ def test_accelerate_loop_on_two_processes(model, tmp_path):
 def test_trl_sft(model, tmp_path):
     pytest.importorskip("trl")
     output = run(model, tmp_path / "run", "trl_sft.py")
-    assert "64 of 64 samples trained; the last epoch's buckets:" in output
+    assert "64 of 64 samples trained; buckets after the last epoch:" in output
     assert output.count("eval_loss") == 2
