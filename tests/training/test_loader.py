@@ -1,5 +1,8 @@
 """`GEKOLoader`: the loop of a run without a trainer."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -169,3 +172,56 @@ def test_refuses_the_state_of_another_run():
         gk.GEKOLoader(Toy(90), batch_size=8, device="cpu").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state_dict lacks .*'due', .*GEKOLoader.state_dict"):
         gk.GEKOLoader(Toy(), batch_size=8, device="cpu").load_state_dict({"num_samples": N})
+
+
+def test_iterating_anew_goes_on_with_the_batch_at_hand():
+    whole, broken = Run(), Run()
+    for batch in whole.loader:
+        whole.step(batch)
+    while broken.loader.progress < 1:
+        for count, batch in enumerate(broken.loader):
+            if count == 3:
+                break
+            broken.step(batch)
+    assert broken.seen == whole.seen
+    assert torch.equal(broken.model.weight, whole.model.weight)
+
+
+def test_state_dict_passes_a_file_and_is_a_copy(tmp_path):
+    run = Run()
+    batches = iter(run.loader)
+    for _ in range(8):
+        run.step(next(batches))
+    at_hand = next(batches)
+    saved = run.loader.state_dict()
+    torch.save(saved, tmp_path / "loader.pt")
+    run.step(at_hand)
+    run.step(next(batches))
+    loaded = torch.load(tmp_path / "loader.pt", weights_only=True)
+    for name, column in loaded["state"].items():
+        assert torch.equal(column, saved["state"][name]), name
+    resumed = Run()
+    resumed.loader.load_state_dict(loaded)
+    assert next(iter(resumed.loader)).ids.tolist() == at_hand.ids.tolist()
+
+
+def test_refuses_probes_that_count_no_visit():
+    run = Run()
+    with pytest.raises(RuntimeError, match=r"no visit was counted in the probes of epoch \d: .*update=True"):
+        for batch in run.loader:
+            if batch.trains:
+                run.step(batch)
+
+
+def test_refuses_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match=r"serves one process, and torch.distributed runs 2"):
+        gk.GEKOLoader(Toy(), device="cpu")
+
+
+def test_comes_without_transformers():
+    names = "gk.GEKOLoader, gk.IdDataset, gk.IdCollator"
+    code = f"import sys, geko_kernels as gk; {names}; print('transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
