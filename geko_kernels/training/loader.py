@@ -34,7 +34,7 @@ class GEKOLoader:
     """Iterates the planned batches of all epochs; before each epoch but the first, batches of probes (`trains` False).
 
     With nothing left out its batches are those of a `DataLoader` whose sampler draws
-    `torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` in each epoch.
+    `torch.randperm(N, generator=torch.Generator("cpu").manual_seed(seed + epoch))` in each epoch.
 
         loader = GEKOLoader(dataset, batch_size=32, num_epochs=10, device="cuda")
         for batch in loader:
@@ -122,9 +122,22 @@ class GEKOLoader:
         """For each epoch left an iterator of its batches, probes first.
 
         An epoch that is not iterated to its end comes again, from where it was left.
+
+        Raises:
+            RuntimeError: the next epoch is asked for, and no batch of this one has been consumed.
         """
         while self.epoch < self.num_epochs:
+            before = self._place()
             yield self._batches(self.epoch)
+            if self._place() == before:
+                raise RuntimeError(
+                    f"no batch of epoch {self.epoch} was consumed before the next epoch was asked for: iterate each "
+                    "epoch of loader.epochs() to its end"
+                )
+
+    def _place(self) -> tuple[int, int, int]:
+        """What changes with every batch consumed."""
+        return self.epoch, self._consumed, self._probed
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         yield from self._probes(epoch)
@@ -168,8 +181,8 @@ class GEKOLoader:
             batch_sampler=[part.tolist() for part in ids.split(self.batch_size)] if len(ids) else [],
             num_workers=self.num_workers,
             collate_fn=self._collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.seed + self.epoch),  # leaves the global one alone
+            pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU already
+            generator=torch.Generator("cpu").manual_seed(self.seed + self.epoch),  # leaves the global one alone
         )
         for data, sample_ids in loader:
             yield _moved(data, self.device), sample_ids.to(self.device, non_blocking=True)
@@ -233,7 +246,7 @@ class _Collate:
         self.collate_fn = collate_fn
 
     def __call__(self, rows: list[Identified]) -> tuple[Any, Tensor]:
-        return self.collate_fn([row.item for row in rows]), torch.tensor([row.sample_id for row in rows])
+        return self.collate_fn([row.item for row in rows]), torch.tensor([row.sample_id for row in rows], device="cpu")
 
 
 def _check_dataset(dataset: Any) -> None:

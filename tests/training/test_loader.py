@@ -225,3 +225,8 @@ def test_comes_without_transformers():
     code = f"import sys, geko_kernels as gk; {names}; print('transformers' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+def test_refuses_epochs_that_are_not_iterated():
+    with pytest.raises(RuntimeError, match="no batch of epoch 0 was consumed before the next epoch was asked for"):
+        list(gk.GEKOLoader(Toy(), device="cpu").epochs())
