@@ -218,6 +218,7 @@ class GEKOLoader:
         for name in _SAME:
             if values[name] != own[name]:
                 raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own[name]!r}")
+        _check_due(values["due"], values["probed"], len(self.dataset))
         before = _copied(self.state.state_dict())
         self.state.load_state_dict(values["state"])
         try:
@@ -263,6 +264,17 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_due(due: Any, probed: Any, num_samples: int) -> None:
+    if due is not None and not (isinstance(due, Tensor) and due.dtype == torch.int64 and due.dim() == 1 and len(due)):
+        raise ValueError(f"state_dict['due'] must be None or a tensor of int64 ids, got {due!r}")
+    if due is not None and not 0 <= int(due.min()) <= int(due.max()) < num_samples:
+        raise ValueError(
+            f"state_dict['due'] must hold ids in [0, {num_samples}), got {int(due.min())}..{int(due.max())}"
+        )
+    if not isinstance(probed, int) or probed < 0 or (due is not None and probed >= len(due)):
+        raise ValueError(f"state_dict['probed'] must be an int from 0 to below the number of due ids, got {probed!r}")
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

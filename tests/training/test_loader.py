@@ -230,3 +230,17 @@ def test_comes_without_transformers():
 def test_refuses_epochs_that_are_not_iterated():
     with pytest.raises(RuntimeError, match="no batch of epoch 0 was consumed before the next epoch was asked for"):
         list(gk.GEKOLoader(Toy(), device="cpu").epochs())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"due": torch.tensor([N])}, r"state_dict\['due'\] must hold ids in \[0, 96\), got 96..96"),
+        ({"due": torch.tensor([0.5])}, r"state_dict\['due'\] must be None or a tensor of int64 ids"),
+        ({"probed": -1}, r"state_dict\['probed'\] must be an int from 0"),
+    ],
+)
+def test_refuses_a_damaged_state(damage, message):
+    loader = gk.GEKOLoader(Toy(), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict({**loader.state_dict(), **damage})
