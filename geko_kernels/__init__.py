@@ -12,27 +12,35 @@ from geko_kernels.state import SampleState
 
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
+    from geko_kernels.training.data import IdCollator, IdDataset
+    from geko_kernels.training.loader import GEKOLoader
     from geko_kernels.training.planning.sampler import GEKOSampler
     from geko_kernels.training.sft import GEKOSFTTrainer
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
 
 _LAZY = {
+    "GEKOLoader": "loader",
     "GEKOSampler": "planning.sampler",
     "GEKOMixin": "trainer",
     "GEKOSFTTrainer": "sft",
     "GEKOTrainer": "trainer",
     "GEKOTrainingArguments": "arguments",
+    "IdCollator": "data",
+    "IdDataset": "data",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "Bucket",
     "GEKOConfig",
+    "GEKOLoader",
     "GEKOMixin",
     "GEKOSFTTrainer",
     "GEKOSampler",
     "GEKOTrainer",
     "GEKOTrainingArguments",
+    "IdCollator",
+    "IdDataset",
     "MountainCurriculum",
     "Phase",
     "SampleState",

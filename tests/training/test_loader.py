@@ -1,0 +1,246 @@
+"""`GEKOLoader`: the loop of a run without a trainer."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import geko_kernels as gk
+
+N, CLASSES, BATCH = 96, 3, 16
+
+
+class Toy(torch.utils.data.Dataset):
+    """Inputs that a linear model tells apart; their labels."""
+
+    def __init__(self, size=N):
+        generator = torch.Generator().manual_seed(1)
+        self.labels = torch.arange(size) % CLASSES
+        self.inputs = torch.eye(CLASSES)[self.labels] * 4 + torch.randn(size, CLASSES, generator=generator)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.inputs[index], self.labels[index]
+
+
+class Run:
+    """A model, its optimizer and a loader."""
+
+    def __init__(self, num_epochs=6, **named):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(CLASSES, CLASSES)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.loader = gk.GEKOLoader(Toy(), batch_size=BATCH, num_epochs=num_epochs, device="cpu", **named)
+        self.seen = []
+
+    def step(self, batch):
+        self.seen.append((batch.epoch, batch.trains, batch.ids.tolist()))
+        self.model.train(batch.trains)
+        with torch.set_grad_enabled(batch.trains):
+            inputs, labels = batch.data
+            loss = gk.weighted_loss(self.model(inputs), labels, batch.ids, self.loader.state, update=True)
+        if batch.trains:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def state_dict(self):
+        copied = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return {"loader": self.loader.state_dict(), "model": copied}
+
+    def load_state_dict(self, values):
+        self.loader.load_state_dict(values["loader"])
+        self.model.load_state_dict(values["model"])
+
+
+def test_loop_trains_every_sample_first_and_leaves_out_the_frozen():
+    dataset = Toy()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(CLASSES, CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loader = gk.GEKOLoader(dataset, batch_size=BATCH, num_epochs=8, device="cpu", collate_fn=None, seed=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1 - loader.progress)
+    trained, probed, progress = [0] * 8, 0, []
+    for batch in loader:
+        model.train(batch.trains)
+        with torch.set_grad_enabled(batch.trains):
+            inputs, labels = batch.data
+            loss = gk.weighted_loss(model(inputs), labels, batch.ids, loader.state, update=True)
+        if batch.trains:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        assert batch.ids.dtype == torch.int64
+        assert torch.equal(inputs, dataset.inputs[batch.ids])
+        assert batch.epoch == loader.epoch
+        trained[batch.epoch] += len(batch.ids) * batch.trains
+        probed += len(batch.ids) * (not batch.trains)
+        progress.append(loader.progress)
+    assert trained[0] == N
+    assert min(trained) < N / 2
+    assert probed > 0
+    assert progress == sorted(progress) and progress[0] == 0.0 and progress[-1] < 1
+    assert loader.progress == 1.0 and loader.epoch == 8
+    assert int(loader.state.times_seen.sum()) == sum(trained) + probed
+    assert list(loader) == []
+
+
+def test_first_epoch_is_the_order_of_randperm():
+    loader = gk.GEKOLoader(Toy(), batch_size=BATCH, num_epochs=1, device="cpu", seed=3)
+    ids = []
+    for batch in loader:
+        ids += batch.ids.tolist()
+        gk.weighted_loss(torch.zeros(len(batch.ids), CLASSES), batch.data[1], batch.ids, loader.state, update=True)
+    assert ids == torch.randperm(N, generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def test_epochs_is_the_same():
+    flat, nested = Run(), Run()
+    for batch in flat.loader:
+        flat.step(batch)
+    ends = []
+    for epoch in nested.loader.epochs():
+        for batch in epoch:
+            nested.step(batch)
+        ends.append(nested.loader.epoch)
+    assert nested.seen == flat.seen
+    assert ends == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumes_bit_for_bit(workers):
+    whole = Run(num_workers=workers)
+    saved = []
+    for batch in whole.loader:
+        saved.append(whole.state_dict())  # before the batch is trained
+        whole.step(batch)
+    probes = [at for at, (_, trains, _) in enumerate(whole.seen) if not trains]
+    places = range(len(saved)) if workers == 0 else [3, probes[0]]
+    for at in places:
+        resumed = Run(num_workers=workers)
+        resumed.load_state_dict(saved[at])
+        for batch in resumed.loader:
+            resumed.step(batch)
+        assert resumed.seen == whole.seen[at:]
+        assert torch.equal(resumed.model.weight, whole.model.weight)
+        for name, column in whole.loader.state.state_dict().items():
+            assert torch.equal(resumed.loader.state.state_dict()[name], column), name
+        assert resumed.loader.progress == 1.0
+
+
+def test_refuses_a_loop_that_counts_no_visit():
+    loader = gk.GEKOLoader(Toy(), batch_size=BATCH, device="cpu")
+    with pytest.raises(RuntimeError, match=r"weighted_loss\(logits, labels, batch.ids, loader.state, update=True\)"):
+        list(loader)
+
+
+def test_moves_nested_data():
+    items = [{"x": torch.ones(2), "more": (i, "text")} for i in range(4)]
+    batch = next(iter(gk.GEKOLoader(items, batch_size=4, device="cpu")))
+    assert batch.data["x"].shape == (4, 2)
+    assert batch.data["more"][0].tolist() == batch.ids.tolist()
+    assert list(batch.data["more"][1]) == ["text"] * 4
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"num_epochs": 1.5}, TypeError, "num_epochs must be an int, got 1.5"),
+        ({"config": {}}, TypeError, "config must be a GEKOConfig, got dict"),
+        ({"collate_fn": 3}, TypeError, "collate_fn must be callable, got int"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
+        ({"dataset": iter([1])}, TypeError, r"dataset must have len\(\) and \[\], got list_iterator"),
+        ({"dataset": []}, ValueError, "dataset must have at least one sample, got none"),
+    ],
+)
+def test_refuses_wrong_arguments(named, error, message):
+    with pytest.raises(error, match=message):
+        gk.GEKOLoader(**{"dataset": Toy(), "device": "cpu", **named})
+
+
+def test_refuses_the_state_of_another_run():
+    saved = gk.GEKOLoader(Toy(), batch_size=8, device="cpu").state_dict()
+    with pytest.raises(ValueError, match=r"state_dict\['batch_size'\] is 8, and this loader's batch_size is 4"):
+        gk.GEKOLoader(Toy(), batch_size=4, device="cpu").load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state_dict\['num_samples'\] is 96"):
+        gk.GEKOLoader(Toy(90), batch_size=8, device="cpu").load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state_dict lacks .*'due', .*GEKOLoader.state_dict"):
+        gk.GEKOLoader(Toy(), batch_size=8, device="cpu").load_state_dict({"num_samples": N})
+
+
+def test_iterating_anew_goes_on_with_the_batch_at_hand():
+    whole, broken = Run(), Run()
+    for batch in whole.loader:
+        whole.step(batch)
+    while broken.loader.progress < 1:
+        for count, batch in enumerate(broken.loader):
+            if count == 3:
+                break
+            broken.step(batch)
+    assert broken.seen == whole.seen
+    assert torch.equal(broken.model.weight, whole.model.weight)
+
+
+def test_state_dict_passes_a_file_and_is_a_copy(tmp_path):
+    run = Run()
+    batches = iter(run.loader)
+    for _ in range(8):
+        run.step(next(batches))
+    at_hand = next(batches)
+    saved = run.loader.state_dict()
+    torch.save(saved, tmp_path / "loader.pt")
+    run.step(at_hand)
+    run.step(next(batches))
+    loaded = torch.load(tmp_path / "loader.pt", weights_only=True)
+    for name, column in loaded["state"].items():
+        assert torch.equal(column, saved["state"][name]), name
+    resumed = Run()
+    resumed.loader.load_state_dict(loaded)
+    assert next(iter(resumed.loader)).ids.tolist() == at_hand.ids.tolist()
+
+
+def test_refuses_probes_that_count_no_visit():
+    run = Run()
+    with pytest.raises(RuntimeError, match=r"no visit was counted in the probes of epoch \d: .*update=True"):
+        for batch in run.loader:
+            if batch.trains:
+                run.step(batch)
+
+
+def test_refuses_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match=r"serves one process, and torch.distributed runs 2"):
+        gk.GEKOLoader(Toy(), device="cpu")
+
+
+def test_comes_without_transformers():
+    names = "gk.GEKOLoader, gk.IdDataset, gk.IdCollator"
+    code = f"import sys, geko_kernels as gk; {names}; print('transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+def test_refuses_epochs_that_are_not_iterated():
+    with pytest.raises(RuntimeError, match="no batch of epoch 0 was consumed before the next epoch was asked for"):
+        list(gk.GEKOLoader(Toy(), device="cpu").epochs())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"due": torch.tensor([N])}, r"state_dict\['due'\] must hold ids in \[0, 96\), got 96..96"),
+        ({"due": torch.tensor([0.5])}, r"state_dict\['due'\] must be None or a tensor of int64 ids"),
+        ({"probed": -1}, r"state_dict\['probed'\] must be an int from 0"),
+    ],
+)
+def test_refuses_a_damaged_state(damage, message):
+    loader = gk.GEKOLoader(Toy(), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict({**loader.state_dict(), **damage})
