@@ -12,6 +12,7 @@ from geko_kernels.state import SampleState
 
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
+    from geko_kernels.training.observe import observe
     from geko_kernels.training.planning.sampler import GEKOSampler
     from geko_kernels.training.sft import GEKOSFTTrainer
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
@@ -22,6 +23,7 @@ _LAZY = {
     "GEKOSFTTrainer": "sft",
     "GEKOTrainer": "trainer",
     "GEKOTrainingArguments": "arguments",
+    "observe": "observe",
 }
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ __all__ = [
     "Phase",
     "SampleState",
     "SampleStats",
+    "observe",
     "weighted_linear_loss",
     "weighted_loss",
 ]
