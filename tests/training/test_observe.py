@@ -43,8 +43,10 @@ def _trainer(path, causal, **given):
 @pytest.mark.parametrize("causal", [True, False])
 def test_observed_training_is_bit_for_bit_the_same(tmp_path, causal):
     plain, observed = _trainer(tmp_path, causal), _trainer(tmp_path, causal)
+    torch.manual_seed(7)
     plain.train()
     observation = gk.observe(observed)
+    torch.manual_seed(7)
     observed.train()
     losses = [[entry.get("loss") for entry in one.state.log_history] for one in (plain, observed)]
     assert losses[0] == losses[1]
@@ -84,6 +86,12 @@ def test_refusals(tmp_path):
         gk.observe(trainer)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         gk.observe(_trainer(tmp_path, True, label_smoothing_factor=0.1))
+    trainer = _trainer(tmp_path, True)
+    gk.observe(trainer)
+    loss = trainer.model.loss_function
+    trainer.model.loss_function = lambda *args, **named: 2 * loss(*args, **named)
+    with pytest.raises(ValueError, match="is the cross-entropy of the logits"):
+        trainer.train()
     trainer = _trainer(tmp_path, True)
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="not an iterable one"):
