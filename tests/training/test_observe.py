@@ -4,11 +4,16 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
 )
@@ -95,4 +100,43 @@ def test_refusals(tmp_path):
     trainer = _trainer(tmp_path, True)
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="not an iterable one"):
+        gk.observe(trainer)
+
+
+@pytest.mark.parametrize("given", [{}, {"train_sampling_strategy": "group_by_length"}, {"dataloader_num_workers": 1}])
+def test_seq2seq_with_evaluation_and_columns_nobody_reads(tmp_path, given):
+    def run(observe):
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        model = BartForConditionalGeneration(BartConfig(vocab_size=19, max_position_embeddings=16, **sizes, **heads))
+        tokens = torch.randint(4, 19, (10, 8), generator=torch.Generator().manual_seed(1)).tolist()
+        data = Dataset.from_dict({"input_ids": tokens, "labels": tokens, "source": ["x"] * 10})
+        options = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "eval_strategy": "epoch", "use_cpu": True}
+        args = Seq2SeqTrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=3,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            **options,
+            **given,
+        )
+        trainer = Seq2SeqTrainer(model, args, train_dataset=data, eval_dataset=data)
+        observation = gk.observe(trainer) if observe else None
+        trainer.train()
+        return trainer, observation
+
+    (plain, _), (observed, observation) = run(False), run(True)
+    for key in ("loss", "eval_loss"):
+        assert [e.get(key) for e in plain.state.log_history] == [e.get(key) for e in observed.state.log_history]
+    for a, b in zip(plain.model.state_dict().values(), observed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert observation.state.times_seen.tolist() == [2] * 10
+
+
+def test_a_recording_trainer_is_refused(tmp_path):
+    model = _trainer(tmp_path, True).model
+    trainer = gk.GEKOTrainer(model, gk.GEKOTrainingArguments(str(tmp_path), use_cpu=True), train_dataset=[{}])
+    with pytest.raises(TypeError, match="GEKOTrainer records its samples already"):
         gk.observe(trainer)
