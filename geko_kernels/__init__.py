@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
     from geko_kernels.training.data import IdCollator, IdDataset
     from geko_kernels.training.loader import GEKOLoader
+    from geko_kernels.training.observe import observe
     from geko_kernels.training.planning.sampler import GEKOSampler
     from geko_kernels.training.sft import GEKOSFTTrainer
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
@@ -27,6 +28,7 @@ _LAZY = {
     "GEKOTrainingArguments": "arguments",
     "IdCollator": "data",
     "IdDataset": "data",
+    "observe": "observe",
 }
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "Phase",
     "SampleState",
     "SampleStats",
+    "observe",
     "weighted_linear_loss",
     "weighted_loss",
 ]
