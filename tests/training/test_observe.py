@@ -140,3 +140,16 @@ def test_a_recording_trainer_is_refused(tmp_path):
     trainer = gk.GEKOTrainer(model, gk.GEKOTrainingArguments(str(tmp_path), use_cpu=True), train_dataset=[{}])
     with pytest.raises(TypeError, match="GEKOTrainer records its samples already"):
         gk.observe(trainer)
+
+
+def test_samples_joined_in_one_row_are_refused(tmp_path):
+    trainer = _trainer(tmp_path, True)
+
+    def flat(items):
+        tokens = torch.cat([item["input_ids"] for item in items])[None]
+        return {"input_ids": tokens, "labels": tokens}
+
+    trainer.data_collator = flat
+    gk.observe(trainer)
+    with pytest.raises(ValueError, match="one row a sample"):
+        trainer.train()
