@@ -1,4 +1,4 @@
-"""The smallest plain loop with GEKO: a toy classifier, each epoch drawn from the samples that are not yet learnt."""
+"""A loop of one's own with GEKO: a toy classifier, each epoch drawn from the samples that are not yet learnt."""
 
 import torch
 
@@ -10,19 +10,25 @@ labels = (inputs[:, :4] @ torch.randn(4, 5)).argmax(1)  # 5 classes
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-state = gk.SampleState(len(inputs), gk.GEKOConfig.balanced())  # one row a sample
-for epoch in range(10):
-    chosen = state.bucket != gk.Bucket.FREEZE  # no sample is frozen before its first visit
-    if epoch % 3 == 0:
-        chosen[:] = True  # look again at the frozen ones: one that has been forgotten thaws
-    ids_of_epoch = chosen.nonzero().squeeze(1)
-    for ids in ids_of_epoch[torch.randperm(len(ids_of_epoch))].split(50):
-        loss = gk.weighted_loss(model(inputs[ids]), labels[ids], ids, state)  # in place of F.cross_entropy
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    counts = {bucket.name: count for bucket, count in zip(gk.Bucket, state.bucket_counts().tolist(), strict=True)}
-    print(f"epoch {epoch + 1}: trained on {len(ids_of_epoch)} samples, now {counts}")
+dataset = torch.utils.data.TensorDataset(inputs, labels)
+loader = gk.GEKOLoader(dataset, batch_size=50, num_epochs=10)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1 - loader.progress)
+for number, epoch in enumerate(loader.epochs(), 1):
+    trained = 0
+    for batch in epoch:  # the planned ones, and looks at what was left out (`trains` False)
+        model.train(batch.trains)
+        with torch.set_grad_enabled(batch.trains):
+            x, y = batch.data
+            loss = gk.weighted_loss(model(x), y, batch.ids, loader.state, update=True)  # in place of F.cross_entropy
+        if batch.trains:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            trained += len(batch.ids)
+    buckets = loader.state.bucket_counts().tolist()
+    counts = {bucket.name: count for bucket, count in zip(gk.Bucket, buckets, strict=True)}
+    print(f"epoch {number}: trained on {trained} samples, now {counts}")
 
 accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
 print(f"accuracy on the training set: {accuracy:.3f}")

@@ -73,16 +73,14 @@ class IdCollator:
         name = label_of(batch, self.label_names)
         if name is None:
             raise ValueError(
-                f"GEKOTrainer needs labels: the data collator returned only {sorted(batch)}, and none of the label "
+                f"training needs labels: the data collator returned only {sorted(batch)}, and none of the label "
                 f"names {list(self.label_names)}. For a causal LM labels may be a copy of input_ids; a column of "
                 "another name is named by TrainingArguments(label_names=[...])"
             )
         labels = torch.as_tensor(batch[name])
         if not self.passes_ids:
             if "sample_ids" in batch:
-                raise ValueError(
-                    "the batch already has 'sample_ids', which GEKOTrainer adds itself; rename that column"
-                )
+                raise ValueError("the batch already has 'sample_ids', which is added to it; rename that column")
             batch["sample_ids"] = _ids_of(ids, items, labels)
         if -1 in ids:
             batch[name] = _without_repeats(labels, batch["sample_ids"])

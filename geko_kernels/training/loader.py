@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.data import IdDataset, Identified
+from geko_kernels.training.fingerprint import changed_items, fingerprint
 from geko_kernels.training.planning.sampler import GEKOSampler
 
-_SAME = ("num_samples", "batch_size", "seed")  # what a run has to share with the one it goes on from
+_SAME = ("num_samples", "batch_size", "num_epochs", "seed")  # what a run has to share with the one it goes on from
 _UNCOUNTED = (
     "no visit was counted in {what} of epoch {epoch}: train and probe with "
     "weighted_loss(logits, labels, batch.ids, loader.state, update=True)"
@@ -98,6 +99,7 @@ class GEKOLoader:
         self.state = SampleState(len(dataset), config or GEKOConfig.recommended(), self.device)
         self.sampler = GEKOSampler(self.state, num_epochs, seed=seed)
         self._collate = _Collate(collate_fn or default_collate)
+        self._items: dict[str, Any] | None = None  # digests of some
         self._consumed = 0  # samples of the plan at hand
         self._due: Tensor | None = None  # ids of the round of probes at hand,
         self._probed = 0  # and how many of them are consumed
@@ -196,7 +198,10 @@ class GEKOLoader:
         return {
             "num_samples": len(self.dataset),
             "batch_size": self.batch_size,
+            "num_epochs": self.num_epochs,
             "seed": self.seed,
+            "config": self.state.config.to_dict(),
+            "items": self._fingerprint(),
             "state": _copied(self.state.state_dict()),
             "upstream": self.state.upstream.clone(),
             "sampler": _copied(sampler.state_dict(self._consumed)),
@@ -209,15 +214,13 @@ class GEKOLoader:
         """Go on from `state_dict()`; iterate anew afterwards.
 
         Raises:
-            ValueError: a value is missing or damaged, or of a run with other data, batch_size or seed; names it.
+            ValueError: a value is missing or damaged, or of a run with other data, batch_size, num_epochs, seed or
+                config; names it.
         """
         missing = sorted(_KEYS - values.keys())
         if missing:
             raise ValueError(f"state_dict lacks {missing}: is it what GEKOLoader.state_dict() returned?")
-        own = {"num_samples": len(self.dataset), "batch_size": self.batch_size, "seed": self.seed}
-        for name in _SAME:
-            if values[name] != own[name]:
-                raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own[name]!r}")
+        self._check_same_run(values)
         _check_due(values["due"], values["probed"], len(self.dataset))
         before = _copied(self.state.state_dict())
         self.state.load_state_dict(values["state"])
@@ -236,8 +239,29 @@ class GEKOLoader:
         if self._due is not None:
             self.sampler.probes.hand_out_(self._due, self.state.times_seen)
 
+    def _check_same_run(self, values: Mapping[str, Any]) -> None:
+        own = {"num_samples": len(self.dataset), **{name: getattr(self, name) for name in _SAME[1:]}}
+        for name in _SAME:
+            if values[name] != own[name]:
+                raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own[name]!r}")
+        config = self.state.config.to_dict()
+        for name in sorted({*config, *values["config"]}):
+            if values["config"].get(name) != config.get(name):
+                raise ValueError(
+                    f"state_dict['config'] has {name}={values['config'].get(name)!r}, and this loader's config "
+                    f"{config.get(name)!r}"
+                )
+        changed, compared = changed_items(values["items"], self._fingerprint())
+        if changed:
+            raise ValueError(f"state_dict is of a run over other data: {changed} of {compared} items compared differ")
 
-_KEYS = {*_SAME, "state", "upstream", "sampler", "due", "probed", "looked"}
+    def _fingerprint(self) -> dict[str, Any]:
+        if self._items is None:
+            self._items = fingerprint(self.dataset, in_worker=self.num_workers > 0)
+        return self._items
+
+
+_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked"}
 
 
 class _Collate:
@@ -285,12 +309,12 @@ def _moved(data: Any, device: torch.device) -> Any:
     """`data` with every tensor in it on `device`; what has a `to` of its own is asked."""
     if isinstance(data, Tensor):
         return data.to(device, non_blocking=True)
+    if callable(getattr(data, "to", None)):  # a PackedSequence among them, which is a named tuple
+        return data.to(device)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(_moved(part, device) for part in data))
     if isinstance(data, list | tuple):
         return type(data)(_moved(part, device) for part in data)
-    if callable(getattr(data, "to", None)):
-        return data.to(device)
     if isinstance(data, Mapping):
         return {name: _moved(part, device) for name, part in data.items()}
     return data

@@ -22,7 +22,7 @@ from geko_kernels.training.data import IGNORED, IdCollator, IdDataset, label_of
 from geko_kernels.training.trainer import GEKOMixin
 
 _PATCHED = ("_get_dataloader", "compute_loss")
-_TOLERANCE = 0.02  # relative: losses in bfloat16
+_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 0.02 where the model may have rounded its loss
 
 
 def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
@@ -149,12 +149,14 @@ class Observation(TrainerCallback):
         return (loss, outputs) if return_outputs else loss
 
     def _record(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> None:
-        if self._shift is None:
-            self._shift = _find_shift(logits, labels, loss, num_items)
-        if self._shift is None:  # no valid label
-            return
-        _, stats = weighted_loss(logits, labels, ids, self.state, shift=self._shift, update=True, return_stats=True)
-        chances = _label_probabilities(logits, labels, self._shift)
+        shift = self._shift
+        if shift is None:
+            if not bool((labels != IGNORED).any()):
+                return
+            shift, certain = _find_shift(logits, labels, loss, num_items)
+            self._shift = shift if certain else None
+        _, stats = weighted_loss(logits, labels, ids, self.state, shift=shift, update=True, return_stats=True)
+        chances = _label_probabilities(logits, labels, shift)
         new = torch.stack([stats.loss, chances, stats.accuracy])
         row = self._records[-1]
         row[:, ids] = torch.where(stats.num_tokens > 0, new, row[:, ids])
@@ -178,10 +180,8 @@ def _check(trainer: Any, config: Any) -> None:
         raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")
 
 
-def _find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any) -> bool | None:
-    """Which cross-entropy, of labels shifted or not, the trainer's loss is; None where no label counts."""
-    if not bool((labels != IGNORED).any()):
-        return None
+def _find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any) -> tuple[bool, bool]:
+    """Is the trainer's loss the cross-entropy of shifted labels? And is that certain, or do both fit this batch?"""
     found = {}
     for shift in (False, True) if logits.dim() == 3 else (False,):
         plain = weighted_loss(logits, labels, reduction="token_mean", shift=shift)
@@ -190,12 +190,13 @@ def _find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any) ->
             means.append(float(weighted_loss(logits, labels, reduction="token_mean", shift=shift, num_items=num_items)))
         found[shift] = min(abs(mean - float(loss)) for mean in means)
     best = min(found, key=lambda shift: found[shift])
-    if not found[best] <= _TOLERANCE * abs(float(loss)) + 1e-6:
+    allowed = _CLOSE.get(logits.dtype, 0.02) * abs(float(loss)) + 1e-6
+    if not found[best] <= allowed:
         raise ValueError(
             f"observe needs a loss that is the cross-entropy of the logits: the trainer's is {float(loss):.6g}, and "
             f"the nearest cross-entropy is {found[best]:.6g} away"
         )
-    return best
+    return best, sum(distance <= allowed for distance in found.values()) == 1
 
 
 def _label_probabilities(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:

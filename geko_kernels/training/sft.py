@@ -11,7 +11,6 @@ from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.bases import arguments_of
-from geko_kernels.training.model_loss.found_loss import FoundLoss
 from geko_kernels.training.trainer import GEKOMixin
 
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
@@ -33,6 +32,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """
 
     _replaces = SFTTrainer
+    _fuses_head = False  # the metrics need logits
 
     def __init__(self, *args: Any, config: GEKOConfig | None = None, **named: Any) -> None:
         given = arguments_of(SFTTrainer, args, named)
@@ -43,8 +43,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
         if self.aux_loss_enabled:
             raise ValueError(
-                "GEKOSFTTrainer has no auxiliary loss: set output_router_logits=False in the model's config, or "
-                "train with SFTTrainer"
+                "GEKOSFTTrainer has no auxiliary loss: set router_aux_loss_coef=0.0 in SFTConfig, or use SFTTrainer"
             )
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **named: Any) -> Any:
@@ -64,10 +63,6 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
         if not torch.equal(rows, torch.arange(len(dataset))):  # shuffle_dataset
             prepared = prepared.select(rows.argsort().tolist())
         return prepared.remove_columns(_ROW)
-
-    def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
-        self._found = super()._find_loss(model, inputs)._replace(head=None)  # the metrics need logits
-        return self._found
 
     def compute_loss(
         self,

@@ -50,6 +50,7 @@ class GEKOMixin(PlannedMixin):
     _evaluates_itself: bool | None
     _loss_shifts_labels: bool
     label_names: list[str]
+    _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
 
     def __init_subclass__(cls, **named: Any) -> None:
@@ -173,7 +174,7 @@ class GEKOMixin(PlannedMixin):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
-                fuse=not (self.is_deepspeed_enabled or is_compiled(model)),
+                fuse=self._fuses_head and not (self.is_deepspeed_enabled or is_compiled(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)

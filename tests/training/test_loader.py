@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import geko_kernels as gk
+from geko_kernels.training.loader import Batch, _moved
 
 N, CLASSES, BATCH = 96, 3, 16
 
@@ -146,6 +147,14 @@ def test_moves_nested_data():
     assert list(batch.data["more"][1]) == ["text"] * 4
 
 
+def test_moves_packed_sequences_and_named_tuples():
+    """On the meta device: `PackedSequence` keeps its batch sizes on the CPU."""
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    moved = _moved({"packed": packed, "pair": Batch(torch.ones(2), torch.ones(1), 0, True)}, torch.device("meta"))
+    assert moved["packed"].data.is_meta and moved["packed"].batch_sizes.device.type == "cpu"
+    assert isinstance(moved["pair"], Batch) and moved["pair"].ids.is_meta
+
+
 @pytest.mark.parametrize(
     ("named", "error", "message"),
     [
@@ -170,6 +179,15 @@ def test_refuses_the_state_of_another_run():
         gk.GEKOLoader(Toy(), batch_size=4, device="cpu").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state_dict\['num_samples'\] is 96"):
         gk.GEKOLoader(Toy(90), batch_size=8, device="cpu").load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state_dict\['num_epochs'\] is 10, and this loader's num_epochs is 3"):
+        gk.GEKOLoader(Toy(), batch_size=8, num_epochs=3, device="cpu").load_state_dict(saved)
+    config = gk.GEKOConfig.recommended(light_interval=3)
+    with pytest.raises(ValueError, match=r"has light_interval=2, and this loader's config 3"):
+        gk.GEKOLoader(Toy(), batch_size=8, config=config, device="cpu").load_state_dict(saved)
+    other = Toy()
+    other.inputs = other.inputs + 1
+    with pytest.raises(ValueError, match=r"of a run over other data: 64 of 64 items compared differ"):
+        gk.GEKOLoader(other, batch_size=8, device="cpu").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state_dict lacks .*'due', .*GEKOLoader.state_dict"):
         gk.GEKOLoader(Toy(), batch_size=8, device="cpu").load_state_dict({"num_samples": N})
 

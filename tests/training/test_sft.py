@@ -155,6 +155,36 @@ def test_streams_and_other_losses_are_refused(tmp_path):
     assert issubclass(type("MySFT", (gk.GEKOSFTTrainer,), {}), trl.SFTTrainer)
 
 
+def test_an_auxiliary_loss_is_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+    def trainer(**fields):
+        settings = {
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 1,
+            "save_strategy": "no",
+            **fields,
+        }
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=32, **sizes, **heads))
+        args = trl.SFTConfig(output_dir=str(tmp_path), **settings)
+        return gk.GEKOSFTTrainer(model=model, args=args, train_dataset=rows("text"), processing_class=chat_tokenizer())
+
+    with pytest.raises(ValueError, match=r"no auxiliary loss: set router_aux_loss_coef=0\.0 in SFTConfig"):
+        trainer()
+    trainer(router_aux_loss_coef=0.0).train()
+
+
+def test_no_head_is_looked_for(tmp_path):
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), max_steps=1)
+    trainer.train()
+    assert trainer._found.head is None
+
+
 def test_missing_trl_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "geko_kernels.training.sft", raising=False)
