@@ -24,7 +24,8 @@ struct HeldBatch : Batch {
 struct Rows {
   explicit Rows(const Tensor& logits);
   char* at(int64_t token) const {
-    return base + ((token / length) * strides[0] + (token % length) * strides[1]) * size;
+    const int64_t row = quotient(token, length);
+    return base + (row * strides[0] + (token - row * length) * strides[1]) * size;
   }
   char* base;
   int64_t batch, length, vocab, size, strides[3], element;
