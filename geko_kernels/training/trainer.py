@@ -21,11 +21,10 @@ from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
+from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.model_loss.own_loss import Route, find_loss, is_compiled, unwrap_compiled
-from geko_kernels.training.model_loss.untouched import untouched
-from geko_kernels.training.planned import PlannedMixin
+from geko_kernels.training.model_loss.own_loss import Route, is_compiled, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
@@ -35,7 +34,7 @@ logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOMixin(PlannedMixin):
+class GEKOMixin(EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
     It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
@@ -45,9 +44,6 @@ class GEKOMixin(PlannedMixin):
             of its own, which GEKO would replace.
     """
 
-    model_accepts_loss_kwargs: bool
-    _found: FoundLoss | None
-    _evaluates_itself: bool | None
     _loss_shifts_labels: bool
     label_names: list[str]
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
@@ -228,6 +224,8 @@ class GEKOMixin(PlannedMixin):
     ) -> Any:
         trains = "sample_ids" in inputs
         if not trains and isinstance(self._base(), PreTrainedModel):
+            if self._only_loss and self._evaluates_in_head(model, inputs):
+                return self._loss_in_head(model, inputs, return_outputs, num_items_in_batch)
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         if not trains and self._returns_loss(model, inputs):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -242,26 +240,6 @@ class GEKOMixin(PlannedMixin):
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
         return (loss, outputs) if return_outputs else loss
 
-    def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Does a module that is not of Transformers compute a loss of its own? Asked at its first evaluation."""
-        if self._evaluates_itself is None:
-            name = label_of(inputs, self.label_names)
-            takes = name is not None and computes_loss(self._base(), name)
-            with untouched(model, self.args.device):
-                self._evaluates_itself = takes and find_loss(model(**inputs)) is not None
-        return self._evaluates_itself
-
-    def _own_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
-    ) -> Any:
-        """The loss that the model computes, as Trainer takes it: of evaluation batches."""
-        ours = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = self._takes_num_items
-        try:
-            return super().compute_loss(model, inputs, return_outputs, num_items)
-        finally:
-            self.model_accepts_loss_kwargs = ours
-
     def _forward_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
     ) -> ModelLoss:
@@ -275,7 +253,7 @@ class GEKOMixin(PlannedMixin):
             model,
             self._base(),
             found.form,
-            found.head if sample_ids is not None else None,
+            found.head if sample_ids is not None or self._only_loss else None,
             inputs,
             labels,
             sample_ids,
