@@ -24,7 +24,7 @@ from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, I
 from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.model_loss.own_loss import Route, is_compiled, unwrap_compiled
+from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
@@ -170,7 +170,7 @@ class GEKOMixin(EvaluationMixin):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
-                fuse=self._fuses_head and not (self.is_deepspeed_enabled or is_compiled(model)),
+                fuse=self._fuses_head and not (self.is_deepspeed_enabled or in_one_graph(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)

@@ -89,6 +89,26 @@ def test_a_loss_alone_is_evaluated_without_logits(tmp_path, calls, trained):
     assert torch.get_rng_state().equal(after)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_trains_alike_and_is_compiled_once(tmp_path, calls, fullgraph):
+    """The loss leaves the graph at the head; a model that has to stay one graph keeps its logits."""
+    torch._dynamo.reset()
+    eager = train(tmp_path, tiny_llama())
+    count = len(calls)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = torch.compile(tiny_llama(), backend=backend, fullgraph=fullgraph)
+    compiled = train(tmp_path, model, remove_unused_columns=False)  # Trainer cannot see its signature
+    assert len(calls) - count == (0 if fullgraph else count)
+    assert len(graphs) == (1 if fullgraph else 2)  # before the loss and after it
+    torch.testing.assert_close(curve(compiled), curve(eager), rtol=1e-4, atol=1e-5)
+    assert compiled.sample_state.times_seen.equal(eager.sample_state.times_seen)
+
+
 def test_metrics_are_evaluated_with_logits(tmp_path, calls):
     shapes = []
 
