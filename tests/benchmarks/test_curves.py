@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.end_to_end import curves, texts
+from benchmarks.end_to_end import curves, curves_plot, texts
+from benchmarks.results import RESULTS, read
 
 
 @pytest.fixture
@@ -70,3 +71,8 @@ def test_a_run_looks_with_every_average(file, tmp_path, monkeypatch, cosine):
     assert last["raw"]["seen"][0] < 8.3  # log(4096), chance
     if not cosine:
         assert last["5/t"]["seen"] != last["raw"]["seen"]
+
+
+def test_the_recorded_curves_can_be_drawn(tmp_path):
+    curves_plot.draw(read(RESULTS / "curves_2026-11-27.jsonl.gz"), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
