@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from geko_kernels.cli.data import Records
-from geko_kernels.cli.errors import UsageError
+from geko_kernels.training.formats.errors import DataError
+from geko_kernels.training.formats.records import Records
 
 _SHOWN = 10
 _KINDS = {bool: "true or false", int: "a number", str: "a name"}
@@ -20,14 +20,14 @@ class Classes(NamedTuple):
     note: str  # empty where every label is its own number
 
     def numbers(self, records: Records) -> list[int]:
-        """The number of each record's label; UsageError names the first one that the training data lacks."""
+        """The number of each record's label; DataError names the first one that the training data lacks."""
         number = {(type(label), label): i for i, label in enumerate(self.labels)}
         numbers = []
         for row, place in zip(records.rows, records.places, strict=True):
             label = row["label"]
             if (type(label), label) not in number:
                 known = _listed([repr(label) for label in self.labels])
-                raise UsageError(
+                raise DataError(
                     f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}"
                 )
             numbers.append(number[type(label), label])
@@ -44,10 +44,10 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
         first.setdefault(type(row["label"]), (place, row["label"]))
     if len(first) > 1:
         kinds = " and ".join(f"{_KINDS[kind]} in {place} ({label!r})" for kind, (place, label) in first.items())
-        raise UsageError(f"{train.source}: the label is {kinds}; write all labels alike")
+        raise DataError(f"{train.source}: the label is {kinds}; write all labels alike")
     labels = sorted({row["label"] for row in train.rows})
     if len(labels) == 1:
-        raise UsageError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
+        raise DataError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
     names = [str(label).lower() if isinstance(label, bool) else str(label) for label in labels]
     if labels == list(range(len(labels))) and bool not in first:
         generic = {i: f"LABEL_{i}" for i in range(len(labels))}

@@ -1,0 +1,82 @@
+"""Conversations as token ids, with labels where the assistant speaks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from geko_kernels.training.data import IGNORED
+from geko_kernels.training.formats.errors import DataError
+from geko_kernels.training.formats.records import Turn
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatEncoder:
+    """Encodes conversations by the tokenizer's chat template; every assistant turn is trained.
+
+    Where the template marks what the assistant generates, those are its labels. Otherwise its turn begins where the
+    turns before it end, with the generation prompt behind them, and ends where it ends in the conversation up to it.
+
+    Raises:
+        DataError: a tokenizer without a chat template, or a slow one.
+    """
+
+    def __init__(self, source: str, tokenizer: Any) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{source} holds conversations, and the tokenizer {name} has no chat template: take the model's chat "
+                "or instruct version, or set tokenizer.chat_template and save it; data with `prompt` and `completion` "
+                "as text need none"
+            )
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{source} holds conversations, for which the tokenizer {name} must be a fast one, which knows the "
+                "place of each token in the text"
+            )
+        self.marks = _GENERATION.search(tokenizer.get_chat_template()) is not None
+
+    def encode(self, where: str, turns: list[Turn], given: int = 0) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of a conversation whose first `given` turns are not trained.
+
+        Raises:
+            DataError: the template fails, or does not render the turns up to an assistant's as a beginning of all.
+        """
+        if self.marks and not given:
+            encoded = self._apply(where, turns, return_dict=True, return_assistant_tokens_mask=True)
+            ids, trained = encoded["input_ids"], encoded["assistant_masks"]
+        else:
+            text = self._apply(where, turns, tokenize=False)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = [self._span(where, turns, i, text) for i, turn in enumerate(turns) if i >= given and _speaks(turn)]
+            ids = encoded["input_ids"]
+            trained = [any(a < end and b > start for start, end in spans) for a, b in encoded["offset_mapping"]]
+        return ids, [token if counts else IGNORED for token, counts in zip(ids, trained, strict=True)]
+
+    def _span(self, where: str, turns: list[Turn], index: int, text: str) -> tuple[int, int]:
+        """Where the assistant's turn `index` stands in the `text` of all turns."""
+        before = self._apply(where, turns[:index], tokenize=False, add_generation_prompt=True)
+        whole = self._apply(where, turns[: index + 1], tokenize=False)
+        if not (whole.startswith(before) and text.startswith(whole)):
+            raise DataError(
+                f"{where}: the chat template does not render the turns up to the assistant's (turn {index}) as a "
+                "beginning of the whole conversation, so it is unknown which tokens are the assistant's: mark them in "
+                "the template by {% generation %} and {% endgeneration %}, or split the conversation so that each has "
+                "one assistant turn, its last"
+            )
+        return len(before), len(whole)
+
+    def _apply(self, where: str, turns: list[Turn], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:  # a template may raise anything
+            which = f"the first {len(turns)} turns" if turns else "no turns, as before a first one of the assistant"
+            raise DataError(
+                f"{where}: the chat template cannot render {which} ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _speaks(turn: Turn) -> bool:
+    return turn["role"] == "assistant"
