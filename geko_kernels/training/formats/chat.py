@@ -57,6 +57,11 @@ class ChatEncoder:
 
     def _span(self, where: str, turns: list[Turn], index: int, text: str) -> tuple[int, int]:
         """Where the assistant's turn `index` stands in the `text` of all turns."""
+        if not index:
+            raise DataError(
+                f"{where}: the conversation begins with a turn of the assistant, and the chat template shows what "
+                "leads to a turn only behind another one: put a turn of the user before it, or remove it"
+            )
         before = self._apply(where, turns[:index], tokenize=False, add_generation_prompt=True)
         whole = self._apply(where, turns[: index + 1], tokenize=False)
         if not (whole.startswith(before) and text.startswith(whole)):
@@ -72,10 +77,8 @@ class ChatEncoder:
         try:
             return self.tokenizer.apply_chat_template(turns, **options)
         except Exception as error:  # a template may raise anything
-            which = f"the first {len(turns)} turns" if turns else "no turns, as before a first one of the assistant"
-            raise DataError(
-                f"{where}: the chat template cannot render {which} ({type(error).__name__}: {error})"
-            ) from error
+            told = f"the first {len(turns)} turns ({type(error).__name__}: {error})"
+            raise DataError(f"{where}: the chat template cannot render {told}") from error
 
 
 def _speaks(turn: Turn) -> bool:

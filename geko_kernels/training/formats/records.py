@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
 _TURNS = ("messages", "conversations")
 _LISTS = (*_TURNS, "prompt", "completion")
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
-_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 Turn = dict[str, Any]
 
@@ -35,6 +33,7 @@ class Records(NamedTuple):
     rows: list[dict[str, Any]]
     places: list[str]  # of the rows: "line 1" or "record 0"
     notes: tuple[str, ...] = ()  # what to tell of how they were read
+    is_table: bool = False  # whose labels are text, whatever they stand for
 
     @property
     def is_classification(self) -> bool:
@@ -84,12 +83,10 @@ def read_records(data: Any, label_column: str = "") -> Records:
             raise DataError(
                 f"{name}: `prompt` is text in one of {places[0]} and {other}, turns in the other; write all alike"
             )
-    if source.is_table and "label" in fields:
-        _type_labels(rows)
     used = {label if field == "label" else field for field in (*fields, *extra)}
     unused = sorted(str(column) for column in source.rows[0][1].keys() - used)
     notes = [*source.notes, *([f"{name}: columns that are not used: {', '.join(unused)}"] if unused else [])]
-    return Records(name, fields, rows, places, tuple(notes))
+    return Records(name, fields, rows, places, tuple(notes), source.is_table)
 
 
 def _numbered(data: Any) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -180,20 +177,6 @@ def _turn(where: str, turn: Any) -> Turn:
         raise DataError(f"{where}: `content` must be text, got {_short(content)}")
     _check_text(where, "content", content or "")
     return turn
-
-
-def _type_labels(rows: list[dict[str, Any]]) -> None:
-    """The labels of a table, whose fields are text: numbers where all are whole ones, true and false likewise."""
-    labels = [row["label"] for row in rows]
-    truth = {"true": True, "false": False}
-    if all(_WHOLE.fullmatch(label) for label in labels):
-        typed: list[Any] = [int(label) for label in labels]
-    elif all(label.lower() in truth for label in labels):
-        typed = [truth[label.lower()] for label in labels]
-    else:
-        return
-    for row, label in zip(rows, typed, strict=True):
-        row["label"] = label
 
 
 def _short(value: Any) -> str:
