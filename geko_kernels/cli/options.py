@@ -20,6 +20,7 @@ _WHOLE = {
     "max_length": (2, _MOST),
     "seed": (0, 2**32 - 1),  # numpy takes no larger one
 }
+_METAVARS = {"label_column": "NAME", "str": "PATH", "int": "N", "float": "X"}
 _POSITIVE = {"epochs": 1_000_000, "learning_rate": 1_000_000}
 
 
@@ -83,11 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "--" + field.name.replace("_", "-"),
             type=kind,
             choices=choices or None,
-            metavar=None
-            if choices
-            else "NAME"
-            if field.name == "label_column"
-            else {"str": "PATH", "int": "N", "float": "X"}[kind.__name__],
+            metavar=None if choices else _METAVARS.get(field.name) or _METAVARS[kind.__name__],
             nargs="?" if field.name == "resume" else None,
             const=LAST_CHECKPOINT if field.name == "resume" else None,
             default=argparse.SUPPRESS,

@@ -80,11 +80,11 @@ class TestChats:
         expected = ([SYSTEM, F, EOS, *self.IDS], [X, X, X, *self.LABELS])
         assert items(gk.load_dataset(path, tokenizer(PLAIN))) == [expected]
 
-    @pytest.mark.parametrize("template", [PLAIN, MARKED])
-    def test_conversational_completion_trains_only_the_completion(self, tmp_path, template):
+    @pytest.mark.parametrize("template, end", [(PLAIN, EOS), (MARKED, X)])
+    def test_conversational_completion_trains_only_the_completion(self, tmp_path, template, end):
         said = turns("a", "b c", "d", "e")
         path = written(tmp_path / "a.jsonl", [{"prompt": said[:3], "completion": said[3:]}])
-        assert items(gk.load_dataset(path, tokenizer(template))) == [(self.IDS, [X] * 11 + [E, EOS])]
+        assert items(gk.load_dataset(path, tokenizer(template))) == [(self.IDS, [X] * 11 + [E, end])]
 
     def test_a_table_that_fills_keys_up_is_the_same_chat(self, tmp_path):
         pytest.importorskip("datasets")
@@ -142,6 +142,12 @@ class TestChats:
         path = written(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}])
         with pytest.raises(DataError, match="has no chat template: take the model's chat or instruct version, or set"):
             gk.load_dataset(path, tokenizer())
+
+    def test_several_templates_without_a_default(self, tmp_path):
+        path = written(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}])
+        with pytest.raises(DataError, match="holds conversations, and .* does not say by which template: "):
+            gk.load_dataset(path, tokenizer({"tools": PLAIN, "rag": PLAIN}))
+        assert len(gk.load_dataset(path, tokenizer({"tools": MARKED, "default": PLAIN}))) == 1
 
     def test_template_that_fails(self, tmp_path):
         path = written(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}])
@@ -210,6 +216,16 @@ class TestFiles:
             gk.load_dataset(tmp_path / "a.parquet", tokenizer())
         assert texts(gk.load_dataset(written(tmp_path / "a.jsonl", [{"text": "a"}]), tokenizer())) == [[A]]
 
+    def test_what_is_no_data(self):
+        with pytest.raises(TypeError, match="data must be a path, a hub name or an iterable of records, got int"):
+            gk.load_dataset(3, tokenizer())
+        with pytest.raises(DataError, match=r"splits or columns \['train'\]; give one split, or a list of records"):
+            gk.load_dataset({"train": [{"text": "a"}]}, tokenizer())
+        with pytest.raises(DataError, match="the dataset, record 1: must be a mapping of column to value, got 'b'"):
+            gk.load_dataset([{"text": "a"}, "b"], tokenizer())
+        with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got 1"):
+            gk.load_dataset([{"text": "a"}], tokenizer(), max_length=1)
+
     def test_damaged_parquet(self, tmp_path):
         pytest.importorskip("datasets")
         (tmp_path / "a.parquet").write_bytes(b"PAR1")
@@ -242,12 +258,14 @@ class TestFiles:
             DataError, match="holds only test.jsonl, and none for training; give the file that you want"
         ):
             gk.load_dataset(tmp_path, tokenizer())
+        written(tmp_path / "more.jsonl", [{"text": "d"}])
+        assert texts(gk.load_dataset(tmp_path, tokenizer())) == [[D]]
         written(tmp_path / "train-0.jsonl", [{"text": "a"}])
         written(tmp_path / "train-1.jsonl", [{"text": "b"}])
         data = gk.load_dataset(tmp_path, tokenizer())
         assert texts(data) == [[A], [B]]
         assert data.notes == [
-            f"{tmp_path}: read train-0.jsonl, train-1.jsonl; not test.jsonl, which is not for training"
+            f"{tmp_path}: read train-0.jsonl, train-1.jsonl; left out, as not for training: more.jsonl, test.jsonl"
         ]
 
     @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def load_dataset(
         class_names: `model.config.id2label` of a model that has classes already, whose order is kept.
 
     Raises:
+        TypeError, ValueError: `data` or `max_length` is none of these.
         DataError: a ValueError; there are no such data, or they are in none of the formats; names the record.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:

@@ -15,7 +15,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatEncoder:
     """Encodes conversations by the tokenizer's chat template; every assistant turn is trained.
 
-    Where the template marks what the assistant generates, those are its labels. Otherwise its turn begins where the
+    Where the template marks what the assistant generates, that is trained. Otherwise its turn begins where the
     turns before it end, with the generation prompt behind them, and ends where it ends in the conversation up to it.
 
     Raises:
@@ -36,7 +36,12 @@ class ChatEncoder:
                 f"{source} holds conversations, for which the tokenizer {name} must be a fast one, which knows the "
                 "place of each token in the text"
             )
-        self.marks = _GENERATION.search(tokenizer.get_chat_template()) is not None
+        try:
+            self.marks = _GENERATION.search(tokenizer.get_chat_template()) is not None
+        except ValueError as error:  # several templates, and none of them the default
+            raise DataError(
+                f"{source} holds conversations, and the tokenizer {name} does not say by which template: {error}"
+            ) from error
 
     def encode(self, where: str, turns: list[Turn], given: int = 0) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of a conversation whose first `given` turns are not trained.
@@ -44,16 +49,29 @@ class ChatEncoder:
         Raises:
             DataError: the template fails, or does not render the turns up to an assistant's as a beginning of all.
         """
-        if self.marks and not given:
-            encoded = self._apply(where, turns, return_dict=True, return_assistant_tokens_mask=True)
-            ids, trained = encoded["input_ids"], encoded["assistant_masks"]
+        text = self._apply(where, turns, tokenize=False)
+        if self.marks:
+            options = {"return_dict": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+            encoded = self._apply(where, turns, return_assistant_tokens_mask=True, **options)
+            start = self._end(where, turns, given, text)
+            marks = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
+            trained = [bool(mark) and b > start for mark, (_, b) in marks]
         else:
-            text = self._apply(where, turns, tokenize=False)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             spans = [self._span(where, turns, i, text) for i, turn in enumerate(turns) if i >= given and _speaks(turn)]
-            ids = encoded["input_ids"]
             trained = [any(a < end and b > start for start, end in spans) for a, b in encoded["offset_mapping"]]
+        ids = encoded["input_ids"]
         return ids, [token if counts else IGNORED for token, counts in zip(ids, trained, strict=True)]
+
+    def _end(self, where: str, turns: list[Turn], given: int, text: str) -> int:
+        """Where the first `given` turns end in the `text` of all."""
+        before = self._apply(where, turns[:given], tokenize=False) if given else ""
+        if not text.startswith(before):
+            raise DataError(
+                f"{where}: the chat template does not render the prompt as a beginning of the whole conversation, so "
+                "it is unknown which tokens are the completion's: give the turns as `messages`"
+            )
+        return len(before)
 
     def _span(self, where: str, turns: list[Turn], index: int, text: str) -> tuple[int, int]:
         """Where the assistant's turn `index` stands in the `text` of all turns."""

@@ -94,6 +94,8 @@ def _numbered(data: Any) -> Iterable[tuple[str, dict[str, Any]]]:
         raise DataError(
             f"the data have the splits or columns {sorted(map(str, data))}; give one split, or a list of records"
         )
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be a path, a hub name or an iterable of records, got {type(data).__name__}")
     for index, row in enumerate(data):
         if not isinstance(row, Mapping):
             raise DataError(f"the dataset, record {index}: must be a mapping of column to value, got {_short(row)}")

@@ -90,9 +90,8 @@ def _folder(path: str) -> Source:
         found += [name for name in whole if _reader_of(name)]
     found.sort()
     words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in found}
-    taken = found
-    if any(words[name] & (_TRAINING | _HELD_OUT) for name in found):
-        taken = [name for name in found if words[name] & _TRAINING and not words[name] & _HELD_OUT]
+    kept = [name for name in found if not words[name] & _HELD_OUT]
+    taken = [name for name in kept if words[name] & _TRAINING] or kept
     if not taken:
         why = f"only {_some(found)}, and none for training" if found else f"no file that ends in {', '.join(_READERS)}"
         raise DataError(f"the folder {path} holds {why}; give the file that you want")
@@ -107,7 +106,7 @@ def _folder(path: str) -> Source:
         assert reader is not None
         rows += [(f"{name}, {place}", row) for place, row in reader(os.path.join(path, name))]
     left = [name for name in found if name not in taken]
-    notes = [f"{path}: read {_some(taken)}" + (f"; not {_some(left)}, which is not for training" if left else "")]
+    notes = [f"{path}: read {_some(taken)}" + (f"; left out, as not for training: {_some(left)}" if left else "")]
     return Source(rows, kinds.pop(), notes)
 
 
