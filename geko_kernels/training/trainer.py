@@ -322,7 +322,8 @@ class GEKOMixin(EvaluationMixin):
 
     def _write_report(self) -> None:
         sampler = self._planned()
-        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history)
+        skipped = getattr(self.train_dataset, "skipped_rows", ())
+        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, summary)
