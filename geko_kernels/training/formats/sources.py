@@ -119,21 +119,25 @@ def _saved(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_hub_name(path: str) -> None:
-    """Raises for what is no name on the hub, or may not be sought there."""
+    """Raises for what is no name on the hub."""
     missing = f"cannot load {path}: there is no such file or folder"
     if not _ON_HUB.fullmatch(path) or os.path.isdir(path.partition("/")[0]):
         raise DataError(
             f"{missing}; a dataset on the hub is written owner/name, and paths are not sought there. Give a file that "
             f"ends in {', '.join(_READERS)}, a folder of such files, or a directory written by `Dataset.save_to_disk`"
         )
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise DataError(
-            f"{missing}, and HF_HUB_OFFLINE is set, so that the hub was not asked for it; unset it or mend the path"
-        )
 
 
 def _hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    return _numbered(name, _loaded(name, lambda datasets: datasets.load_dataset(name)))
+    try:
+        return _numbered(name, _loaded(name, lambda datasets: datasets.load_dataset(name)))
+    except DataError as error:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+            raise
+        raise DataError(
+            f"cannot load {name}: there is no such file or folder, and HF_HUB_OFFLINE is set, so that only what the "
+            "hub's cache holds was looked at; unset it or mend the path"
+        ) from error
 
 
 def _loaded(path: str, load: Callable[[Any], Any]) -> Any:
