@@ -64,9 +64,7 @@ def call(form: str, table: bool, dtype: torch.dtype, vocab: int, strided: bool, 
     labels = torch.zeros(rows, length, dtype=torch.int64)
     ids = {"none": None, "row": labels[:, 0].clone(), "packed": labels}[form]
     state = SampleState(3)
-    columns = [state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket]
-    columns += [state.wrong_streak, state.changed, state.claim, state.quarantined, state.error]
-    columns = columns if table else [None] * 10
+    columns = (state.columns, state.error) if table else ([], None)
     items = torch.ones(()) if num_items else None
     head = (labels, ids, state.rules, state.weights, items, *columns)
     out = kernels.loss_forward_(logits, *head, reduction, -100, shift, softcap, update)
