@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geko_kernels as gk
 from geko_kernels import ops
+from geko_kernels.columns import NAMES
 
 pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 from geko_kernels.kernels import launch as launching
 from geko_kernels.kernels import plan as planning
+from geko_kernels.kernels.table import prepared_of
 
 pytestmark = pytest.mark.no_cover
 
@@ -73,7 +75,7 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
         seen.append([*plan.statistics.pointers, *plan.update.pointers, *gradient.pointers])
     planning._plans.clear()
     tensors, addresses = seen
-    assert len(tensors) == 11 + 23 + 8
+    assert len(tensors) == 4 + len(prepared_of(NAMES)) + 2 + 6 + len(NAMES) + 8 + 8
     for tensor, pointer in zip(tensors, addresses, strict=True):
         assert pointer is None or isinstance(pointer, int)
         assert address(tensor) in (pointer, "empty") or tensor is weights
