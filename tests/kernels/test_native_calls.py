@@ -58,9 +58,9 @@ def many(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"confidence": None}, "must be given all or none, got 8 of 9"),
-        ({"quarantined": None}, "must be given all or none, got 8 of 9"),
-        ({"q_value": None}, "must be given all or none, got 8 of 9"),
+        ({"confidence": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
+        ({"quarantined": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
+        ({"q_value": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
         ({"confidence": many(3)}, "confidence must be .*4.* got .*3"),
         ({"loss_history": many(20)}, "loss_history must be .*4, 5.* got .*20"),
         ({"loss_history": many(5, 4).t()}, "loss_history must be .*contiguous.*4, 5"),

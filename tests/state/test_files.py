@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import geko_kernels as gk
 from geko_kernels._files import load_tensors, save_tensors, write_whole
+from geko_kernels.state import _VERSION
 from geko_kernels.training.checkpoint import EFFICIENCY_NAME, SAMPLER_NAME, STATE_NAME, _checksum, load_files
 from geko_kernels.training.report.efficiency import Efficiency, write_json
 
@@ -98,7 +99,7 @@ def test_a_state_file_with_the_weights_of_hard_first_loads(tmp_path):
 
 def test_a_checkpoint_of_the_release_before_loads(checkpoint):
     """Its other files are as they were."""
-    columns, metadata = load_tensors(checkpoint / STATE_NAME, FORMAT, "", "3")
+    columns, metadata = load_tensors(checkpoint / STATE_NAME, FORMAT, "", _VERSION)
     columns["weights"] = columns.pop("bucket_weights").flip(0)
     kept = {name: metadata[name] for name in ("config", "upstream")}
     before = load(checkpoint)[0]
@@ -116,11 +117,11 @@ def test_a_file_of_a_newer_layout_is_refused(tmp_path):
 
 def rewritten(path: Path, column: str, row: object, value: object) -> None:
     """The state file with another value, and a checksum that fits it."""
-    columns, metadata = load_tensors(path, FORMAT, "", "3")
+    columns, metadata = load_tensors(path, FORMAT, "", _VERSION)
     columns = {name: tensor.clone() for name, tensor in columns.items()}
     target = columns[column].view(torch.uint8) if columns[column].dtype == torch.bool else columns[column]
     target[row] = value
-    save_tensors(path, FORMAT, columns, {"config": metadata["config"], "upstream": metadata["upstream"]}, "3")
+    save_tensors(path, FORMAT, columns, {"config": metadata["config"], "upstream": metadata["upstream"]}, _VERSION)
 
 
 BAD_VALUES = [
@@ -201,7 +202,7 @@ def test_columns_that_do_not_fit(tmp_path):
         ({name: column[:0].clone() for name, column in columns.items()}, "num_samples must be at least 1, got 0"),
         ({"times_seen": columns["times_seen"]}, r"/s does not fit: missing \['bucket', "),
     ):
-        save_tensors(tmp_path / "s", FORMAT, spoilt, metadata, "3")
+        save_tensors(tmp_path / "s", FORMAT, spoilt, metadata, _VERSION)
         with pytest.raises(ValueError, match=message):
             gk.SampleState.load(tmp_path / "s")
 
