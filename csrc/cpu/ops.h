@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "csrc/cpu/tensors.h"
 #include "csrc/cpu/layout.h"
@@ -10,6 +11,7 @@
 namespace geko {
 
 using Optional = std::optional<Tensor>;
+using Columns = std::vector<Tensor>;  // of a `SampleState`, in the order of geko_kernels/columns.py; none without one
 using Update = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -40,16 +42,12 @@ Tensor token_stats(
 
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
     int64_t ignore_index, bool shift, bool update);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
     bool shift, double softcap, bool update);
 
 Tensor logits_grad(

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,20 +18,17 @@ from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
 
-_COLUMNS = (
-    "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
-    "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
-    "Tensor(i!)? error"
-)
+# what a visit is judged by, and the state: its columns as `geko_kernels.columns` lists them, none without one
+_TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 _SCHEMAS = {
     "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
     "-> Tensor",
-    "sample_update_": "(Tensor tokens, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update) "
+    "sample_update_": f"(Tensor tokens, Tensor labels, Tensor? sample_ids, {_TABLE}, "
+    "int vocab, int reduction, int ignore_index, bool shift, bool update) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "loss_forward_": "(Tensor logits, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update) "
+    "loss_forward_": f"(Tensor logits, Tensor labels, Tensor? sample_ids, {_TABLE}, "
+    "int reduction, int ignore_index, bool shift, float softcap, bool update) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
@@ -126,10 +123,22 @@ def _implement(op: str) -> Callable[..., Any]:
             check(*args)
         result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
         if written and (not updates or args[-1]):
-            torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
+            torch.autograd.graph.increment_version(_tensors_at(written, args))
         return result
 
     return run
+
+
+def _tensors_at(places: list[int], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors there, those of a list one by one."""
+    tensors: list[Tensor] = []
+    for place in places:
+        given = arguments[place]
+        if type(given) is list:
+            tensors += given
+        elif given is not None:
+            tensors.append(given)
+    return tensors
 
 
 def _entries(labels: Tensor, sample_ids: Tensor | None) -> int | torch.SymInt:
@@ -276,7 +285,8 @@ def planned_loss_forward(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    columns: tuple[Tensor | None, ...],
+    columns: Sequence[Tensor],
+    error: Tensor | None,
     stats: bool,
     upstream: Tensor | None,
     inplace: bool,
@@ -291,13 +301,12 @@ def planned_loss_forward(
         update, options = False, (*options[:-1], False)
     if _override or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
-    args = (logits, labels, sample_ids, rules, weights, num_items, columns, stats)
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
     if update:
-        *written, _quarantined, error = columns
-        torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])
+        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
     return outcome
 
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
-from geko_kernels.config import GEKOConfig
+from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
@@ -296,11 +296,12 @@ class GEKOMixin(EvaluationMixin):
             counts = self._counts_at_sync + moved
         shares = [count / len(state) for count in counts.tolist()]
         weights = sampler.weights(self._consumed())
+        names = [bucket.name.lower() for bucket in Bucket]
         measures = {
             "geko_progress": self._progress(),
-            **{f"geko_{name}": share for name, share in zip(("freeze", "light", "focus", "hard"), shares, strict=True)},
+            **{f"geko_{name}": share for name, share in zip(names, shares, strict=True)},
             "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
-            **{f"geko_phase_{name}": w for name, w in zip(("hard", "focus", "light"), weights, strict=False)},
+            **{f"geko_phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
         }
         loss = mean_loss(new)
         if loss is not None:
