@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import geko_kernels as gk
-from geko_kernels.training.loader import Batch, _moved
+from geko_kernels.training.loop_batches import Batch, moved
 
 N, CLASSES, BATCH = 96, 3, 16
 
@@ -150,9 +150,9 @@ def test_moves_nested_data():
 def test_moves_packed_sequences_and_named_tuples():
     """On the meta device: `PackedSequence` keeps its batch sizes on the CPU."""
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
-    moved = _moved({"packed": packed, "pair": Batch(torch.ones(2), torch.ones(1), 0, True)}, torch.device("meta"))
-    assert moved["packed"].data.is_meta and moved["packed"].batch_sizes.device.type == "cpu"
-    assert isinstance(moved["pair"], Batch) and moved["pair"].ids.is_meta
+    result = moved({"packed": packed, "pair": Batch(torch.ones(2), torch.ones(1), 0, True)}, torch.device("meta"))
+    assert result["packed"].data.is_meta and result["packed"].batch_sizes.device.type == "cpu"
+    assert isinstance(result["pair"], Batch) and result["pair"].ids.is_meta
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,6 @@ def test_refuses_probes_that_count_no_visit():
         for batch in run.loader:
             if batch.trains:
                 run.step(batch)
-
-
-def test_refuses_several_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match=r"serves one process, and torch.distributed runs 2"):
-        gk.GEKOLoader(Toy(), device="cpu")
 
 
 def test_comes_without_transformers():

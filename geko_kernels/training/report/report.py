@@ -70,13 +70,19 @@ def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones."""
+    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones.
+
+    Without the tokens where they were not measured.
+    """
     standard, trained = efficiency["samples_standard"], efficiency["samples_backward"]
     counts = {
         unit: {part: efficiency[f"{unit}_{part}"] for part in ("forward", "backward")} for unit in ("samples", "tokens")
     }
     counts["samples"]["standard"] = standard
-    counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
+    if efficiency["tokens_backward"] is None:
+        del counts["tokens"]
+    else:
+        counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
     return counts
 
 
