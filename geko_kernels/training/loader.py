@@ -26,8 +26,8 @@ from geko_kernels.training.report.summary import run_summary
 
 _UNCOUNTED = (
     "no visit was counted in {what} of epoch {epoch}: train and probe with "
-    "weighted_loss(logits, labels, batch.ids, loader.state, update=True). If the loop does, no sample has a label that "
-    "counts, or every loss is NaN or infinite"
+    "weighted_loss(logits, labels, batch.ids, loader.state, update=True), and ask for a batch after the one before it. "
+    "If the loop does, no sample has a label that counts, or every loss is NaN or infinite"
 )
 
 
@@ -55,6 +55,8 @@ class GEKOLoader:
     Several processes (torchrun, accelerate): make the loader after torch.distributed is initialised, with the same
     arguments everywhere. Each has its share of the same plan and as many batches as the others; a repeat that fills one
     up has id -1, counts for nothing, and has no part in the loss. All of them iterate, and call `state_dict`.
+
+    Who fetches a batch ahead (Lightning does, but for `dataloader_iter`) asks too soon: no visit would be counted.
 
     Args:
         dataset: with `len()` and `[]`; its items are what `collate_fn` takes.

@@ -1,6 +1,7 @@
 """The examples on Transformers, TRL and Accelerate run as their docstrings say, on a tiny random model."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,29 @@ def test_trl_sft(model, tmp_path):
     output = run(model, tmp_path / "run", "trl_sft.py")
     assert "64 of 64 samples trained; buckets after the last epoch:" in output
     assert output.count("eval_loss") == 2
+
+
+def test_lightning_loop_goes_on_exactly(tmp_path):
+    """The plan and the weights of a run stopped after four epochs and resumed are those of the whole one."""
+    pytest.importorskip("lightning", reason="pip install lightning")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = ":".join([str(EXAMPLES.parent), *sys.path])
+
+    def run(folder, *arguments):
+        command = [
+            sys.executable,
+            str(EXAMPLES / "lightning_loop.py"),
+            "--output-dir",
+            str(tmp_path / folder),
+            *arguments,
+        ]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / folder / "report.html").exists()
+        return re.search(r"trained (\d+) samples of 16000, accuracy (0.9\d+)", done.stdout).groups()
+
+    whole = run("whole")
+    run("half", "--stop-after", "4")
+    assert run("resumed", "--resume", str(tmp_path / "half" / "last.ckpt")) == whole
+    assert int(whole[0]) < 12000
+    run("two", "--processes", "2")

@@ -233,8 +233,8 @@ def test_an_epoch_without_a_counted_visit_is_an_error(wrong):
     loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
     message = (
         r"no visit was counted in the batches of epoch 0: train and probe with weighted_loss\(logits, labels, "
-        r"batch.ids, loader.state, update=True\). If the loop does, no sample has a label that counts, or every loss "
-        "is NaN or infinite"
+        r"batch.ids, loader.state, update=True\), and ask for a batch after the one before it. If the loop does, no "
+        "sample has a label that counts, or every loss is NaN or infinite"
     )
     logits = torch.full((8, 3), float("nan") if wrong == "NaN" else 0.0)
     seen = 0
@@ -247,6 +247,17 @@ def test_an_epoch_without_a_counted_visit_is_an_error(wrong):
             update = None if given[1] is None else wrong != "no update"
             gk.weighted_loss(logits[: len(ids)], labels, *given, update=update)
     assert seen == 60
+
+
+def test_fetching_ahead_is_an_error():
+    loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
+    batches = iter(loader)
+    at_hand = next(batches)
+    with pytest.raises(RuntimeError, match="ask for a batch after the one before it"):
+        for ahead in batches:
+            ids = at_hand.ids
+            gk.weighted_loss(torch.zeros(len(ids), 3), at_hand.data[1], ids, loader.state, update=True)
+            at_hand = ahead
 
 
 def test_a_batch_trained_before_the_loop_was_left_does_not_come_again():
