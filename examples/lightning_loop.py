@@ -25,7 +25,7 @@ class Classifier(LightningModule):
         self.automatic_optimization = False  # looks at left-out samples take no optimizer step
         self.dataset, self.num_epochs = dataset, num_epochs
         self.model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
-        self.loader: gk.GEKOLoader | None = None
+        self.loader: Any = None
 
     def setup(self, stage: str) -> None:  # the processes are there by now, and the device is known
         self.loader = gk.GEKOLoader(self.dataset, 50 // self.trainer.world_size, self.num_epochs, device=self.device)
