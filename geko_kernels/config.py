@@ -49,8 +49,8 @@ class GEKOConfig:
             where labels are known to be wrong in ways hard to tell from right; hard samples may then be held back too.
         noise_guard_min_share: no sample is quarantined until at least this share of the samples, in [0, 1), looks
             mislabelled. Take 0 where classes are few and labels are known to be unreliable: with 5 classes and 30 %
-            wrong, a calibrated model calls a label 2.2 nats less likely, and few reach 3. Below 3,600 samples the threshold grows by sqrt(3600 / N); at three times the threshold a third
-            of the margin suffices.
+            wrong, a calibrated model calls a label 2.2 nats less likely, and few reach 3. Below 3,600 samples the
+            threshold grows by sqrt(3600 / N); at three times the threshold a third of the margin suffices.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
 
     Raises:
