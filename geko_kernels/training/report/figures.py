@@ -21,7 +21,7 @@ _MEASURED = (int, float, type(None))  # None: not measured
 _EPOCH = {
     **dict.fromkeys(("epoch", "samples", "probes", "steps", "seconds", "quarantined", "forgotten"), _NUMBER),
     **dict.fromkeys(("loss", "accuracy"), _MEASURED),
-    "buckets": dict.fromkeys(("FREEZE", "LIGHT", "FOCUS", "HARD"), _NUMBER),
+    "buckets": dict.fromkeys(("FREEZE", "LIGHT", "FOCUS", "HARD"), _MEASURED),
 }
 _EFFICIENCY = {
     **dict.fromkeys(("samples_standard", "samples_forward", "samples_backward", "samples_idle"), _NUMBER),

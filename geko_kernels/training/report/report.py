@@ -60,8 +60,9 @@ def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
     efficiency = run["efficiency"]
     loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
     charts = {"work": work_chart(_work(efficiency)), "time": time_chart(efficiency["seconds"])}
-    if efficiency["epochs"]:
-        charts["buckets"] = bucket_chart([epoch["buckets"] for epoch in efficiency["epochs"]])
+    buckets = [epoch["buckets"] for epoch in efficiency["epochs"]]
+    if buckets and None not in buckets[-1].values():
+        charts["buckets"] = bucket_chart(buckets)
     if loss:
         charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
     if accuracy:
