@@ -15,7 +15,7 @@ from torch import Tensor
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.fingerprint import fingerprint
-from geko_kernels.training.loop_batches import Batch, BatchSource
+from geko_kernels.training.loop_batches import Batch, BatchSource, check_int
 from geko_kernels.training.loop_counts import HandedOut, LoopCounts
 from geko_kernels.training.loop_position import go_on_from, position_of
 from geko_kernels.training.loop_report import write_run
@@ -85,10 +85,10 @@ class GEKOLoader:
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        _check_int("batch_size", batch_size, 1)
-        _check_int("num_epochs", num_epochs, 1)
-        _check_int("seed", seed, 0)
-        _check_int("num_workers", num_workers, 0)
+        check_int("batch_size", batch_size, 1)
+        check_int("num_epochs", num_epochs, 1)
+        check_int("seed", seed, 0)
+        check_int("num_workers", num_workers, 0)
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
         self.dataset, self.batch_size, self.num_epochs = dataset, batch_size, num_epochs
@@ -297,10 +297,3 @@ class GEKOLoader:
         if self._items is None:
             self._items = fingerprint(self.dataset, in_worker=self.num_workers > 0)
         return self._items
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

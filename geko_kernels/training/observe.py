@@ -157,16 +157,17 @@ class Observation(TrainerCallback):
         self.counts.switch("steps")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._records[-1] = _merged(self._records[-1])
+        self._records[-1] = _merged(self._records[-1]).cpu()
         self.state.sync()
-        self.counts.close_epoch(self._records, state.global_step, state.epoch, fused=bool(self._fused))
+        self.counts.close_epoch(self._records[-1], state.global_step, state.epoch, fused=bool(self._fused))
         self.counts.switch("other")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.counts.switch(None)
 
     def _stacked(self) -> Tensor:
-        return torch.stack(self._records).cpu() if self._records else torch.empty(0, len(QUANTITIES), len(self.state))
+        records = [record.cpu() for record in self._records]  # the open epoch's is on the device
+        return torch.stack(records) if records else torch.empty(0, len(QUANTITIES), len(self.state))
 
     def _get_dataloader(
         self,

@@ -104,7 +104,8 @@ class _Packed:
 def _check_positions(batch: MutableMapping[str, Any], labels: Tensor) -> None:
     ids, positions = batch["sample_ids"], batch.get("position_ids")
     if ids.dim() == 1:
-        if positions is not None and labels.dim() == 2 and _restarts(torch.as_tensor(positions), labels).any():
+        mask = batch.get("attention_mask")
+        if positions is not None and labels.dim() == 2 and _restarts(torch.as_tensor(positions), labels, mask).any():
             raise ValueError(
                 "observe needs to know the samples of a packed row: position_ids start anew within a row, and the "
                 f"dataset has no {LENGTHS} (a list of the lengths of the sequences in each row)"
@@ -123,12 +124,15 @@ def _check_positions(batch: MutableMapping[str, Any], labels: Tensor) -> None:
         )
 
 
-def _restarts(positions: Tensor, labels: Tensor) -> Tensor:
-    """Where a position is 0 again and labels follow: not in the padding."""
+def _restarts(positions: Tensor, labels: Tensor, mask: Any) -> Tensor:
+    """Where a position is 0 again behind another token, and labels follow: not in the padding of either side."""
     if positions.shape != labels.shape:
         return torch.zeros(0, dtype=torch.bool)
-    follow = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    return (positions[:, 1:] == 0) & follow[:, 1:]
+    labelled = labels != IGNORED
+    follow = labelled.flip(1).cumsum(1).flip(1) > 0
+    token = torch.as_tensor(mask) != 0 if mask is not None else (positions > 0) | labelled
+    token = token if token.shape == labels.shape else torch.ones_like(labelled)
+    return (positions[:, 1:] == 0) & follow[:, 1:] & token[:, :-1]
 
 
 def with_ids(

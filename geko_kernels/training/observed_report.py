@@ -43,10 +43,13 @@ class ObservedCounts(Efficiency):
         )
         self.count(stats, count_tokens(inputs, ids))
 
-    def close_epoch(self, records: list[Tensor], step: int, end: float, fused: bool) -> None:
-        """End the epoch whose `records[-1]` (5, N) is complete; forgotten is what was right before and is wrong now."""
-        losses, hits = records[-1][0].cpu(), records[-1][2].cpu()
-        config, seen = self.state.config, ~records[-1][0].isnan().cpu()
+    def close_epoch(self, record: Tensor, step: int, end: float, fused: bool) -> None:
+        """End the epoch of which `record` (5, N), on the CPU, has everything.
+
+        Forgotten are samples that were right when last seen before, and are wrong in it.
+        """
+        losses, hits = record[0], record[2]
+        config, seen = self.state.config, ~losses.isnan()
         right = hits >= config.correct_accuracy if config.correctness == "accuracy" else losses < config.correct_loss
         lost = self.was_correct & seen & ~right
         self.forgotten += (lost & (self.forgotten < 255)).to(torch.uint8)

@@ -21,7 +21,12 @@ def check_alike(values: Mapping[str, int], device: torch.device) -> None:
         return
     least = torch.tensor(list(values.values()), device=device)
     most = least.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
+    try:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be one whose tensors torch.distributed ({dist.get_backend()}) takes, got {device}: {error}"
+        ) from error
     dist.all_reduce(most, dist.ReduceOp.MAX)
     for name, low, high in zip(values, least.tolist(), most.tolist(), strict=True):
         if low != high:

@@ -133,6 +133,43 @@ def test_resumes_bit_for_bit(workers):
         assert resumed.loader.progress == 1.0
 
 
+def test_resumes_bit_for_bit_from_behind_each_batch():
+    """The same where the checkpoint is taken after the optimizer step; the report's counts come along."""
+    whole, saved = Run(), []
+    for batch in whole.loader:
+        whole.step(batch)
+        saved.append(whole.state_dict())
+    expected = whole.loader.counts.report()
+    for at, values in enumerate(saved):
+        resumed = Run()
+        resumed.load_state_dict(values)
+        for batch in resumed.loader:
+            resumed.step(batch)
+        assert resumed.seen == whole.seen[at + 1 :]
+        assert torch.equal(resumed.model.weight, whole.model.weight)
+        for name, column in whole.loader.state.state_dict().items():
+            assert torch.equal(resumed.loader.state.state_dict()[name], column), name
+        found = resumed.loader.counts.report()
+        for part in ("samples_forward", "samples_backward", "tokens_forward", "samples_standard", "saved_compute"):
+            assert found[part] == expected[part], part
+        for ours, theirs in zip(found["epochs"], expected["epochs"], strict=True):
+            assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_taking_a_checkpoint_changes_nothing():
+    plain, saving = Run(), Run()
+    for batch in plain.loader:
+        plain.step(batch)
+    for batch in saving.loader:
+        saving.state_dict()
+        saving.step(batch)
+        saving.state_dict()
+    assert saving.seen == plain.seen
+    assert torch.equal(saving.model.weight, plain.model.weight)
+    drop = {"seconds": 0, "epochs": 0}
+    assert {**saving.loader.counts.report(), **drop} == {**plain.loader.counts.report(), **drop}
+
+
 def test_refuses_a_loop_that_counts_no_visit():
     loader = gk.GEKOLoader(Toy(), batch_size=BATCH, device="cpu")
     with pytest.raises(RuntimeError, match=r"weighted_loss\(logits, labels, batch.ids, loader.state, update=True\)"):

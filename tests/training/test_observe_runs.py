@@ -12,6 +12,7 @@ import torch
 from training import arguments, classified, sentences, standard, tiny_classifier, tiny_llama
 
 import geko_kernels as gk
+from geko_kernels.training.observed_batches import _restarts
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "observe_run.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -108,3 +109,37 @@ def test_data_parallel_is_refused(tmp_path, monkeypatch):
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="does not combine with DataParallel: start the script with torchrun"):
         gk.observe(trainer)
+
+
+@pytest.mark.parametrize("fields", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"bf16": True}])
+def test_compiled_and_low_precision_training_stays_the_same(tmp_path, fields):
+    weights = []
+    for observed in (False, True):
+        torch.compiler.reset()
+        trainer = standard(tiny_classifier(), arguments(tmp_path, num_train_epochs=2, **fields), classified(12))
+        observation = gk.observe(trainer) if observed else None
+        trainer.train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+    assert observation.losses.isfinite().all() and observation.state.times_seen.tolist() == [2] * 12
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "packed"),
+    [
+        ([0, 1, 2, 0, 1], None, True),
+        ([0, 1, 2, 3, 0], [1, 1, 1, 1, 0], False),  # padded on the right,
+        ([0, 0, 0, 1, 2], [0, 0, 1, 1, 1], False),  # on the left,
+        ([1, 1, 0, 1, 2], [0, 0, 1, 1, 1], False),  # as Transformers does
+        ([0, 0, 0, 1, 2], None, False),
+        ([0, 0, 1, 2, 3], [1, 1, 1, 1, 1], True),  # a sequence of one token first
+    ],
+)
+def test_padding_is_not_taken_for_packing(positions, mask, packed):
+    mask = None if mask is None else torch.tensor([mask])
+    labels = torch.tensor([[5] * 5])
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, -100)
+    elif positions[2] == 0:
+        labels[0, :2] = -100
+    assert bool(_restarts(torch.tensor([positions]), labels, mask).any()) == packed
