@@ -54,7 +54,8 @@ class GEKOLoader:
 
     Several processes (torchrun, accelerate): make the loader after torch.distributed is initialised, with the same
     arguments everywhere. Each has its share of the same plan and as many batches as the others; a repeat that fills one
-    up has id -1, counts for nothing, and has no part in the loss. All of them iterate, and call `state_dict`.
+    up has id -1, counts for nothing, and has no part in the loss. DDP takes the mean of the processes' means, as in any
+    loop. All of them iterate, and call `state_dict`.
 
     Who fetches a batch ahead (Lightning does, but for `dataloader_iter`) asks too soon: no visit would be counted.
 

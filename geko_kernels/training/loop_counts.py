@@ -16,8 +16,8 @@ from geko_kernels.training.report.efficiency import Efficiency, count_tokens
 
 _TIE = 1e-5  # nats: the label has the largest logit where loss + log(confidence) is 0 but for rounding
 _UNKNOWN = {
-    "tokens": "tokens (no batch showed them: neither attention_mask and input_ids, nor labels)",
-    "hits": "accuracy (it takes batches with one label a sample)",
+    "tokens": "tokens (they show in attention_mask and input_ids, or in labels)",
+    "hits": "accuracy (it shows where batches have one label a sample)",
 }
 _BEYOND = "validation and checkpoints (a part of the steps' time, or of none)"
 
@@ -37,10 +37,11 @@ class LoopCounts(Efficiency):
 
     A visit of a batch's sample was counted if `times_seen` has grown since the batch was handed out; then its loss is
     `last_loss`. `loss` in the report is the mean over visits, each of them the mean over its tokens. `steps` are
-    training batches, and `seconds["steps"]` goes from one to the next, loading included.
+    training batches, and `seconds["steps"]` goes from one to the next, loading included. `samples_uncounted` are those
+    whose visit was not counted: without a label, with a loss that is not finite, or left out of the call.
 
     Not measured, and None in the report: `evaluation` and `checkpoints` in `seconds`, `samples_nonfinite`; `tokens_*`
-    where no batch shows its tokens; `accuracy` where batches do not have one label a sample.
+    where a batch does not show its tokens; `accuracy` where batches do not have one label a sample.
     """
 
     def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:

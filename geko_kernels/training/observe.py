@@ -123,14 +123,15 @@ class Observation(TrainerCallback):
         Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences.
         """
         names = [name for name in QUANTITIES if not (self._fused and name in OF_LOGITS)]
-        columns = [self._stacked()[:, place].T.tolist() for place in range(len(names))]
+        columns = [values.T.tolist() for values in self._stacked()[:, : len(names)].unbind(1)]
         buckets = [None if self._fused else Bucket(bucket).name for bucket in self.state.bucket.tolist()]
+        rows, parts = self.samples.places() if self.samples.first is not None else ((), ())
         with open(path, "w", encoding="utf-8") as file:
             for i, bucket in enumerate(buckets):
                 lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
                 row = {"id": i, **dict(zip(names, lists, strict=True)), "bucket": bucket}
-                if self.samples.first is not None:
-                    row |= dict(zip(("row", "part"), self.samples.place(i), strict=True))
+                if rows:
+                    row |= {"row": rows[i], "part": parts[i]}
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def write_report(self, folder: str | Path) -> Path:
@@ -152,6 +153,8 @@ class Observation(TrainerCallback):
         self.counts.switch("other")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if self.counts.open_epoch is not None and bool(self._records[-1].isnan().all()):
+            self._records.pop()  # of an attempt of `auto_find_batch_size` that has trained nothing
         self._records.append(torch.full((len(QUANTITIES), len(self.state)), math.nan, device=args.device))
         self.counts.begin_epoch(len(self._records) - 1, state.global_step)
         self.counts.switch("steps")
@@ -223,7 +226,7 @@ class Observation(TrainerCallback):
         self.counts.add(visits, inputs, ids)
 
     def _of_fused_head(self, outputs: Any, ids: Tensor, loss: Tensor, num_items: Any) -> Visits:
-        if self._fused is None:
+        if self._fused is None and bool(loss.isfinite()):
             check_fused_loss(outputs, loss, num_items, self._trainer.args.world_size)
             self._fused = True
             logger.warning(
@@ -235,8 +238,8 @@ class Observation(TrainerCallback):
     def _of_logits(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> Visits | None:
         shift = self._shift
         if shift is None:
-            if not bool((labels != IGNORED).any()):
-                return None
+            if not bool((labels != IGNORED).any() & loss.isfinite()):
+                return None  # nothing to compare
             shift, certain = find_shift(logits, labels, loss, num_items, self._trainer.args.world_size)
             self._shift, self._fused = shift if certain else None, False
         weighted_loss(logits, labels, ids, self.state, shift=shift, update=True)

@@ -31,12 +31,12 @@ class Samples:
     def __len__(self) -> int:
         return self.rows if self.first is None else int(self.first[-1])
 
-    def place(self, sample: int) -> tuple[int, int]:
-        """(row of the dataset, which of its sequences)."""
-        if self.first is None:
-            return sample, 0
-        row = int(torch.searchsorted(self.first, sample, right=True)) - 1
-        return row, sample - int(self.first[row])
+    def places(self) -> tuple[list[int], list[int]]:
+        """Of each sample of packed rows the row of the dataset, and which of its sequences it is."""
+        assert self.first is not None
+        counts = self.first.diff()
+        rows = torch.arange(self.rows).repeat_interleave(counts)
+        return rows.tolist(), (torch.arange(len(self)) - self.first[rows]).tolist()
 
 
 def _lengths(dataset: Any) -> Any:

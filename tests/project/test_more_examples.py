@@ -1,5 +1,6 @@
 """The examples on Transformers, TRL and Accelerate run as their docstrings say, on a tiny random model."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,10 @@ def test_accelerate_loop_on_two_processes(model, tmp_path):
     pytest.importorskip("accelerate")
     output = run(model, tmp_path / "run", "accelerate_loop.py", TWO_PROCESSES)
     assert output.count("epoch 2: plan of 32 rows") == 1
+    work = json.loads((tmp_path / "run" / "geko_report.json").read_text())["efficiency"]
+    assert work["samples_backward"] == work["samples_standard"] == 64 and work["samples_uncounted"] == 0
+    assert [epoch["steps"] for epoch in work["epochs"]] == [2, 2]  # 32 samples, 8 a process
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_trl_sft(model, tmp_path):

@@ -181,7 +181,8 @@ def test_report_says_that_it_has_not_seen_labels(tmp_path):
     assert work["tokens_forward"] is None and work["tokens_backward"] is None
     assert [epoch["accuracy"] for epoch in work["epochs"]] == [None, None]
     assert work["epochs"][0]["loss"] > 0
-    assert "tokens (no batch showed them" in text and "accuracy (it takes batches with one label a sample)" in text
+    assert "tokens (they show in attention_mask and input_ids, or in labels)" in text
+    assert "accuracy (it shows where batches have one label a sample)" in text
 
 
 def test_tokens_are_those_of_the_mask(tmp_path):

@@ -143,3 +143,29 @@ def test_padding_is_not_taken_for_packing(positions, mask, packed):
     elif positions[2] == 0:
         labels[0, :2] = -100
     assert bool(_restarts(torch.tensor([positions]), labels, mask).any()) == packed
+
+
+def test_an_attempt_that_trained_nothing_is_no_epoch(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=2, auto_find_batch_size=True)
+    trainer = standard(tiny_classifier(), args, classified(12))
+    observation = gk.observe(trainer)
+    step, calls = trainer.training_step, []
+
+    def short_of_memory(*given, **named):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return step(*given, **named)
+
+    trainer.training_step = short_of_memory
+    trainer.train()
+    assert observation.losses.shape == (2, 12) and observation.losses.isfinite().all()
+
+
+def test_a_loss_that_is_nan_from_the_start_is_left_to_the_trainer(tmp_path):
+    trainer = standard(tiny_classifier(), arguments(tmp_path, num_train_epochs=1), classified(12))
+    with torch.no_grad():
+        trainer.model.score.weight.fill_(torch.nan)
+    observation = gk.observe(trainer)
+    trainer.train()
+    assert observation.losses.isnan().all() and observation.state.times_seen.tolist() == [0] * 12
