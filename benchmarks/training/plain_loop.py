@@ -105,6 +105,11 @@ def run(task: str, samples: int, noise: float, arm: str, seed: int) -> dict[str,
         held, counts = loader.state.quarantined, loader.counts.report()
         row |= {"trained": counts["samples_backward"], "probed": counts["samples_forward"] - counts["samples_backward"]}
         row |= {"held_wrong": int((held & toy.wrong).sum()), "held_right": int((held & ~toy.wrong).sum())}
+        margins = loader.state.last_loss + loader.state.confidence.log()  # of the model's answer over the label, nats
+        row |= {
+            "wrong_margin": margins[toy.wrong].median().item() if noise else None,
+            "beyond_3": int((margins > 3).sum()),
+        }
         row["doubtful"] = loader.sampler.doubtful
     else:
         row["trained"] = train_cross_entropy(model, toy, seed, PLAIN[arm])

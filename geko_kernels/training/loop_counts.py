@@ -19,7 +19,7 @@ _UNKNOWN = {
     "tokens": "tokens (they show in attention_mask and input_ids, or in labels)",
     "hits": "accuracy (it shows where batches have one label a sample)",
 }
-_BEYOND = "validation and checkpoints (a part of the steps' time, or of none)"
+_BEYOND = "validation and checkpoints (within an epoch they are part of the steps' time)"
 
 
 class HandedOut(NamedTuple):

@@ -15,7 +15,7 @@ from geko_kernels.training.observed_tokens import Visits
 from geko_kernels.training.report.efficiency import Efficiency, bucket_names, count_tokens
 from geko_kernels.training.report.summary import run_summary
 
-_MISSED = ["evaluation and checkpoints (a part of the steps' time, or of none)"]
+_MISSED = ["evaluation and checkpoints (within an epoch they are part of the steps' time)"]
 _MISSED_WITHOUT_LOGITS = [
     "buckets, confidences and margins (the model's head is fused with its loss and makes no logits)"
 ]

@@ -82,7 +82,7 @@ def test_report_of_an_observed_run(tmp_path):
     trainer.train()
     page = observation.write_report(tmp_path / "report")
     text = page.read_text()
-    assert "Not measured: evaluation and checkpoints (a part of the steps&#39; time, or of none)." in text
+    assert "Not measured: evaluation and checkpoints (within an epoch they are part of the steps&#39; time)." in text
     figures = json.loads((tmp_path / "report" / "geko_report.json").read_text())
     work, epochs = figures["efficiency"], figures["efficiency"]["epochs"]
     tokens = sum(len(item["input_ids"]) for item in data)
