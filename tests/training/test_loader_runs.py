@@ -315,3 +315,16 @@ def test_report_comes_without_transformers(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_device_that_the_processes_cannot_share_is_named(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    with pytest.raises(ValueError, match=r"device must be one whose tensors torch.distributed \(nccl\) takes, got cpu"):
+        gk.GEKOLoader(Items(), device="cpu")
