@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from geko_kernels._files import VERSION, load_tensors, save_tensors
 from geko_kernels.state import SampleState
@@ -23,6 +21,7 @@ from geko_kernels.training.report.efficiency import strict, write_json
 STATE_NAME = "geko_state.safetensors"
 SAMPLER_NAME = "geko_sampler.safetensors"
 EFFICIENCY_NAME = "geko_efficiency.json"
+_TRAINER_STATE = "trainer_state.json"  # Transformers' name, written out since importing Transformers takes seconds
 _FORMAT = "geko_kernels.GEKOSampler"
 
 
@@ -51,11 +50,11 @@ def load_files(
         ValueError: not a whole checkpoint of GEKOTrainer, a damaged file, or the state of another dataset; names it.
     """
     folder = Path(folder)
-    names = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME, TRAINER_STATE_NAME)
+    names = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME, _TRAINER_STATE)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: it has no {', '.join(missing)}")
-    _check_trainer_state(folder / TRAINER_STATE_NAME)
+    _check_trainer_state(folder / _TRAINER_STATE)
     state = SampleState.load(folder / STATE_NAME, device)
     if len(state) != num_samples:
         raise ValueError(
@@ -102,6 +101,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_trainer_state(path: Path) -> None:
+    from transformers.trainer_callback import TrainerState
+
     values = _read_json(path)
     try:
         state = TrainerState(**values)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
-from geko_kernels.training.data import IdDataset, Identified
-from geko_kernels.training.fingerprint import changed_items, fingerprint
+from geko_kernels.training.fingerprint import fingerprint
+from geko_kernels.training.loop_batches import Batch, BatchSource, check_int
+from geko_kernels.training.loop_counts import HandedOut, LoopCounts
+from geko_kernels.training.loop_position import go_on_from, position_of
+from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.planning.sampler import GEKOSampler
+from geko_kernels.training.processes import check_alike, rank_and_world
+from geko_kernels.training.report.efficiency import bucket_names
+from geko_kernels.training.report.summary import run_summary
 
-_SAME = ("num_samples", "batch_size", "num_epochs", "seed")  # what a run has to share with the one it goes on from
 _UNCOUNTED = (
     "no visit was counted in {what} of epoch {epoch}: train and probe with "
-    "weighted_loss(logits, labels, batch.ids, loader.state, update=True)"
+    "weighted_loss(logits, labels, batch.ids, loader.state, update=True), and ask for a batch after the one before it. "
+    "If the loop does, no sample has a label that counts, or every loss is NaN or infinite"
 )
-
-
-class Batch(NamedTuple):
-    """One batch of the plan, or of the probes before an epoch."""
-
-    data: Any  # what the collate function made, its tensors on the device
-    ids: Tensor  # (B,) int64 on the device
-    epoch: int
-    trains: bool  # False: a look, forward only
 
 
 class GEKOLoader:
@@ -47,13 +47,21 @@ class GEKOLoader:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        loader.write_report("run")
 
-    A batch counts as consumed when the next one is asked for. So take `state_dict()` before a batch is trained, between
-    epochs or after the loop: who resumes gets the batch at hand again. A second `iter()` goes on with that batch too.
+    A batch counts as consumed when the next one is asked for, and one whose visits have been counted also where the
+    iteration is begun anew and in `state_dict()`. So take that before the batch is trained or after its optimizer step.
+
+    Several processes (torchrun, accelerate): make the loader after torch.distributed is initialised, with the same
+    arguments everywhere. Each has its share of the same plan and as many batches as the others; a repeat that fills one
+    up has id -1, counts for nothing, and has no part in the loss. DDP takes the mean of the processes' means, as in any
+    loop. All of them iterate, and call `state_dict`.
+
+    Who fetches a batch ahead (Lightning does, but for `dataloader_iter`) asks too soon: no visit would be counted.
 
     Args:
         dataset: with `len()` and `[]`; its items are what `collate_fn` takes.
-        batch_size: samples in a batch; the last one of an epoch may be smaller.
+        batch_size: samples in a batch of each process; the last one of an epoch may be smaller.
         num_epochs: passes over the dataset.
         config: `GEKOConfig.recommended()` if left out.
         device: of the batches and of `state`; `torch.get_default_device()` if left out.
@@ -62,9 +70,9 @@ class GEKOLoader:
         num_workers: processes that load, as of `DataLoader`.
 
     Raises:
-        TypeError, ValueError: a wrong argument; names it.
-        NotImplementedError: torch.distributed runs with more than one process.
-        RuntimeError: while iterating, where a whole epoch, or all of a round of probes, has counted no visit.
+        TypeError, ValueError: a wrong argument, or one that differs between processes; names it.
+        RuntimeError: while iterating, where a whole epoch, or all of a round of probes, has counted no visit, or
+            torch.distributed was initialised after the loader was made.
     """
 
     def __init__(
@@ -78,31 +86,28 @@ class GEKOLoader:
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        _check_dataset(dataset)
-        _check_int("batch_size", batch_size, 1)
-        _check_int("num_epochs", num_epochs, 1)
-        _check_int("seed", seed, 0)
-        _check_int("num_workers", num_workers, 0)
+        check_int("batch_size", batch_size, 1)
+        check_int("num_epochs", num_epochs, 1)
+        check_int("seed", seed, 0)
+        check_int("num_workers", num_workers, 0)
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
-        if collate_fn is not None and not callable(collate_fn):
-            raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__name__}")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise NotImplementedError(
-                f"GEKOLoader serves one process, and torch.distributed runs {torch.distributed.get_world_size()}: use "
-                "GEKOTrainer, or GEKOSampler with accelerate"
-            )
         self.dataset, self.batch_size, self.num_epochs = dataset, batch_size, num_epochs
         self.seed, self.num_workers = seed, num_workers
         self.device = torch.get_default_device() if device is None else torch.device(device)
+        self.rank, self.world = rank_and_world()
+        self._source = BatchSource(dataset, batch_size, self.device, collate_fn, num_workers, self.rank, self.world)
         self.state = SampleState(len(dataset), config or GEKOConfig.recommended(), self.device)
         self.sampler = GEKOSampler(self.state, num_epochs, seed=seed)
-        self._collate = _Collate(collate_fn or default_collate)
+        self.counts = LoopCounts(self.state, dist.all_reduce if self.world > 1 else None)
         self._items: dict[str, Any] | None = None  # digests of some
         self._consumed = 0  # samples of the plan at hand
         self._due: Tensor | None = None  # ids of the round of probes at hand,
         self._probed = 0  # and how many of them are consumed
+        self._at_hand: tuple[HandedOut, int] | None = None  # and how many samples all processes have of it
+        config_digest = zlib.crc32(json.dumps(self.state.config.to_dict(), sort_keys=True).encode())
+        given = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": seed, "config": config_digest}
+        check_alike({"len(dataset)": len(dataset), **given}, self.device)
 
     @property
     def epoch(self) -> int:
@@ -111,7 +116,7 @@ class GEKOLoader:
 
     @property
     def progress(self) -> float:
-        """Finished share of the run, in [0, 1]; 1.0 once all epochs are done."""
+        """Finished share of the run, in [0, 1]; 1.0 once all epochs are done. The same in all processes."""
         if self.epoch >= self.num_epochs:
             return 1.0
         return self.sampler.progress(self._consumed)
@@ -126,39 +131,53 @@ class GEKOLoader:
         An epoch that is not iterated to its end comes again, from where it was left.
 
         Raises:
-            RuntimeError: the next epoch is asked for, and no batch of this one has been consumed.
+            RuntimeError: the next epoch is asked for, and no batch of this one was consumed.
         """
+        if rank_and_world() != (self.rank, self.world):
+            raise RuntimeError(
+                f"GEKOLoader was made as process {self.rank} of {self.world}, and torch.distributed now says (rank, "
+                f"processes) = {rank_and_world()}: make the loader after torch.distributed is initialised"
+            )
+        self._settle()
         while self.epoch < self.num_epochs:
             before = self._place()
             yield self._batches(self.epoch)
+            self._settle()
             if self._place() == before:
                 raise RuntimeError(
                     f"no batch of epoch {self.epoch} was consumed before the next epoch was asked for: iterate each "
                     "epoch of loader.epochs() to its end"
                 )
+        self._end_epoch()
 
     def _place(self) -> tuple[int, int, int]:
         """What changes with every batch consumed."""
         return self.epoch, self._consumed, self._probed
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        yield from self._probes(epoch)
-        sampler = self.sampler
-        if sampler.handed_out or sampler.plan is None:
-            sampler.set_epoch(epoch)
-            self._consumed = 0
-        assert sampler.plan is not None
-        size, before = len(sampler.plan.ids), self._visits()
-        left = sampler.plan.ids[self._consumed :]
-        for data, ids in self._load(left):
-            sampler.advance(self._consumed)
-            yield Batch(data, ids, epoch, True)
-            self._consumed += len(ids)
-        if len(left) and self._visits() == before:
-            raise RuntimeError(_UNCOUNTED.format(what="the batches", epoch=epoch))
-        self._consumed = sampler.position = size
-        for _ in sampler:  # marks the plan as handed out
-            pass
+        sampler, counts = self.sampler, self.counts
+        try:
+            counts.switch("selection")
+            self._end_epoch()  # of a run that was left after an epoch's last batch
+            if counts.open_epoch is None:
+                counts.begin_epoch(epoch, counts.steps)
+            yield from self._probes(epoch)
+            if sampler.handed_out or sampler.plan is None:
+                sampler.set_epoch(epoch)
+                self._consumed = 0
+            assert sampler.plan is not None
+            counts.switch("steps")
+            for data, ids, size in self._source.load(sampler.plan.ids[self._consumed :], self.seed + epoch):
+                sampler.advance(self._consumed)
+                yield from self._hand_out(Batch(data, ids, epoch, True), size)
+            self._check_counted()
+            self._consumed = sampler.position = len(sampler.plan.ids)
+            for _ in sampler:  # marks the plan as handed out
+                pass
+            counts.switch("selection")
+            self._end_epoch()
+        finally:
+            counts.switch(None)
 
     def _probes(self, epoch: int) -> Iterator[Batch]:
         while True:
@@ -167,154 +186,116 @@ class GEKOLoader:
             if len(self._due) == 0:
                 self._due = None
                 return
-            for data, ids in self._load(self._due[self._probed :]):
-                yield Batch(data, ids, epoch, False)
-                self._probed += len(ids)
+            self.counts.switch("probes")
+            for data, ids, size in self._source.load(self._due[self._probed :], self.seed + epoch):
+                yield from self._hand_out(Batch(data, ids, epoch, False), size)
+            self.counts.switch("selection")
             try:
                 self.sampler.probed(self._due, epoch)
             except ValueError as error:
                 raise RuntimeError(_UNCOUNTED.format(what="the probes", epoch=epoch)) from error
             self._due = None
 
-    def _load(self, ids: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Batches of the samples `ids`, on the device."""
-        loader = DataLoader(
-            IdDataset(self.dataset),
-            batch_sampler=[part.tolist() for part in ids.split(self.batch_size)] if len(ids) else [],
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU already
-            generator=torch.Generator("cpu").manual_seed(self.seed + self.epoch),  # leaves the global one alone
-        )
-        for data, sample_ids in loader:
-            yield _moved(data, self.device), sample_ids.to(self.device, non_blocking=True)
+    def _hand_out(self, batch: Batch, size: int) -> Iterator[Batch]:
+        self._at_hand = self.counts.hand_out(batch.data, batch.ids, batch.trains), size
+        yield batch
+        self._consume()
 
-    def _visits(self) -> int:
-        return int(self.state.times_seen.sum())
+    def _consume(self) -> None:
+        """The batch at hand is done with: count it."""
+        assert self._at_hand is not None
+        batch, size = self._at_hand
+        self.counts.add(batch)
+        if batch.trains:
+            self._consumed += size
+        else:
+            self._probed += size
+        self._at_hand = None
+
+    @property
+    def _trains_at_hand(self) -> bool:
+        return self._at_hand is not None and self._at_hand[0].trains
+
+    def _size_visited(self) -> int:
+        """Samples of the batch at hand, if a process has counted a visit of it; else 0. All processes call it."""
+        if self._at_hand is None:
+            return 0
+        batch, size = self._at_hand
+        visited = self.counts.visited(batch).any().int()
+        if self.world > 1:
+            dist.all_reduce(visited, dist.ReduceOp.MAX)
+        return size * int(visited)
+
+    def _settle(self) -> None:
+        """The iteration was left at the batch at hand: it is done with if its visits were counted."""
+        if self._size_visited():
+            self._consume()
+        self._at_hand = None
+
+    def _check_counted(self) -> None:
+        """Raise if no visit of the open epoch's training batches was counted; all processes know the same."""
+        counts = self.counts
+        counts.collect()
+        before = counts.mark["train"]
+        if counts.train["samples"] > before["samples"] and counts.train["labels"] == before["labels"]:
+            raise RuntimeError(_UNCOUNTED.format(what="the batches", epoch=counts.open_epoch))
+
+    def _end_epoch(self) -> None:
+        """Close the record of an epoch whose batches are all consumed, if one is open."""
+        sampler, counts = self.sampler, self.counts
+        if counts.open_epoch is None or counts.open_epoch >= self.epoch:
+            return
+        self._check_counted()
+        self.state.sync()
+        sampler.note_forgotten_()
+        marks = {
+            "end": float(self.epoch),
+            "buckets": bucket_names(self.state.bucket_counts().tolist()),
+            "quarantined": int(self.state.quarantined.count_nonzero()),
+            "forgotten": int(sampler.lost),
+        }
+        sampler.lost.zero_()
+        counts.samples_standard = self.epoch * len(self.state)
+        counts.end_epoch(counts.steps, marks)
+
+    def write_report(self, folder: str | Path) -> Path:
+        """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
+
+        What they hold: `geko_kernels/training/report/efficiency.py`; what a loop does not show is None there and
+        named on the page: `LoopCounts`. Of several processes the first writes, and before the run's end figures of
+        the last epoch or `state_dict`.
+
+        Raises:
+            ImportError: matplotlib or jinja2 is missing.
+        """
+        counts = self.counts
+        if self.world == 1:
+            counts.collect()
+        counts.samples_standard = round(self.progress * self.num_epochs * len(self.state))
+        if self.rank:
+            return Path(folder) / "report.html"
+        summary = run_summary(self.state, self.sampler, counts.report(), [])
+        skipped = getattr(self.dataset, "skipped_rows", ())
+        return write_run(folder, summary, counts.not_measured, skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on with the batch at hand; tensors are copies."""
-        sampler = self.sampler
-        return {
-            "num_samples": len(self.dataset),
-            "batch_size": self.batch_size,
-            "num_epochs": self.num_epochs,
-            "seed": self.seed,
-            "config": self.state.config.to_dict(),
-            "items": self._fingerprint(),
-            "state": _copied(self.state.state_dict()),
-            "upstream": self.state.upstream.clone(),
-            "sampler": _copied(sampler.state_dict(self._consumed)),
-            "due": None if self._due is None else self._due.clone(),
-            "probed": self._probed,
-            "looked": sampler._looked,
-        }
+        """All that `load_state_dict` needs to go on; tensors are copies. Of several processes all call it.
+
+        With the batch at hand, or with the next one if visits of that have been counted: take it before the batch is
+        trained, after its optimizer step, or between epochs.
+        """
+        return position_of(self)
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; iterate anew afterwards.
 
         Raises:
-            ValueError: a value is missing or damaged, or of a run with other data, batch_size, num_epochs, seed or
-                config; names it.
+            ValueError: a value is missing or damaged, or of a run with other data, batch_size, num_epochs, seed,
+                config or number of processes; names it.
         """
-        missing = sorted(_KEYS - values.keys())
-        if missing:
-            raise ValueError(f"state_dict lacks {missing}: is it what GEKOLoader.state_dict() returned?")
-        self._check_same_run(values)
-        _check_due(values["due"], values["probed"], len(self.dataset))
-        before = _copied(self.state.state_dict())
-        self.state.load_state_dict(values["state"])
-        try:
-            self.sampler.load_state_dict(values["sampler"])
-        except ValueError:
-            self.state.load_state_dict(before)
-            raise
-        self.state.upstream.copy_(values["upstream"])
-        plan = self.sampler.plan
-        finished = plan is not None and self.sampler.handed_out
-        self._consumed = len(plan.ids) if plan is not None and finished else self.sampler.position
-        self.sampler._looked = values["looked"]
-        self._due = None if values["due"] is None else values["due"].cpu().clone()
-        self._probed = values["probed"]
-        if self._due is not None:
-            self.sampler.probes.hand_out_(self._due, self.state.times_seen)
-
-    def _check_same_run(self, values: Mapping[str, Any]) -> None:
-        own = {"num_samples": len(self.dataset), **{name: getattr(self, name) for name in _SAME[1:]}}
-        for name in _SAME:
-            if values[name] != own[name]:
-                raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own[name]!r}")
-        config = self.state.config.to_dict()
-        for name in sorted({*config, *values["config"]}):
-            if values["config"].get(name) != config.get(name):
-                raise ValueError(
-                    f"state_dict['config'] has {name}={values['config'].get(name)!r}, and this loader's config "
-                    f"{config.get(name)!r}"
-                )
-        changed, compared = changed_items(values["items"], self._fingerprint())
-        if changed:
-            raise ValueError(f"state_dict is of a run over other data: {changed} of {compared} items compared differ")
+        go_on_from(self, values)
 
     def _fingerprint(self) -> dict[str, Any]:
         if self._items is None:
             self._items = fingerprint(self.dataset, in_worker=self.num_workers > 0)
         return self._items
-
-
-_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked"}
-
-
-class _Collate:
-    """(batch, ids (B,) int64) of items with their ids; a class, so that worker processes can be given it."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, rows: list[Identified]) -> tuple[Any, Tensor]:
-        return self.collate_fn([row.item for row in rows]), torch.tensor([row.sample_id for row in rows], device="cpu")
-
-
-def _check_dataset(dataset: Any) -> None:
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load it whole"
-        )
-    if len(dataset) == 0:
-        raise ValueError("dataset must have at least one sample, got none")
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_due(due: Any, probed: Any, num_samples: int) -> None:
-    if due is not None and not (isinstance(due, Tensor) and due.dtype == torch.int64 and due.dim() == 1 and len(due)):
-        raise ValueError(f"state_dict['due'] must be None or a tensor of int64 ids, got {due!r}")
-    if due is not None and not 0 <= int(due.min()) <= int(due.max()) < num_samples:
-        raise ValueError(
-            f"state_dict['due'] must hold ids in [0, {num_samples}), got {int(due.min())}..{int(due.max())}"
-        )
-    if not isinstance(probed, int) or probed < 0 or (due is not None and probed >= len(due)):
-        raise ValueError(f"state_dict['probed'] must be an int from 0 to below the number of due ids, got {probed!r}")
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
-
-
-def _moved(data: Any, device: torch.device) -> Any:
-    """`data` with every tensor in it on `device`; what has a `to` of its own is asked."""
-    if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
-    if callable(getattr(data, "to", None)):  # a PackedSequence among them, which is a named tuple
-        return data.to(device)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_moved(part, device) for part in data))
-    if isinstance(data, list | tuple):
-        return type(data)(_moved(part, device) for part in data)
-    if isinstance(data, Mapping):
-        return {name: _moved(part, device) for name, part in data.items()}
-    return data

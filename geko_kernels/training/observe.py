@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
-from transformers.utils import is_datasets_available
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.losses.logits import weighted_loss
 from geko_kernels.state import SampleState
-from geko_kernels.training.data import IGNORED, IdCollator, IdDataset, label_of
+from geko_kernels.training.data import IGNORED, label_of
+from geko_kernels.training.loop_report import write_run
+from geko_kernels.training.observed_batches import Samples, with_ids
+from geko_kernels.training.observed_report import ObservedCounts, summary_of
+from geko_kernels.training.observed_tokens import (
+    OF_LOGITS,
+    QUANTITIES,
+    Visits,
+    check_fused_loss,
+    find_shift,
+    of_fused_head,
+    of_logits,
+)
+from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.trainer import GEKOMixin
 
+logger = logging.getLogger(__name__)
 _PATCHED = ("_get_dataloader", "compute_loss")
-_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 0.02 where the model may have rounded its loss
 
 
 def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
     """Record what `trainer` sees of each sample; its losses and weights stay those of the run without it.
 
+    A sample is an item of `train_dataset`, or, where that has a column `seq_lengths` (TRL's `packing=True`), one of the
+    sequences in a row. TRL's SFTTrainer makes no logits: of it losses, label probabilities and hits are recorded, and
+    the learning state stays empty, since buckets need the confidence.
+
     Args:
-        trainer: a Trainer before `train()`, in one process, whose loss is the cross-entropy of the model's logits.
+        trainer: a Trainer before `train()`, whose loss is the cross-entropy of the model's logits.
         config: rules of the learning state (default: `GEKOConfig()`).
 
     Raises:
         TypeError: no Trainer, a GEKOTrainer (which records already), or a config of another type.
-        ValueError: several processes or DataParallel, a dataset without length or index, label smoothing, a trainer
-            that is observed already; at the first batch a model without logits, several samples joined in one row, or
+        ValueError: DataParallel, a dataset without length or index, label smoothing, a trainer that is observed
+            already; at the first batch a model without logits, several samples in one row that nothing tells apart, or
             a loss that is no cross-entropy of the logits.
     """
     _check(trainer, config)
@@ -46,17 +64,24 @@ def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
 class Observation(TrainerCallback):
     """What `observe` recorded; row e of each array is the e-th epoch, NaN where a sample was not seen in it.
 
+    Several processes: each records its own samples, and all have everything from the end of each epoch on.
+
     Attributes:
-        state: the SampleState, one row per item of `train_dataset`.
-        losses: (epochs, N) float32, mean over the valid tokens.
+        state: the SampleState, one row a sample.
+        losses: (epochs, N) float32, mean over the valid tokens, nats.
         label_probabilities: (epochs, N) float32, mean probability of the label over the valid tokens.
         hits: (epochs, N) float32, share of the valid tokens whose label has the largest logit.
+        confidences: (epochs, N) float32, mean of the largest probability; None where the model makes no logits.
+        margins: (epochs, N) float32, mean of the label's logit less the largest other one; None likewise.
     """
 
     def __init__(self, trainer: Trainer, config: GEKOConfig | None) -> None:
-        self.state = SampleState(len(trainer.train_dataset), config, device=trainer.args.device)
-        self._trainer, self._records = trainer, list[Tensor]()  # each (3, N)
+        self.samples = Samples(trainer.train_dataset)
+        self.state = SampleState(len(self.samples), config, device=trainer.args.device)
+        self.counts = ObservedCounts(self.state, dist.all_reduce if trainer.args.world_size > 1 else None)
+        self._trainer, self._records = trainer, list[Tensor]()  # each (5, N)
         self._shift: bool | None = None
+        self._fused: bool | None = None  # has the model a head that makes no logits?
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -75,6 +100,14 @@ class Observation(TrainerCallback):
     def hits(self) -> Tensor:
         return self._stacked()[:, 2]
 
+    @property
+    def confidences(self) -> Tensor | None:
+        return None if self._fused else self._stacked()[:, 3]
+
+    @property
+    def margins(self) -> Tensor | None:
+        return None if self._fused else self._stacked()[:, 4]
+
     def close(self) -> None:
         """Put the trainer back as it was; the records stay."""
         if vars(self._trainer).get("compute_loss") != self._compute_loss:
@@ -85,22 +118,63 @@ class Observation(TrainerCallback):
         self._trainer.remove_callback(self)
 
     def write_samples(self, path: str | Path) -> None:
-        """One JSON line a sample: id, losses, label_probabilities, hits (a list each, null where unseen), bucket."""
-        columns = [values.T.tolist() for values in (self.losses, self.label_probabilities, self.hits)]
-        buckets = self.state.bucket.tolist()
+        """One JSON line a sample: id, a list each of what was recorded (null where unseen), bucket.
+
+        The lists are named as the arrays are; without logits there are no confidences and margins, and bucket is null.
+        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences.
+        """
+        names = [name for name in QUANTITIES if not (self._fused and name in OF_LOGITS)]
+        columns = [values.T.tolist() for values in self._stacked()[:, : len(names)].unbind(1)]
+        buckets = [None if self._fused else Bucket(bucket).name for bucket in self.state.bucket.tolist()]
+        rows, parts = self.samples.places() if self.samples.first is not None else ((), ())
         skipped = getattr(self._trainer.train_dataset, "skipped_rows", ())
         with open(path, "w", encoding="utf-8") as file:
             for i, bucket in enumerate(buckets):
                 lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
-                names = ("losses", "label_probabilities", "hits")
-                row = {"id": row_of(i, skipped), **dict(zip(names, lists, strict=True)), "bucket": Bucket(bucket).name}
+                sample = i if rows else row_of(i, skipped)
+                row = {"id": sample, **dict(zip(names, lists, strict=True)), "bucket": bucket}
+                if rows:
+                    row |= {"row": row_of(rows[i], skipped), "part": parts[i]}
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def write_report(self, folder: str | Path) -> Path:
+        """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
+
+        They are those of GEKOTrainer, for a run that trains every sample; what is not measured is named on the page.
+        Of several processes the first writes.
+
+        Raises:
+            ImportError: matplotlib or jinja2 is missing.
+        """
+        if rank_and_world()[0]:
+            return Path(folder) / "report.html"
+        fused = bool(self._fused)
+        summary = summary_of(self.state, self.counts, self._stacked(), self._trainer.state.log_history, fused)
+        skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
+        return write_run(folder, summary, self.counts.not_measured(fused), skipped)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.counts.switch("other")
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._records.append(torch.full((3, len(self.state)), math.nan, device=args.device))
+        if self.counts.open_epoch is not None and bool(self._records[-1].isnan().all()):
+            self._records.pop()  # of an attempt of `auto_find_batch_size` that has trained nothing
+        self._records.append(torch.full((len(QUANTITIES), len(self.state)), math.nan, device=args.device))
+        self.counts.begin_epoch(len(self._records) - 1, state.global_step)
+        self.counts.switch("steps")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self._records[-1] = _merged(self._records[-1]).cpu()
+        self.state.sync()
+        self.counts.close_epoch(self._records[-1], state.global_step, state.epoch, fused=bool(self._fused))
+        self.counts.switch("other")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.counts.switch(None)
 
     def _stacked(self) -> Tensor:
-        return torch.stack(self._records).cpu() if self._records else torch.empty(0, 3, len(self.state))
+        records = [record.cpu() for record in self._records]  # the open epoch's is on the device
+        return torch.stack(records) if records else torch.empty(0, len(QUANTITIES), len(self.state))
 
     def _get_dataloader(
         self,
@@ -113,21 +187,8 @@ class Observation(TrainerCallback):
     ) -> Any:
         if not is_training:
             return self._loader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        trainer, collator = self._trainer, self._trainer.data_collator
-        wrapped = collator
-        if is_datasets_available() and hasattr(dataset, "remove_columns"):
-            dataset = trainer._remove_unused_columns(dataset, description=description)
-        else:
-            wrapped = trainer._get_collator_with_removed_columns(collator, description=description)
-        sampler = None if sampler_fn is None else lambda identified: sampler_fn(identified.dataset)
-        label_names = trainer.label_names or ["labels"]
-        trainer.data_collator = IdCollator(wrapped, label_names=label_names)
-        vars(trainer)["_get_collator_with_removed_columns"] = lambda given, description=None: given
-        try:
-            return self._loader(IdDataset(dataset), description, batch_size, sampler, is_training, dataloader_key)
-        finally:
-            trainer.data_collator = collator
-            del vars(trainer)["_get_collator_with_removed_columns"]
+        given = dataset, description, batch_size, sampler_fn
+        return with_ids(self._trainer, self._loader, self.samples, *given, dataloader_key=dataloader_key)
 
     def _compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,31 +198,77 @@ class Observation(TrainerCallback):
             if model.training and self._trainer.is_in_train:
                 raise ValueError("observe: the training batch has no sample_ids; the trainer makes its own dataloader")
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
-        if ids.dim() != 1:
-            raise ValueError("observe needs one row a sample: the data collator joined several samples in one row")
         name = label_of(inputs, self._trainer.label_names or ["labels"])
         assert name is not None  # IdCollator has seen to it
-        labels = inputs[name]
-        loss, outputs = self._loss(model, inputs, True, num_items_in_batch)
-        logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"observe needs the model's logits, and its outputs ({type(outputs).__name__}) have none")
+        labels, seen = inputs[name], list[Any]()
+        hook = model.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
+        try:
+            result = self._loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        loss = result[0] if return_outputs else result
         with torch.no_grad():
-            self._record(logits.detach(), labels.to(logits.device), ids, loss.detach(), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+            self._record(seen, labels, ids, loss.detach(), num_items_in_batch, inputs)
+        return result
 
-    def _record(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> None:
+    def _record(self, seen: list[Any], labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any, inputs: Any) -> None:
+        fused = [outputs for outputs in seen if getattr(outputs, "log_probs", None) is not None]
+        logits = [found for found in map(_logits_of, seen) if found is not None]
+        if not fused and not logits:
+            kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
+            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none")
+        visits: Visits | None
+        if fused:
+            visits = self._of_fused_head(fused[-1], ids, loss, num_items)
+        else:
+            visits = self._of_logits(logits[-1].detach(), labels.to(logits[-1].device), ids, loss, num_items)
+        if visits is None:
+            return
+        row, at = self._records[-1], visits.ids
+        real = at >= 0
+        row[:, at[real]] = torch.where(visits.num_tokens > 0, visits.means, row[:, at.clamp(min=0)])[:, real]
+        self.counts.add(visits, inputs, ids)
+
+    def _of_fused_head(self, outputs: Any, ids: Tensor, loss: Tensor, num_items: Any) -> Visits:
+        if self._fused is None and bool(loss.isfinite()):
+            check_fused_loss(outputs, loss, num_items, self._trainer.args.world_size)
+            self._fused = True
+            logger.warning(
+                "observe: the model's head is fused with its loss and makes no logits. Losses, label probabilities and "
+                "hits are recorded; confidences, margins and buckets are not."
+            )
+        return of_fused_head(outputs, ids)
+
+    def _of_logits(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> Visits | None:
         shift = self._shift
         if shift is None:
-            if not bool((labels != IGNORED).any()):
-                return
-            shift, certain = _find_shift(logits, labels, loss, num_items)
-            self._shift = shift if certain else None
-        _, stats = weighted_loss(logits, labels, ids, self.state, shift=shift, update=True, return_stats=True)
-        chances = _label_probabilities(logits, labels, shift)
-        new = torch.stack([stats.loss, chances, stats.accuracy])
-        row = self._records[-1]
-        row[:, ids] = torch.where(stats.num_tokens > 0, new, row[:, ids])
+            if not bool((labels != IGNORED).any() & loss.isfinite()):
+                return None  # nothing to compare
+            shift, certain = find_shift(logits, labels, loss, num_items, self._trainer.args.world_size)
+            self._shift, self._fused = shift if certain else None, False
+        weighted_loss(logits, labels, ids, self.state, shift=shift, update=True)
+        return of_logits(logits, labels, ids, shift)
+
+
+def _logits_of(outputs: Any) -> Tensor | None:
+    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _merged(record: Tensor) -> Tensor:
+    """(K, N) with the samples of all processes; of one that several saw the highest rank's."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return record
+    seen = ~record[0].isnan()
+    owner = torch.where(seen, rank, -1).to(record.device)
+    dist.all_reduce(owner, dist.ReduceOp.MAX)
+    known = record.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    values = torch.where(owner == rank, known, 0.0)
+    unknown = torch.where(owner == rank, record.isnan(), False).int()
+    dist.all_reduce(values)
+    dist.all_reduce(unknown)
+    return values.masked_fill((owner < 0) | (unknown > 0), math.nan)
 
 
 def _check(trainer: Any, config: Any) -> None:
@@ -173,40 +280,13 @@ def _check(trainer: Any, config: Any) -> None:
         raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
     if "compute_loss" in vars(trainer):
         raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
-    if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
-        raise ValueError("observe works in one process on one device, without DataParallel")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "observe does not combine with DataParallel: start the script with torchrun or accelerate launch, or make "
+            "one GPU visible"
+        )
     data = trainer.train_dataset
     if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
         raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")
     if trainer.label_smoother is not None:
         raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")
-
-
-def _find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any) -> tuple[bool, bool]:
-    """Is the trainer's loss the cross-entropy of shifted labels? And is that certain, or do both fit this batch?"""
-    found = {}
-    for shift in (False, True) if logits.dim() == 3 else (False,):
-        plain = weighted_loss(logits, labels, reduction="token_mean", shift=shift)
-        means = [float(plain)]
-        if num_items is not None:
-            means.append(float(weighted_loss(logits, labels, reduction="token_mean", shift=shift, num_items=num_items)))
-        found[shift] = min(abs(mean - float(loss)) for mean in means)
-    best = min(found, key=lambda shift: found[shift])
-    allowed = _CLOSE.get(logits.dtype, 0.02) * abs(float(loss)) + 1e-6
-    if not found[best] <= allowed:
-        raise ValueError(
-            f"observe needs a loss that is the cross-entropy of the logits: the trainer's is {float(loss):.6g}, and "
-            f"the nearest cross-entropy is {found[best]:.6g} away"
-        )
-    return best, sum(distance <= allowed for distance in found.values()) == 1
-
-
-def _label_probabilities(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
-    """(B,) mean probability of the label over the valid tokens."""
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    valid = labels != IGNORED
-    index = labels.where(valid, 0).unsqueeze(-1)
-    logits = logits.float()
-    chances = (logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)).exp() * valid
-    return chances.reshape(len(labels), -1).sum(1) / valid.reshape(len(labels), -1).sum(1)

@@ -1,6 +1,8 @@
 """The examples on Transformers, TRL and Accelerate run as their docstrings say, on a tiny random model."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,10 @@ def test_accelerate_loop_on_two_processes(model, tmp_path):
     pytest.importorskip("accelerate")
     output = run(model, tmp_path / "run", "accelerate_loop.py", TWO_PROCESSES)
     assert output.count("epoch 2: plan of 32 rows") == 1
+    work = json.loads((tmp_path / "run" / "geko_report.json").read_text())["efficiency"]
+    assert work["samples_backward"] == work["samples_standard"] == 64 and work["samples_uncounted"] == 0
+    assert [epoch["steps"] for epoch in work["epochs"]] == [2, 2]  # 32 samples, 8 a process
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_trl_sft(model, tmp_path):
@@ -56,3 +62,29 @@ def test_trl_sft(model, tmp_path):
     output = run(model, tmp_path / "run", "trl_sft.py")
     assert "64 of 64 samples trained; buckets after the last epoch:" in output
     assert output.count("eval_loss") == 2
+
+
+def test_lightning_loop_goes_on_exactly(tmp_path):
+    """The plan and the weights of a run stopped after four epochs and resumed are those of the whole one."""
+    pytest.importorskip("lightning", reason="pip install lightning")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = ":".join([str(EXAMPLES.parent), *sys.path])
+
+    def run(folder, *arguments):
+        command = [
+            sys.executable,
+            str(EXAMPLES / "lightning_loop.py"),
+            "--output-dir",
+            str(tmp_path / folder),
+            *arguments,
+        ]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / folder / "report.html").exists()
+        return re.search(r"trained (\d+) samples of 16000, accuracy (0.9\d+)", done.stdout).groups()
+
+    whole = run("whole")
+    run("half", "--stop-after", "4")
+    assert run("resumed", "--resume", str(tmp_path / "half" / "last.ckpt")) == whole
+    assert int(whole[0]) < 12000
+    run("two", "--processes", "2")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import geko_kernels as gk
-from geko_kernels.training.loader import Batch, _moved
+from geko_kernels.training.loop_batches import Batch, moved
 
 N, CLASSES, BATCH = 96, 3, 16
 
@@ -133,6 +133,43 @@ def test_resumes_bit_for_bit(workers):
         assert resumed.loader.progress == 1.0
 
 
+def test_resumes_bit_for_bit_from_behind_each_batch():
+    """The same where the checkpoint is taken after the optimizer step; the report's counts come along."""
+    whole, saved = Run(), []
+    for batch in whole.loader:
+        whole.step(batch)
+        saved.append(whole.state_dict())
+    expected = whole.loader.counts.report()
+    for at, values in enumerate(saved):
+        resumed = Run()
+        resumed.load_state_dict(values)
+        for batch in resumed.loader:
+            resumed.step(batch)
+        assert resumed.seen == whole.seen[at + 1 :]
+        assert torch.equal(resumed.model.weight, whole.model.weight)
+        for name, column in whole.loader.state.state_dict().items():
+            assert torch.equal(resumed.loader.state.state_dict()[name], column), name
+        found = resumed.loader.counts.report()
+        for part in ("samples_forward", "samples_backward", "tokens_forward", "samples_standard", "saved_compute"):
+            assert found[part] == expected[part], part
+        for ours, theirs in zip(found["epochs"], expected["epochs"], strict=True):
+            assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_taking_a_checkpoint_changes_nothing():
+    plain, saving = Run(), Run()
+    for batch in plain.loader:
+        plain.step(batch)
+    for batch in saving.loader:
+        saving.state_dict()
+        saving.step(batch)
+        saving.state_dict()
+    assert saving.seen == plain.seen
+    assert torch.equal(saving.model.weight, plain.model.weight)
+    drop = {"seconds": 0, "epochs": 0}
+    assert {**saving.loader.counts.report(), **drop} == {**plain.loader.counts.report(), **drop}
+
+
 def test_refuses_a_loop_that_counts_no_visit():
     loader = gk.GEKOLoader(Toy(), batch_size=BATCH, device="cpu")
     with pytest.raises(RuntimeError, match=r"weighted_loss\(logits, labels, batch.ids, loader.state, update=True\)"):
@@ -150,9 +187,9 @@ def test_moves_nested_data():
 def test_moves_packed_sequences_and_named_tuples():
     """On the meta device: `PackedSequence` keeps its batch sizes on the CPU."""
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
-    moved = _moved({"packed": packed, "pair": Batch(torch.ones(2), torch.ones(1), 0, True)}, torch.device("meta"))
-    assert moved["packed"].data.is_meta and moved["packed"].batch_sizes.device.type == "cpu"
-    assert isinstance(moved["pair"], Batch) and moved["pair"].ids.is_meta
+    result = moved({"packed": packed, "pair": Batch(torch.ones(2), torch.ones(1), 0, True)}, torch.device("meta"))
+    assert result["packed"].data.is_meta and result["packed"].batch_sizes.device.type == "cpu"
+    assert isinstance(result["pair"], Batch) and result["pair"].ids.is_meta
 
 
 @pytest.mark.parametrize(
@@ -229,13 +266,6 @@ def test_refuses_probes_that_count_no_visit():
         for batch in run.loader:
             if batch.trains:
                 run.step(batch)
-
-
-def test_refuses_several_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match=r"serves one process, and torch.distributed runs 2"):
-        gk.GEKOLoader(Toy(), device="cpu")
 
 
 def test_comes_without_transformers():

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import geko_kernels as gk
-from geko_kernels.training.observe import _find_shift
+from geko_kernels.training.observed_tokens import find_shift
 
 
 def _trainer(path, causal, **given):
@@ -159,8 +159,8 @@ def test_samples_joined_in_one_row_are_refused(tmp_path):
 def test_a_batch_that_both_shifts_fit_settles_nothing():
     """As at an output layer that begins at zero, where every loss is log V."""
     labels = torch.tensor([[1, 2, 3, 4]])
-    assert _find_shift(torch.zeros(1, 4, 5), labels, torch.tensor(5.0).log(), None)[1] is False
+    assert find_shift(torch.zeros(1, 4, 5), labels, torch.tensor(5.0).log(), None)[1] is False
     logits = torch.randn(1, 4, 5)
     for shift in (False, True):
         loss = gk.weighted_loss(logits, labels, reduction="token_mean", shift=shift)
-        assert _find_shift(logits, labels, loss, None) == (shift, True)
+        assert find_shift(logits, labels, loss, None) == (shift, True)

@@ -57,9 +57,9 @@ def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float
     return figure
 
 
-def time_chart(seconds: Mapping[str, float]) -> Figure:
-    """Where the wall time of training went: one bar a part, and what no part covers as "other"."""
-    parts = {name: spent for name, spent in seconds.items() if name != "total"}
+def time_chart(seconds: Mapping[str, Any]) -> Figure:
+    """Where the wall time of training went: one bar a part that was measured, and what no part covers as "other"."""
+    parts = {name: spent for name, spent in seconds.items() if name != "total" and spent is not None}
     parts["other"] = max(seconds["total"] - sum(parts.values()), 0.0)
     figure, axes = _axes("Wall time by part", height=2.8)
     bars = axes.barh(

@@ -17,15 +17,20 @@ from geko_kernels.training.report.summary import run_summary
 _VERSION = 1
 _TRAINER_STATE = "trainer_state.json"  # Transformers' name, written out since importing Transformers takes seconds
 _NUMBER = (int, float)
+_MEASURED = (int, float, type(None))  # None: not measured
 _EPOCH = {
     **dict.fromkeys(("epoch", "samples", "probes", "steps", "seconds", "quarantined", "forgotten"), _NUMBER),
-    **dict.fromkeys(("loss", "accuracy"), (int, float, type(None))),
-    "buckets": dict.fromkeys(("FREEZE", "LIGHT", "FOCUS", "HARD"), _NUMBER),
+    **dict.fromkeys(("loss", "accuracy"), _MEASURED),
+    "buckets": dict.fromkeys(("FREEZE", "LIGHT", "FOCUS", "HARD"), _MEASURED),
 }
 _EFFICIENCY = {
     **dict.fromkeys(("samples_standard", "samples_forward", "samples_backward", "samples_idle"), _NUMBER),
-    **dict.fromkeys(("tokens_forward", "tokens_backward", "saved_compute"), _NUMBER),
-    "seconds": dict.fromkeys(("total", "steps", "probes", "selection", "evaluation", "checkpoints"), _NUMBER),
+    **dict.fromkeys(("tokens_forward", "tokens_backward"), _MEASURED),
+    "saved_compute": _NUMBER,
+    "seconds": {
+        **dict.fromkeys(("total", "steps", "probes", "selection"), _NUMBER),
+        **dict.fromkeys(("evaluation", "checkpoints"), _MEASURED),
+    },
     "epochs": [_EPOCH],
 }
 _SHAPE = {

@@ -60,8 +60,9 @@ def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
     efficiency = run["efficiency"]
     loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
     charts = {"work": work_chart(_work(efficiency)), "time": time_chart(efficiency["seconds"])}
-    if efficiency["epochs"]:
-        charts["buckets"] = bucket_chart([epoch["buckets"] for epoch in efficiency["epochs"]])
+    buckets = [epoch["buckets"] for epoch in efficiency["epochs"]]
+    if buckets and None not in buckets[-1].values():
+        charts["buckets"] = bucket_chart(buckets)
     if loss:
         charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
     if accuracy:
@@ -70,13 +71,19 @@ def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones."""
+    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones.
+
+    Without the tokens where they were not measured.
+    """
     standard, trained = efficiency["samples_standard"], efficiency["samples_backward"]
     counts = {
         unit: {part: efficiency[f"{unit}_{part}"] for part in ("forward", "backward")} for unit in ("samples", "tokens")
     }
     counts["samples"]["standard"] = standard
-    counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
+    if efficiency["tokens_backward"] is None:
+        del counts["tokens"]
+    else:
+        counts["tokens"]["standard"] = round(efficiency["tokens_backward"] / max(trained, 1) * standard)
     return counts
 
 

@@ -1,0 +1,129 @@
+"""The batches of a `GEKOLoader`: each process's share of the planned ids, its items collated and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
+
+from geko_kernels.training.data import IdDataset, Identified
+
+
+class Batch(NamedTuple):
+    """One batch of the plan, or of the probes before an epoch."""
+
+    data: Any  # what the collate function made, its tensors on the device
+    ids: Tensor  # (B,) int64 on the device; -1 for a repeat that only fills up a process's share
+    epoch: int
+    trains: bool  # False: a look, forward only
+
+
+class Shares(Sampler[list[int]]):
+    """For each `batch_size * world` of `ids` (n,) every world-th of them, from `rank` on: one process's batch.
+
+    So all processes have as many batches, and their batches as many items: where the last ids do not suffice, `~id` of
+    a repeat fills up, which `IdDataset` turns into the item with id -1.
+    """
+
+    def __init__(self, ids: Tensor, batch_size: int, rank: int, world: int) -> None:
+        self.ids, self.batch_size, self.rank, self.world = ids, batch_size, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if len(self.ids) == 0:
+            return
+        for part in self.ids.split(self.batch_size * self.world):
+            own = part[self.rank :: self.world].tolist()
+            yield own if len(own) * self.world >= len(part) else [*own, ~int(part[0])]
+
+
+class BatchSource:
+    """Makes the batches of given ids.
+
+    Args:
+        dataset: with `len()` and `[]`.
+        batch_size: of each process.
+        device: where the batches go.
+        collate_fn: makes a batch of a list of items.
+        num_workers: as of `DataLoader`.
+        rank, world: which of how many processes this one is.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        device: torch.device,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        num_workers: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        check_dataset(dataset)
+        if collate_fn is not None and not callable(collate_fn):
+            raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__name__}")
+        self.dataset, self.batch_size, self.device, self.num_workers = dataset, batch_size, device, num_workers
+        self.rank, self.world = rank, world
+        self.collate = _Collate(collate_fn or default_collate)
+
+    def load(self, ids: Tensor, seed: int) -> Iterator[tuple[Any, Tensor, int]]:
+        """(data, ids, how many of `ids` the batches of all processes hold) of one batch after another."""
+        loader = DataLoader(
+            IdDataset(self.dataset),
+            batch_sampler=Shares(ids, self.batch_size, self.rank, self.world),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU already
+            # of the workers' random numbers: leaves the global one alone, and differs between processes
+            generator=torch.Generator("cpu").manual_seed(seed * self.world + self.rank),
+        )
+        left, size = len(ids), self.batch_size * self.world
+        for data, sample_ids in loader:
+            yield moved(data, self.device), sample_ids.to(self.device, non_blocking=True), min(size, left)
+            left -= size
+
+
+class _Collate:
+    """(batch, ids (B,) int64) of items with their ids; a class, so that worker processes can be given it."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, rows: list[Identified]) -> tuple[Any, Tensor]:
+        return self.collate_fn([row.item for row in rows]), torch.tensor([row.sample_id for row in rows], device="cpu")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load it whole"
+        )
+    if len(dataset) == 0:
+        raise ValueError("dataset must have at least one sample, got none")
+
+
+def moved(data: Any, device: torch.device) -> Any:
+    """`data` with every tensor in it on `device`; what has a `to` of its own is asked."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    if callable(getattr(data, "to", None)):  # a PackedSequence among them, which is a named tuple
+        return data.to(device)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(moved(part, device) for part in data))
+    if isinstance(data, list | tuple):
+        return type(data)(moved(part, device) for part in data)
+    if isinstance(data, Mapping):
+        return {name: moved(part, device) for name, part in data.items()}
+    return data

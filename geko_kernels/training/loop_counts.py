@@ -1,0 +1,134 @@
+"""What a loop of the user's own has done with its batches, told from the learning state, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from geko_kernels.config import Bucket
+from geko_kernels.state import SampleState
+from geko_kernels.training.data import IGNORED, LABEL_KEYS
+from geko_kernels.training.report.efficiency import Efficiency, count_tokens
+
+_TIE = 1e-5  # nats: the label has the largest logit where loss + log(confidence) is 0 but for rounding
+_UNKNOWN = {
+    "tokens": "tokens (they show in attention_mask and input_ids, or in labels)",
+    "hits": "accuracy (it shows where batches have one label a sample)",
+}
+_BEYOND = "validation and checkpoints (within an epoch they are part of the steps' time)"
+
+
+class HandedOut(NamedTuple):
+    """What is told of a batch before the user's loop gets it, which may change its dict."""
+
+    ids: Tensor  # (B,)
+    trains: bool
+    before: Tensor  # (B,) visits of each
+    tokens: Tensor | None  # () of its own samples, if it shows them
+    one_label: bool  # it has one label a sample
+
+
+class LoopCounts(Efficiency):
+    """`Efficiency` of a loop that hands over neither losses nor tokens. Nothing of it waits for the device.
+
+    A visit of a batch's sample was counted if `times_seen` has grown since the batch was handed out; then its loss is
+    `last_loss`. `loss` in the report is the mean over visits, each of them the mean over its tokens. `steps` are
+    training batches, and `seconds["steps"]` goes from one to the next, loading included. `samples_uncounted` are those
+    whose visit was not counted: without a label, with a loss that is not finite, or left out of the call.
+
+    Not measured, and None in the report: `evaluation` and `checkpoints` in `seconds`, `samples_nonfinite`; `tokens_*`
+    where a batch does not show its tokens; `accuracy` where batches do not have one label a sample.
+    """
+
+    def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:
+        super().__init__(state.device, reduce)
+        self.state, self.predictions = state, state.predictions
+        self.steps = 0  # training batches of all processes together count as one
+        self.unknown: list[str] = []  # keys of _UNKNOWN
+
+    def hand_out(self, data: Any, ids: Tensor, trains: bool) -> HandedOut:
+        labels = find_labels(data, len(ids))
+        one_label = labels is not None and labels.dim() == 1
+        return HandedOut(ids, trains, self._seen(ids), count_batch(data, labels, ids), one_label)
+
+    def _seen(self, ids: Tensor) -> Tensor:
+        return self.state.times_seen[ids.clamp(min=0)]
+
+    def visited(self, batch: HandedOut) -> Tensor:
+        """(B,) bool: was a visit of it counted since it was handed out?"""
+        return (self._seen(batch.ids) > batch.before) & (batch.ids >= 0)
+
+    def add(self, batch: HandedOut) -> None:
+        """Count a batch that the user's loop is done with."""
+        state, ids, counted = self.state, batch.ids, self.visited(batch)
+        at = ids.clamp(min=0)
+        loss, bucket = state.loss_history[at, -1], state.bucket[at].long()
+        tokens, hits = batch.tokens, torch.zeros_like(loss)
+        if tokens is None:
+            self._miss("tokens")
+            tokens = torch.zeros((), device=ids.device)
+        if batch.one_label:
+            hits = (loss + state.confidence[at].log() <= _TIE).float()
+        else:
+            self._miss("hits")
+        weight = state.weights[(Bucket.HARD - bucket)] * ~state.quarantined[at]
+        stats: Any = SimpleNamespace(
+            sample_ids=ids,
+            num_tokens=counted.long(),
+            loss=torch.where(counted, loss, 0.0),
+            accuracy=torch.where(counted, hits, 0.0),
+            weight=weight,
+        )
+        self.count(stats, tokens, probe=not batch.trains)
+        self.steps += batch.trains
+
+    def _miss(self, what: str) -> None:
+        if what not in self.unknown:
+            self.unknown.append(what)
+
+    @property
+    def not_measured(self) -> list[str]:
+        """What the page says of it."""
+        return [_BEYOND, *(_UNKNOWN[what] for what in self.unknown)]
+
+    def report(self) -> dict[str, Any]:
+        values = super().report()
+        values["samples_nonfinite"] = None
+        values["samples_uncounted"] = round(sum(part["samples"] - part["labels"] for part in (self.train, self.probe)))
+        values["seconds"] |= dict.fromkeys(("evaluation", "checkpoints"))
+        if "tokens" in self.unknown:
+            values |= dict.fromkeys(("tokens_forward", "tokens_backward"))
+        for epoch in values["epochs"]:
+            epoch["nonfinite"] = None
+            if "hits" in self.unknown:
+                epoch["accuracy"] = None
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "unknown": list(self.unknown)}
+
+
+def find_labels(data: Any, size: int) -> Tensor | None:
+    """The labels of a batch of `size`: by their name in a dict, the second of a pair, taken as (inputs, labels)."""
+    if isinstance(data, Mapping):
+        found = [data[name] for name in LABEL_KEYS if name in data]
+    else:
+        found = [data[1]] if isinstance(data, list | tuple) and len(data) == 2 else []
+    if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].is_floating_point():
+        return None
+    return found[0] if found[0].dim() in (1, 2) and len(found[0]) == size else None
+
+
+def count_batch(data: Any, labels: Tensor | None, ids: Tensor) -> Tensor | None:
+    """() tokens that the model reads for the batch's own samples: by its mask, its input_ids, or its labels."""
+    if isinstance(data, Mapping):
+        rows = [data.get(name) for name in ("attention_mask", "input_ids")]
+        if any(isinstance(part, Tensor) and part.dim() == 2 and len(part) == len(ids) for part in rows):
+            return count_tokens(dict(data), ids)
+    if labels is None:
+        return None
+    return ((labels != IGNORED).reshape(len(ids), -1) & (ids >= 0)[:, None]).sum()

@@ -1,0 +1,330 @@
+"""`GEKOLoader` on two processes (gloo), killed and resumed, and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import geko_kernels as gk
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "loader_run.py"
+ENVIRONMENT = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments, launch=()):
+    command = [sys.executable, *launch, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+def kill_at(folder, at):
+    """Its exit code. Workers just forked may miss that their parent is gone, and so are ended with their group."""
+    command = [sys.executable, str(SCRIPT), "kill", str(folder), "--kill-at", str(at)]
+    with (folder / "log").open("a") as log:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return process.wait(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """[one process, rank 0 of two, rank 1 of two], and the folder of the two."""
+    one, both = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for folder, launch in ((one, ()), (both, torchrun)):
+        done = start("two", folder, launch=launch)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        json.loads((folder / f"{rank}.json").read_text()) for folder, rank in ((one, 0), (both, 0), (both, 1))
+    ], both
+
+
+def test_ranks_share_the_plan_of_one_process(runs):
+    one, first, second = (run["whole"] for run in runs[0])
+    assert len(first["seen"]) == len(second["seen"]) == len(one["seen"])
+    repeats = 0
+    for alone, *parts in zip(one["seen"], first["seen"], second["seen"], strict=True):
+        assert parts[0][:2] == parts[1][:2] == alone[:2]
+        assert parts[0][3] == parts[1][3] == alone[3]  # progress
+        assert len(parts[0][2]) == len(parts[1][2])
+        ids = parts[0][2] + parts[1][2]
+        repeats += ids.count(-1)
+        assert sorted(i for i in ids if i >= 0) == sorted(alone[2])
+    assert repeats > 0  # 93 samples
+    assert {trains for _, trains, _, _ in one["seen"]} == {True, False}
+
+
+def test_every_rank_ends_as_one_process_does(runs):
+    one, first, second = (run["whole"] for run in runs[0])
+    for key in ("state", "weights", "epochs", "counts"):
+        assert first[key] == second[key], key
+    assert first["state"]["times_seen"] == one["state"]["times_seen"]
+    assert first["state"]["bucket"] == one["state"]["bucket"]
+    torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-5)
+    assert first["counts"] == one["counts"]
+    for ours, theirs in zip(first["epochs"], one["epochs"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert {**ours, "loss": 0} == {**theirs, "loss": 0}
+
+
+@pytest.mark.parametrize("number", [8, 15])
+def test_resumed_ranks_equal_those_that_never_stopped(runs, number):
+    for run in runs[0]:
+        for key in ("seen", "state", "weights", "epochs", "counts"):
+            assert run[f"resumed {number}"][key] == run["whole"][key], key
+
+
+def test_the_first_rank_writes_the_report(runs):
+    figures = json.loads((runs[1] / "report" / "geko_report.json").read_text())
+    assert figures["efficiency"]["samples_forward"] == runs[0][0]["whole"]["counts"]["samples_forward"]
+    assert (runs[1] / "report" / "report.html").exists()
+
+
+def test_ranks_with_other_arguments_are_refused(runs):
+    one, *both = runs[0]
+    assert "other seeds" not in one
+    for run in both:
+        assert run["other seeds"] == "seed must be the same in all processes, got 0 and 1"
+
+
+def test_killed_and_resumed_in_mid_epoch_is_bit_for_bit_the_same(tmp_path):
+    """Two workers; the SIGKILL hits a batch after one that was saved, so that some work is lost."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    assert start("kill", whole).returncode == 0
+    for at in (8, 17):
+        assert kill_at(broken, at) == -signal.SIGKILL, (broken / "log").read_text()[-3000:]
+        assert (broken / "checkpoint.pt").exists() and not (broken / "model.pt").exists()
+    done = start("kill", broken)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = torch.load(broken / "model.pt"), torch.load(whole / "model.pt")
+    assert ours["weights"] == theirs["weights"]
+    for name, column in theirs["state"].items():
+        assert torch.equal(ours["state"][name], column), name
+    assert (broken / "trained").read_text() == (whole / "trained").read_text()
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, collate=lambda x, y: (x, y), size=60):
+        self.labels = torch.arange(size) % 3
+        self.inputs = torch.eye(3)[self.labels] * 3
+        self.make = collate
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.make(self.inputs[index], self.labels[index])
+
+
+def train(loader, of=lambda data: data):
+    """Train a linear model; the statistics of each training visit."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses, hits, probes = {}, {}, 0
+    for batch in loader:
+        with torch.set_grad_enabled(batch.trains):
+            inputs, labels = of(batch.data)
+            state = loader.state
+            loss, stats = gk.weighted_loss(model(inputs), labels, batch.ids, state, update=True, return_stats=True)
+        if batch.trains:
+            losses.setdefault(batch.epoch, []).append(stats.loss)
+            hits.setdefault(batch.epoch, []).append(stats.accuracy)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            probes += len(batch.ids)
+    return losses, hits, probes
+
+
+def test_report_says_what_was_seen(tmp_path):
+    loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=5, device="cpu")
+    losses, hits, probes = train(loader)
+    page = loader.write_report(tmp_path / "run")
+    figures = json.loads((tmp_path / "run" / "geko_report.json").read_text())
+    work = figures["efficiency"]
+    assert page == tmp_path / "run" / "report.html" and "Not measured: validation" in page.read_text()
+    trained = sum(len(part) for parts in losses.values() for part in parts)
+    assert work["samples_backward"] == trained == work["tokens_backward"]
+    assert work["samples_forward"] == trained + probes == work["tokens_forward"]
+    assert work["samples_standard"] == 300 and work["samples_uncounted"] == 0
+    assert work["saved_compute"] == pytest.approx(1 - (3 * trained + probes) / 900)
+    assert [epoch["steps"] for epoch in work["epochs"]] == [len(losses.get(epoch, [])) for epoch in range(5)]
+    for epoch in losses:
+        assert work["epochs"][epoch]["loss"] == pytest.approx(float(torch.cat(losses[epoch]).mean()), rel=1e-5)
+        assert work["epochs"][epoch]["accuracy"] == pytest.approx(float(torch.cat(hits[epoch]).mean()))
+    assert sum(work["epochs"][-1]["buckets"].values()) == 60
+    seconds = work["seconds"]
+    assert seconds["evaluation"] is None and seconds["checkpoints"] is None
+    parts = [seconds[part] for part in ("steps", "probes", "selection")]
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(seconds["total"])
+    assert figures["num_samples"] == 60 and gk.GEKOConfig.from_dict(figures["config"]) == loader.state.config
+
+
+def test_report_says_that_it_has_not_seen_labels(tmp_path):
+    loader = gk.GEKOLoader(Items(lambda x, y: (x, y, 0)), batch_size=8, num_epochs=2, device="cpu")
+    train(loader, of=lambda data: data[:2])
+    text = loader.write_report(tmp_path).read_text()
+    work = json.loads((tmp_path / "geko_report.json").read_text())["efficiency"]
+    assert work["tokens_forward"] is None and work["tokens_backward"] is None
+    assert [epoch["accuracy"] for epoch in work["epochs"]] == [None, None]
+    assert work["epochs"][0]["loss"] > 0
+    assert "tokens (they show in attention_mask and input_ids, or in labels)" in text
+    assert "accuracy (it shows where batches have one label a sample)" in text
+
+
+def test_tokens_are_those_of_the_mask(tmp_path):
+    def item(inputs, label):
+        mask = torch.arange(3) <= label
+        return {"x": inputs, "labels": label, "input_ids": torch.zeros(3).long(), "attention_mask": mask.long()}
+
+    loader = gk.GEKOLoader(Items(item), batch_size=8, num_epochs=1, device="cpu")
+    train(loader, of=lambda data: (data["x"], data["labels"]))
+    assert loader.counts.report()["tokens_backward"] == 20 * (1 + 2 + 3)
+
+
+def test_a_loop_that_takes_the_labels_out_of_the_dict_is_measured():
+    loader = gk.GEKOLoader(Items(lambda x, y: {"x": x, "labels": y}), batch_size=8, num_epochs=1, device="cpu")
+    _, hits, _ = train(loader, of=lambda data: (data["x"], data.pop("labels")))
+    (epoch,) = loader.counts.report()["epochs"]
+    assert epoch["accuracy"] == pytest.approx(float(torch.cat(hits[0]).mean()))
+
+
+def test_a_repeat_has_no_part_in_the_loss():
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    state = gk.SampleState(2)
+    alone = gk.weighted_loss(logits[:2], labels[:2], torch.tensor([0, 1]), gk.SampleState(2), update=True)
+    filled = gk.weighted_loss(logits, labels, torch.tensor([0, 1, -1]), state, update=True)
+    assert torch.equal(filled, alone) and state.times_seen.tolist() == [1, 1]
+    logits.requires_grad_()
+    gk.weighted_loss(logits, labels, torch.tensor([-1, -1, -1]), state, update=True).backward()
+    assert logits.grad.abs().sum() == 0
+
+
+def test_the_report_survives_a_checkpoint(tmp_path):
+    whole = gk.GEKOLoader(Items(), batch_size=8, num_epochs=4, device="cpu")
+    torch.manual_seed(0)
+    train(whole)
+    first = gk.GEKOLoader(Items(), batch_size=8, num_epochs=4, device="cpu")
+    torch.manual_seed(0)
+    train(first)
+    second = gk.GEKOLoader(Items(), batch_size=8, num_epochs=4, device="cpu")
+    second.load_state_dict(first.state_dict())
+    assert list(second) == []
+    second.write_report(tmp_path)
+    ours = json.loads((tmp_path / "geko_report.json").read_text())["efficiency"]
+    theirs = whole.counts.report()
+    strip = [{**epoch, "seconds": 0} for epoch in theirs["epochs"]]
+    assert [{**epoch, "seconds": 0} for epoch in ours["epochs"]] == strip
+    assert ours["saved_compute"] == 1 - (theirs["samples_forward"] + 2 * theirs["samples_backward"]) / 720
+
+
+def test_visits_that_are_not_counted_show(tmp_path):
+    """Labels of -100, and the ids of half of the batch alone."""
+    loader = gk.GEKOLoader(Items(), batch_size=10, num_epochs=1, device="cpu")
+    for batch in loader:
+        labels = batch.data[1].clone()
+        labels[:5] = -100
+        gk.weighted_loss(torch.zeros(10, 3), labels, batch.ids, loader.state, update=True)
+    work = loader.counts.report()
+    assert work["samples_uncounted"] == 30 and work["samples_idle"] == 30
+    assert work["epochs"][0]["loss"] == pytest.approx(float(torch.tensor(3.0).log()))
+
+
+@pytest.mark.parametrize("wrong", ["no ids", "no state", "no update", "NaN"])
+def test_an_epoch_without_a_counted_visit_is_an_error(wrong):
+    loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
+    message = (
+        r"no visit was counted in the batches of epoch 0: train and probe with weighted_loss\(logits, labels, "
+        r"batch.ids, loader.state, update=True\), and ask for a batch after the one before it. If the loop does, no "
+        "sample has a label that counts, or every loss is NaN or infinite"
+    )
+    logits = torch.full((8, 3), float("nan") if wrong == "NaN" else 0.0)
+    seen = 0
+    with pytest.raises(RuntimeError, match=message):
+        for batch in loader:
+            seen += len(batch.ids)
+            ids, state = batch.ids, loader.state
+            labels = batch.data[1]
+            given = {"no ids": (None, None), "no state": (ids, None)}.get(wrong, (ids, state))
+            update = None if given[1] is None else wrong != "no update"
+            gk.weighted_loss(logits[: len(ids)], labels, *given, update=update)
+    assert seen == 60
+
+
+def test_fetching_ahead_is_an_error():
+    loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
+    batches = iter(loader)
+    at_hand = next(batches)
+    with pytest.raises(RuntimeError, match="ask for a batch after the one before it"):
+        for ahead in batches:
+            ids = at_hand.ids
+            gk.weighted_loss(torch.zeros(len(ids), 3), at_hand.data[1], ids, loader.state, update=True)
+            at_hand = ahead
+
+
+def test_a_batch_trained_before_the_loop_was_left_does_not_come_again():
+    loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=1, device="cpu")
+    seen = []
+    while loader.epoch < 1:
+        for batch in loader:
+            gk.weighted_loss(torch.zeros(len(batch.ids), 3), batch.data[1], batch.ids, loader.state, update=True)
+            seen += batch.ids.tolist()
+            break
+    assert sorted(seen) == list(range(60))
+
+
+def test_a_process_group_made_later_is_refused(monkeypatch):
+    loader = gk.GEKOLoader(Items(), device="cpu")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"made as process 0 of 1, and torch.distributed now says .* \(1, 2\)"):
+        next(iter(loader))
+
+
+def test_report_without_matplotlib_leaves_the_figures(tmp_path, monkeypatch):
+    loader = gk.GEKOLoader(Items(), device="cpu", num_epochs=1)
+    train(loader)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "geko_kernels.training.report.report", raising=False)
+    with pytest.raises(ImportError, match=r"report.html needs jinja2: pip install matplotlib jinja2. The figures are"):
+        loader.write_report(tmp_path)
+    assert (tmp_path / "geko_report.json").exists()
+
+
+def test_report_comes_without_transformers(tmp_path):
+    code = (
+        "import sys, torch, geko_kernels as gk; sys.modules['transformers'] = None\n"
+        "loader = gk.GEKOLoader(torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3)), num_epochs=1)\n"
+        "for b in loader: gk.weighted_loss(b.data[0], b.data[1], b.ids, loader.state, update=True)\n"
+        f"loader.write_report({str(tmp_path)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_device_that_the_processes_cannot_share_is_named(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    with pytest.raises(ValueError, match=r"device must be one whose tensors torch.distributed \(nccl\) takes, got cpu"):
+        gk.GEKOLoader(Items(), device="cpu")
