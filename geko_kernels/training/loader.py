@@ -85,6 +85,9 @@ class GEKOLoader:
         _check_int("num_workers", num_workers, 0)
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        for name in ("batch_tokens", "probe_batch_size"):
+            if getattr(config, name, None) is not None:
+                raise ValueError(f"config.{name} is for GEKOTrainer: GEKOLoader's batches have batch_size samples")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__name__}")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

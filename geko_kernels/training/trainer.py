@@ -27,9 +27,11 @@ from geko_kernels.training.model_loss.own_loss import Route, find_loss, is_compi
 from geko_kernels.training.model_loss.untouched import untouched
 from geko_kernels.training.planned import PlannedMixin
 from geko_kernels.training.planning.orders import PaddedIds
+from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.summary import run_summary
+from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
@@ -52,6 +54,8 @@ class GEKOMixin(PlannedMixin):
     label_names: list[str]
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
+    _row_tokens: int | None = None  # a plan is packed into rows of at most so many tokens
+    _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -104,6 +108,8 @@ class GEKOMixin(PlannedMixin):
             )
         if self.train_dataset is not None and len(self.train_dataset) == 0:
             raise ValueError("train_dataset has no items")
+        if self.config.batch_tokens is not None or self._row_tokens is not None:
+            check_token_batches(self.args, "packing" if self.config.batch_tokens is None else "batch_tokens")
         parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if self.args.n_gpu > 1 or parallel > 1:
             raise ValueError(
@@ -116,7 +122,8 @@ class GEKOMixin(PlannedMixin):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
-        return self._id_dataloader(self._train_batch_size, self._get_train_sampler)
+        batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # of packs
+        return self._id_dataloader(batch_size, self._get_train_sampler)
 
     def _id_dataloader(self, batch_size: int, sampler_fn: Any) -> DataLoader:
         dataset = self.train_dataset
@@ -132,6 +139,14 @@ class GEKOMixin(PlannedMixin):
             else remover
         )
 
+    def _packer(self) -> Packer | None:
+        if not (self.config.batch_tokens or self._row_tokens):
+            return None
+        data = self.train_dataset
+        if self._lengths is None or self._lengths[0] is not data:
+            self._lengths = data, sample_lengths(data, self.args.length_column_name)
+        return packer_of(self._lengths[1], self.data_collator, self.config.batch_tokens, self._row_tokens)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GEKOSampler:
         args, state = self.args, self.sample_state
         assert state is not None
@@ -143,6 +158,8 @@ class GEKOMixin(PlannedMixin):
         step = self.get_total_train_batch_size(args)
         split = args.accelerator_config.split_batches
         self._micro_batch = self._train_batch_size if split else step // args.gradient_accumulation_steps
+        if self.config.batch_tokens is not None:
+            self._micro_batch = args.world_size
         even = args.world_size > 1 and not args.dataloader_drop_last
         sampler = GEKOSampler(
             state,
@@ -152,6 +169,7 @@ class GEKOMixin(PlannedMixin):
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
             window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
+            packer=self._packer(),
         )
         if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
             self.sampler = sampler
@@ -291,8 +309,13 @@ class GEKOMixin(PlannedMixin):
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
-        batch = getattr(self.args, "probe_batch_size", None) or 4 * self._train_batch_size
-        loader = self._id_dataloader(batch, lambda _: PaddedIds(ids, batch * self.args.world_size))
+        batch = self.config.probe_batch_size or getattr(self.args, "probe_batch_size", None)
+        batch, packer = batch or 4 * self._train_batch_size, self._planned().packer
+        sampler: Any = PaddedIds(ids, batch * self.args.world_size)
+        if packer is not None:  # one pack a batch
+            wider = packer._replace(tokens=packer.tokens * (4 if self.config.batch_tokens else batch))
+            batch, sampler = 1, PackedIds(*wider.pack(ids), self.args.world_size)
+        loader = self._id_dataloader(batch, lambda _: sampler)
         model.eval()
         for inputs in loader:
             with self.compute_loss_context_manager():

@@ -135,8 +135,6 @@ def test_dropped_rows_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("packing", True),
-        ("padding_free", True),
         ("use_liger_kernel", True),
         ("label_smoothing_factor", 0.1),
         ("loss_type", "dft"),
