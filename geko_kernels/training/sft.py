@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.bases import arguments_of
+from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.trainer import GEKOMixin
 
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
@@ -93,10 +94,13 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             raise ValueError(
                 "GEKOSFTTrainer counts tokens by attention_mask or position_ids: let the data_collator return one"
             )
-        inputs = {**inputs, "use_cache": False}  # as SFT does; with a cache the documents of a row would see each other
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._count(outputs["logits"].detach(), inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _forward_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **named: Any) -> ModelLoss:
+        # as SFT does: with a cache the documents of a row would see each other
+        return super()._forward_loss(model, {**inputs, "use_cache": False}, *args, **named)
 
     def _count(self, logits: Tensor, inputs: dict[str, Any]) -> None:
         """SFT's metrics of a training batch; logits (B, S, V)."""

@@ -16,17 +16,17 @@ from geko_kernels.training.planning.packing import Fill, Packer
 _ROWS = 10_000  # of an Arrow table looked at together
 
 
-def check_token_batches(args: TrainingArguments, name: str) -> None:
-    """Refuse what makes batches in another way than plans of packs do; `name` is the setting that asks for them."""
-    for other, given in (
-        ("auto_find_batch_size", args.auto_find_batch_size),
-        ("split_batches", args.accelerator_config.split_batches),
-        ("dispatch_batches", args.accelerator_config.dispatch_batches),
-    ):
+def check_token_batches(args: TrainingArguments, batch_tokens: int | None) -> None:
+    """Refuse what makes batches in another way than plans of packs do."""
+    name, config = "packing" if batch_tokens is None else "batch_tokens", args.accelerator_config
+    others = {"dispatch_batches": config.dispatch_batches}
+    if batch_tokens is not None:
+        others |= {"auto_find_batch_size": args.auto_find_batch_size, "split_batches": config.split_batches}
+        if getattr(args, "probe_batch_size", None) is not None:
+            raise ValueError("probe_batch_size counts samples, and batch_tokens sizes probe batches too: leave out one")
+    for other, given in others.items():
         if given:
             raise ValueError(f"{name} does not combine with {other}={given!r}: leave it out")
-    if name == "batch_tokens" and getattr(args, "probe_batch_size", None) is not None:
-        raise ValueError("probe_batch_size counts samples, and batch_tokens sizes probe batches too: leave out one")
 
 
 def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_tokens: int | None) -> Packer | None:
@@ -44,8 +44,8 @@ def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_toke
     joins = isinstance(collator, DataCollatorWithFlattening) or takes_ids(collator)
     joins |= bool(getattr(collator, "padding_free", False))  # TRL's
     fill = Fill.BEST_FIT if row_tokens is not None else Fill.IN_ORDER if joins else Fill.PADDED
-    multiple = getattr(collator, "pad_to_multiple_of", None)
-    packer = Packer(lengths, tokens, fill, multiple if isinstance(multiple, int) and multiple > 0 else 1)
+    multiple = getattr(collator, "pad_to_multiple_of", None) or 1
+    packer = Packer(lengths, tokens, fill, 1 if batch_tokens is None else multiple)  # not each row is filled up
     packer.check("max_length" if batch_tokens is None else "batch_tokens")
     return packer
 

@@ -109,7 +109,7 @@ class GEKOMixin(PlannedMixin):
         if self.train_dataset is not None and len(self.train_dataset) == 0:
             raise ValueError("train_dataset has no items")
         if self.config.batch_tokens is not None or self._row_tokens is not None:
-            check_token_batches(self.args, "packing" if self.config.batch_tokens is None else "batch_tokens")
+            check_token_batches(self.args, self.config.batch_tokens)
         parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if self.args.n_gpu > 1 or parallel > 1:
             raise ValueError(
@@ -405,6 +405,8 @@ class GEKOTrainer(GEKOMixin, Trainer):
       `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
       in a warning, with what they change.
     - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
+    - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples; so an epoch has as many as its plan
+      takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 

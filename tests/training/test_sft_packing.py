@@ -206,6 +206,21 @@ def test_prepared_rows_are_not_packed_again(tmp_path):
     assert len(ours.sample_state) == 4
 
 
+def test_a_batch_is_padded_to_a_multiple_and_a_row_is_not(tmp_path):
+    fields = {"packing": True, "max_length": 7, "pad_to_multiple_of": 8, "per_device_train_batch_size": 2}
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text", 20), config=UNIFORM(), **fields)
+    ids, batches = packs_of(trainer)
+    assert sorted(sample for batch in ids for sample in batch if sample >= 0) == list(range(20))
+    assert {batch["input_ids"].shape[1] for batch in batches} == {16}
+    trainer.train()
+
+
+def test_dispatched_batches_are_refused(tmp_path):
+    fields = {**PACKED, "accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError, match="packing does not combine with dispatch_batches=True: leave it out"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=UNIFORM(), **fields)
+
+
 def test_no_max_length_to_pack_into(tmp_path):
     with pytest.raises(ValueError, match=r"packing=True needs max_length, the tokens of a packed row"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), packing=True, max_length=None)

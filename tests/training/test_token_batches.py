@@ -154,6 +154,60 @@ def test_resuming_another_kind_of_batch_is_refused(tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_resuming_with_other_batch_tokens_is_told(tmp_path, caplog):
+    """The epoch at hand keeps its batches, the next one has the new ones."""
+    fields = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    trainer_of(tmp_path, sentences(12), UNIFORM(batch_tokens=24), **fields).train()  # 4 batches of 3
+    again = trainer_of(tmp_path, sentences(12), UNIFORM(batch_tokens=48), **fields)
+    with caplog.at_level("WARNING"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "batch_tokens was 24, is 48: what is left of the epoch at hand keeps its plan" in caplog.text
+    assert [epoch["steps"] for epoch in again.get_efficiency_report()["epochs"]] == [4, 2]
+    assert again.sample_state.times_seen.tolist() == [2] * 12
+
+
+def test_length_groups_pay_less_padding(tmp_path):
+    sizes = []
+    for name in ("random", "group_by_length"):
+        config = UNIFORM(batch_tokens=36)
+        trainer = trainer_of(tmp_path, documents(300), config, train_sampling_strategy=name)
+        batches = batches_of(trainer)
+        assert sorted(sample for ids, _ in batches for sample in ids) == list(range(300))
+        sizes.append(sum(tokens for _, tokens in batches))
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_no_batch_straddles_the_uniform_finish(tmp_path):
+    config = learnable(batch_tokens=40, uniform_finish=0.2)
+    trainer = trainer_of(tmp_path, sentences(30, ragged=True), config, num_train_epochs=3, **form("flat"))
+    trainer.train()
+    plan = trainer.sampler.plan
+    assert 0 < plan.head < len(plan.ids) and plan.head in plan.packs.tolist()
+    assert trainer.lr_scheduler.get_last_lr()[0] < 1e-6
+
+
+def test_workers_load_packs(tmp_path):
+    fields = {"dataloader_num_workers": 2, "num_train_epochs": 1}
+    trainer = trainer_of(tmp_path, sentences(30, ragged=True), UNIFORM(batch_tokens=24), **fields, **form("flat"))
+    trainer.train()
+    assert trainer.sample_state.times_seen.tolist() == [1] * 30
+
+
+def test_probe_batches_have_up_to_four_times_as_many_tokens(tmp_path):
+    sizes = []
+    trainer = trainer_of(tmp_path, documents(60), learnable(batch_tokens=30), num_train_epochs=1, **form("flat"))
+    trainer.train()
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, named: sizes.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    before = trainer.sample_state.times_seen.clone()
+    trainer._probe(trainer.model, torch.arange(0, 60, 2))
+    assert max(sizes) <= 120 and len(sizes) == -(-sum(sizes) // 120)
+    long = torch.tensor([len(item["input_ids"]) > 1 for item in documents(60)])
+    expected = (torch.arange(60) % 2 == 0) & long
+    assert torch.equal(trainer.sample_state.times_seen > before, expected)
+
+
 def test_a_document_longer_than_a_batch_is_named(tmp_path):
     data = documents(20, longest=12)
     trainer = trainer_of(tmp_path, data, UNIFORM(batch_tokens=9))
