@@ -71,7 +71,7 @@ class ProgressMixin(_Base):
         values = super().set_initial_training_values(args, dataloader)
         self._num_epochs, self._run_steps = values[0], values[-1]
         accumulation = args.gradient_accumulation_steps
-        samples = len(sampler.state)
+        samples = sampler.total
         mean = self._micro_batch if sampler.packer is None else samples * self._micro_batch / sampler.all_units
         self._standard = StandardRun(samples, mean, batches, accumulation, self._run_steps)
         sampler.num_epochs, sampler.last_slots = self._standard.passes, None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
@@ -14,6 +15,7 @@ from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.trainer import GEKOMixin
 
+logger = logging.get_logger(__name__)
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
 
 
@@ -21,8 +23,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """`trl.SFTTrainer` with GEKO's loss and plans; `GEKOConfig.uniform()` trains as SFTTrainer does.
 
     Dataset preparation, collator, evaluation and metrics are SFTTrainer's. Training goes through the logits, because
-    entropy needs them. A sample id is a row of `train_dataset` as it was given. `shuffle_dataset` changes nothing
-    here: each epoch's plan is shuffled.
+    entropy needs them. A sample id is a row of `train_dataset` as it was given; a row that SFT drops, because no token
+    of it counts, is never drawn. `shuffle_dataset` changes nothing here: each epoch's plan is shuffled.
 
     `packing=True` packs the documents of each epoch's plan anew by best-fit decreasing into rows of `max_length`
     tokens, so that none is cut and no padding is paid; SFTTrainer packs once. Documents are truncated to `max_length`
@@ -35,8 +37,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     Raises:
         ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
-            Liger kernels, iterable datasets, vision models and auxiliary losses; a row that SFT drops because no token
-            of it counts.
+            Liger kernels, iterable datasets, vision models and auxiliary losses.
     """
 
     _replaces = SFTTrainer
@@ -68,18 +69,28 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
         prepared = super()._prepare_dataset(marked, processing_class, args, False, *rest, **named)
         if packing:
             prepared = prepared.select_columns(["input_ids", "labels", _ROW])  # as SFT does
-        rows = torch.tensor(prepared[_ROW][:], dtype=torch.long)
-        missing = torch.ones(len(dataset), dtype=torch.bool)
-        missing[rows] = False
-        if missing.any():
-            raise ValueError(
-                f"SFTTrainer drops {int(missing.sum())} of the {len(dataset)} rows of train_dataset, first row "
-                f"{int(missing.nonzero()[0])}: max_length leaves no token that counts. Filter them out beforehand, or "
-                "raise max_length"
-            )
-        if not torch.equal(rows, torch.arange(len(dataset))):  # shuffle_dataset
-            prepared = prepared.select(rows.argsort().tolist())
+        rows, every = torch.tensor(prepared[_ROW][:], dtype=torch.long), torch.arange(len(dataset))
+        if not torch.equal(rows, every):  # shuffle_dataset, or dropped rows
+            prepared = prepared.select(self._places(rows, len(dataset)).tolist())
         return prepared.remove_columns(_ROW)
+
+    def _places(self, rows: Tensor, number: int) -> Tensor:
+        """(number,) where each of the user's rows is in the prepared dataset; those that SFT drops are never drawn."""
+        if len(rows) == 0:
+            raise ValueError(
+                f"SFTTrainer drops all {number} rows of train_dataset: max_length leaves no token that counts. Raise it"
+            )
+        places = torch.full((number,), -1)
+        places[rows] = torch.arange(len(rows))
+        there = places >= 0
+        if not there.all():
+            logger.warning(
+                f"SFTTrainer drops {number - len(rows)} of the {number} rows of train_dataset, first row "
+                f"{int(there.logical_not().nonzero()[0])}: max_length leaves no token that counts. They are "
+                "never drawn."
+            )
+            self._present = there.nonzero()[:, 0].int()
+        return places.clamp(min=0)  # row 0 holds the place of a dropped one
 
     def compute_loss(
         self,

@@ -55,6 +55,7 @@ class GEKOMixin(PlannedMixin):
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
     _row_tokens: int | None = None  # a plan is packed into rows of at most so many tokens
+    _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
     _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
 
     def __init_subclass__(cls, **named: Any) -> None:
@@ -169,6 +170,7 @@ class GEKOMixin(PlannedMixin):
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
             window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
+            present=self._present,
             packer=self._packer(),
         )
         if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone

@@ -93,6 +93,7 @@ class GEKOSampler(Sampler[int]):
             sample with id -1. So accelerate never repeats a sample itself, and repeats count for nothing.
         lengths: (N,) sample lengths: windows of the plan are sorted by them, longest first.
         window: samples in such a window.
+        present: (P,) int32 ids, ascending: the samples that there are; the others are never drawn. All, if left out.
         packer: cuts each plan into packs: lists of ids are yielded, and `pad_to` counts them.
     """
 
@@ -106,6 +107,7 @@ class GEKOSampler(Sampler[int]):
         pad_to: int = 1,
         lengths: Tensor | None = None,
         window: int = 1,
+        present: Tensor | None = None,
         packer: Packer | None = None,
     ) -> None:
         if not isinstance(state, SampleState):
@@ -118,7 +120,8 @@ class GEKOSampler(Sampler[int]):
         self.num_epochs = float(num_epochs)
         self.last_slots: int | None = None  # samples of a partial last epoch, where a trainer makes whole steps of it
         self.shuffle, self.pad_to = shuffle, pad_to
-        self.orders = Orders(len(state), seed)
+        self.present, self.total = present, len(state) if present is None else len(present)
+        self.orders = Orders(self.total, seed)
         self.lengths, self.window, self.packer = lengths, window, packer
         self.curriculum = MountainCurriculum()
         self.probes = ProbeSchedule(len(state), state.device)
@@ -143,7 +146,7 @@ class GEKOSampler(Sampler[int]):
     @cached_property
     def all_units(self) -> int:
         """Ids, or packs, of all samples in the first epoch's order."""
-        return len(self.state) if self.packer is None else len(self.packer.pack(self._order(0))[1])
+        return self.total if self.packer is None else len(self.packer.pack(self._order(0))[1])
 
     @property
     def handed_out(self) -> bool:
@@ -207,7 +210,7 @@ class GEKOSampler(Sampler[int]):
         return keep
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
-        state, total = self.state, len(self.state)
+        state, total = self.state, self.total
         begin, longest = self._span(epoch, start)
         finish = 1 - state.config.uniform_finish
         keep = self._keep(epoch, start)
@@ -228,26 +231,25 @@ class GEKOSampler(Sampler[int]):
         self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
-        ids, packs = self._packed(ids[:head], ids[head:])
+        ids, packs = self._packed(ids, head)
         return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
 
     def _order(self, epoch: int) -> Tensor:
-        return self.orders.of(epoch) if self.shuffle else torch.arange(len(self.state), dtype=torch.int32)
+        order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
+        return order if self.present is None else self.present[order.long()]
 
-    def _packed(self, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The ids of `parts`, each part in packs of its own, and where the packs end."""
+    def _packed(self, ids: Tensor, head: int) -> tuple[Tensor, Tensor | None]:
+        """The ids in the order of their packs, the head in packs of its own, and where the packs end."""
         if self.packer is None:
-            return torch.cat(parts), None
-        packed = [self.packer.pack(part) for part in parts]
-        starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
-        ends = [ends + start for (_, ends), start in zip(packed, starts, strict=False)]
-        return torch.cat([ids for ids, _ in packed]), torch.cat(ends)
+            return ids, None
+        (first, ends), (last, last_ends) = (self.packer.pack(part) for part in (ids[:head], ids[head:]))
+        return torch.cat([first, last]), torch.cat([ends, last_ends + head])
 
     def _stretch(self, epoch: int, start: float | None, head: int, size: int) -> tuple[float, float, float]:
         """Progress at the begin of a plan of `size`, where its head ends, and at its end."""
         begin, longest = self._span(epoch, start)
         if start is not None:
-            drawn = self.num_epochs * len(self.state)
+            drawn = self.num_epochs * self.total
             return begin, min(begin + head / drawn, 1.0), min(begin + size / drawn, 1.0)
         return begin, min(max(1 - self.state.config.uniform_finish, begin), longest), longest
 
@@ -261,7 +263,7 @@ class GEKOSampler(Sampler[int]):
         others = ~self.state.quarantined.cpu()
         others[ids.long()] = False
         order = self._order(self.epoch)
-        more, ends = self._packed(order[others[order.long()]][: max(size - len(ids), 0)])
+        more, ends = self._packed(order[others[order.long()]][: max(size - len(ids), 0)], 0)
         begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
         if packs is not None and ends is not None:
             packs = torch.cat([packs, ends + len(ids)])
@@ -332,7 +334,7 @@ class GEKOSampler(Sampler[int]):
 
     def _guards(self) -> bool:
         """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
-        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * len(self.state):
+        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * self.total:
             self._guarded = self.state.config.noise_guard and generalises(self.state)
         return bool(self._guarded)
 
