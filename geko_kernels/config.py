@@ -54,7 +54,8 @@ class GEKOConfig:
     Batches (used by `GEKOTrainer` and `GEKOSFTTrainer`)
         batch_tokens: tokens in one batch of a device, in place of per_device_train_batch_size samples: a plan's
             samples fill it in their order, whole ones, as long as the batch has at most so many. A padded batch has
-            rows x its longest row, one without padding the sum of its rows. None counts samples.
+            rows x its longest row, one without padding the sum of its rows; tokens are those of input_ids. A sample
+            that is longer is refused. None counts samples.
         probe_batch_size: samples in one forward-only probe batch of a device, with packing packed rows; None means 4
             times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainingArguments
@@ -51,12 +52,13 @@ def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_toke
 
 
 def sample_lengths(dataset: Any, length_column: str = "length") -> Tensor:
-    """(N,) int64 tokens of each item: of the Arrow column `input_ids`, or else `length_column`, or of the items read.
+    """(N,) int64 tokens of each item: of its `input_ids`, or else what `length_column` says.
 
-    A datasets.Dataset with a transform makes its items when they are read, so its columns say nothing.
+    Of a datasets.Dataset the Arrow columns are asked, unless it has a transform, which makes its items when they are
+    read. Other datasets are read through.
 
     Raises:
-        ValueError: an item has no `input_ids`; names it.
+        ValueError: an item has neither; names it.
     """
     columns = getattr(dataset, "column_names", None)
     kind = getattr(dataset, "format", None)
@@ -66,26 +68,29 @@ def sample_lengths(dataset: Any, length_column: str = "length") -> Tensor:
         if length_column in columns:
             return torch.tensor(dataset.with_format(None)[length_column][:], dtype=torch.int64)
     with fixed_random_numbers():  # those of training stay what they are
-        return torch.tensor([_length(dataset[row], row) for row in range(len(dataset))], dtype=torch.int64)
+        return torch.tensor([_length(dataset, row, length_column) for row in range(len(dataset))], dtype=torch.int64)
 
 
 def _arrow_lengths(dataset: Any) -> Tensor:
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
     rows = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=_ROWS)
-    parts = [pc.list_value_length(table.column("input_ids")).to_pylist() for table in rows]
-    lengths = [length for part in parts for length in part]
-    if None in lengths:
-        raise ValueError(f"train_dataset[{lengths.index(None)}] has no input_ids, whose tokens size the batches")
-    return torch.tensor(lengths, dtype=torch.int64)
+    parts = [pc.fill_null(pc.list_value_length(table.column("input_ids")), -1).to_numpy() for table in rows]
+    lengths = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    if int(lengths.min()) < 0:
+        raise ValueError(f"train_dataset[{int(lengths.argmin())}] has no input_ids, whose tokens size the batches")
+    return lengths
 
 
-def _length(item: Any, row: int) -> int:
+def _length(dataset: Any, row: int, length_column: str) -> int:
+    item = dataset[row]
     tokens = item.get("input_ids") if isinstance(item, Mapping) else None
+    if tokens is None and isinstance(item, Mapping) and length_column in item:
+        return int(item[length_column])
     if tokens is None:
         found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
         raise ValueError(
-            f"batch_tokens counts the input_ids of each item, and train_dataset[{row}] has {found}: tokenise it, or "
-            "leave batch_tokens out"
+            f"batch_tokens counts the input_ids of each item, and train_dataset[{row}] has {found}: tokenise it, give "
+            f"it its {length_column!r}, or leave batch_tokens out"
         )
     return len(tokens)

@@ -53,6 +53,14 @@ def test_padding_free_trains_as_sft_does(tmp_path, kind, accumulation):
     assert ours.sample_state.times_seen.tolist() == [1] * 12
 
 
+def test_padding_free_batches_of_one_document(tmp_path):
+    fields = {**FREE, "per_device_train_batch_size": 1}
+    plain = trainer_of(trl.SFTTrainer, tmp_path / "a", rows("text"), **fields)
+    ours = trainer_of(gk.GEKOSFTTrainer, tmp_path / "b", rows("text"), config=UNIFORM(), **fields)
+    losses = [trainer.train().training_loss for trainer in (plain, ours)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fields", [FREE, PACKED])
 def test_each_documents_loss_is_the_one_computed_alone(tmp_path, attention, fields):
@@ -129,6 +137,26 @@ def test_selection_leaves_documents_out(tmp_path, fields, tokens):
     assert report["saved_compute"] > 0
     assert trainer.lr_scheduler.get_last_lr()[0] < 1e-6
     assert int(trainer.sample_state.times_seen.min()) >= 2
+
+
+@pytest.mark.parametrize(("rows_a_batch", "largest"), [(None, 128), (3, 48)])
+def test_probes_are_packed_too(tmp_path, rows_a_batch, largest):
+    """4 x 2 rows of 16 tokens, or as many as `probe_batch_size` says; documents left apart."""
+    config = learnable(probe_batch_size=rows_a_batch)
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text", 60), config=config, per_device_train_batch_size=2,
+                         max_steps=1, learning_rate=0.0, use_cache=True, packing=True, max_length=16)  # fmt: skip
+    trainer.train()
+    sizes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, named: sizes.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    trainer._probe(trainer.model, torch.arange(60))
+    total = sum(len(trainer.train_dataset[i]["input_ids"]) for i in range(60))
+    assert sum(sizes) == total and max(sizes) <= largest and len(sizes) <= -(-total // largest) + 1
+    for i in (0, 31, 59):
+        tokens = torch.tensor([trainer.train_dataset[i]["input_ids"]])
+        alone = weighted_loss(trainer.model(input_ids=tokens).logits, tokens, None, None, shift=True)
+        assert trainer.sample_state.last_loss[i].item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("fields", [FREE, PACKED, {**PACKED, "gradient_accumulation_steps": 2}])

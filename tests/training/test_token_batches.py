@@ -273,8 +273,12 @@ def test_lengths_of_every_kind_of_dataset():
     assert sample_lengths(cut).tolist() == [min(length, 2) for length in lengths]
     told = datasets.Dataset.from_dict({"text": ["a", "b"], "length": [3, 5]})
     assert sample_lengths(told).tolist() == [3, 5]
-    with pytest.raises(ValueError, match=r"train_dataset\[0\] has the keys \['pixels'\]"):
+    assert sample_lengths([{"text": "a", "tokens": 3}], "tokens").tolist() == [3]
+    words = r"train_dataset\[0\] has the keys \['pixels'\]: tokenise it, give it its 'length', or leave"
+    with pytest.raises(ValueError, match=words):
         sample_lengths([{"pixels": 1}])
+    with pytest.raises(ValueError, match=r"train_dataset\[1\] has no input_ids"):
+        sample_lengths(datasets.Dataset.from_dict({"input_ids": [[1], None, [2, 3]]}))
 
 
 def test_lengths_are_learnt_once(tmp_path):
