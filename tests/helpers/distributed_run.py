@@ -116,6 +116,20 @@ def packed(out: Path) -> dict[str, Any]:
     return {**results[1], "whole": results[0]}
 
 
+class RowTrainer(gk.GEKOTrainer):
+    """Packs by best fit, as GEKOSFTTrainer does with `packing=True`."""
+
+    _row_tokens = 20
+
+
+def packed_rows(out: Path) -> dict[str, Any]:
+    """Batches of four packed rows; probes are packed as well."""
+    args, data = arguments(out / "packed_rows", **options(num_train_epochs=8)), sentences(45, ragged=True)
+    trainer = RowTrainer(tiny_llama(), args, DataCollatorWithFlattening(), data, config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
 def uniform(out: Path) -> dict[str, Any]:
     args, data = arguments(out / "uniform", **options(gradient_accumulation_steps=2)), sentences(32, ragged=True)
     trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=gk.GEKOConfig.uniform())
@@ -143,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, resumed, packed, uniform, sync, fsdp2):
+    for scenario in (selection, accumulation, resumed, packed, packed_rows, uniform, sync, fsdp2):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():
