@@ -52,6 +52,13 @@ class GEKOConfig:
             wrong, a calibrated model calls a label 2.2 nats less likely, and few reach 3. Below 3,600 samples the
             threshold grows by sqrt(3600 / N); at three times the threshold a third of the margin suffices.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
+    Batches (used by `GEKOTrainer` and `GEKOSFTTrainer`)
+        batch_tokens: tokens in one batch of a device, in place of per_device_train_batch_size samples: a plan's
+            samples fill it in their order, whole ones, as long as the batch has at most so many. A padded batch has
+            rows x its longest row, one without padding the sum of its rows; tokens are those of input_ids. A sample
+            that is longer is refused. None counts samples.
+        probe_batch_size: samples in one forward-only probe batch of a device, with packing packed rows; None means 4
+            times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many.
 
     Raises:
         ValueError, TypeError: a field outside its range or of the wrong kind, by name.
@@ -80,6 +87,8 @@ class GEKOConfig:
     noise_guard_margin: float = 3.0
     noise_guard_min_share: float = 0.05
     noise_guard_share: float = 0.4
+    batch_tokens: int | None = None
+    probe_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("freeze_confidence", "freeze_quality", "focus_confidence", "correct_accuracy", "q_value_lr"):
@@ -104,7 +113,22 @@ class GEKOConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_integer("noise_guard_visits", 2, 5, "from 2 to 5 (the losses kept per sample)")
         self._check_integer("light_interval", 1, 64, "from 1 to 64")
+        self._check_batches()
         self._check_weights()
+
+    def _check_batches(self) -> None:
+        for name in ("batch_tokens", "probe_batch_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer of at least 1, or None, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value}")
+        if self.batch_tokens is not None and self.probe_batch_size is not None:
+            raise ValueError(
+                "probe_batch_size counts samples, and batch_tokens sizes probe batches too: leave out one of them"
+            )
 
     def _check_integer(self, name: str, low: int, high: int, allowed: str) -> None:
         value = getattr(self, name)

@@ -12,6 +12,7 @@ class GEKOTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and:
 
     probe_batch_size: samples per device in a forward-only probe batch; 4 * per_device_train_batch_size if left out.
+        `GEKOConfig.probe_batch_size`, where it is given, is taken instead.
     shift_labels: whether position t predicts label t + 1. Left out: as in the model's own loss, which GEKOTrainer asks
         it for; for a module without one yes where labels are (B, S), no where they are (B,). Given: the cross-entropy
         of the logits is trained, whatever loss the model has of its own.

@@ -23,7 +23,10 @@ class Identified(NamedTuple):
 
 
 class IdDataset(Dataset[Identified]):
-    """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. Any dataset with `[]` and `len()`."""
+    """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. Any dataset with `[]` and `len()`.
+
+    A batch of packs, lists of indices, gives the items of all of them one after the other.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -34,7 +37,8 @@ class IdDataset(Dataset[Identified]):
     def __getitem__(self, index: int) -> Identified:
         return Identified(max(index, -1), self.dataset[index if index >= 0 else ~index])
 
-    def __getitems__(self, indices: list[int]) -> list[Identified]:
+    def __getitems__(self, units: list[int] | list[list[int]]) -> list[Identified]:
+        indices = [index for unit in units for index in (unit if isinstance(unit, list) else (unit,))]
         rows = [index if index >= 0 else ~index for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(rows) if fetch is not None else [self.dataset[row] for row in rows]
@@ -61,7 +65,7 @@ class IdCollator:
         label_names: Sequence[str] = ("labels",),
     ) -> None:
         self.collator, self.prepare, self.label_names = collator, prepare, tuple(label_names)
-        self.passes_ids = "sample_ids" in _parameters(collator)
+        self.passes_ids = takes_ids(collator)
 
     def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
         ids = [feature.sample_id for feature in features]
@@ -94,11 +98,12 @@ def label_of(batch: Mapping[str, Any], label_names: Sequence[str]) -> str | None
     return next((name for name in label_names if batch.get(name) is not None), None)
 
 
-def _parameters(collator: Collator) -> Mapping[str, inspect.Parameter]:
+def takes_ids(collator: Collator) -> bool:
+    """Does it take a keyword `sample_ids`, and so place the ids itself?"""
     try:
-        return inspect.signature(collator).parameters
+        return "sample_ids" in inspect.signature(collator).parameters
     except (TypeError, ValueError):
-        return {}
+        return False
 
 
 def _ids_of(ids: list[int], items: list[Any], labels: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _digest(dataset: Any, row: int) -> str | None:
     for _ in range(2):
         hasher = hashlib.sha256()
         try:
-            with _fixed_random_numbers():
+            with fixed_random_numbers():
                 known = _feed(hasher, dataset[row])
         except Exception:  # whatever a dataset of the user's raises: training will show it
             return None
@@ -64,7 +64,7 @@ def _digest(dataset: Any, row: int) -> str | None:
 
 
 @contextmanager
-def _fixed_random_numbers() -> Iterator[None]:
+def fixed_random_numbers() -> Iterator[None]:
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -92,6 +92,9 @@ class GEKOLoader:
         check_int("num_workers", num_workers, 0)
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        for name in ("batch_tokens", "probe_batch_size"):
+            if getattr(config, name, None) is not None:
+                raise ValueError(f"config.{name} is for GEKOTrainer: GEKOLoader's batches have batch_size samples")
         self.dataset, self.batch_size, self.num_epochs = dataset, batch_size, num_epochs
         self.seed, self.num_workers = seed, num_workers
         self.device = torch.get_default_device() if device is None else torch.device(device)

@@ -134,9 +134,10 @@ class PlannedMixin(BeginningMixin):
             raise ValueError(f"{checkpoint / SAMPLER_NAME}: {error}") from error
         sampler.position = 0  # the loader skips what has been trained
         consumed, finished = resume["position"], sampler.next_epoch > sampler.epoch
-        step = self._micro_batch * accumulate
-        batches = math.ceil(consumed / self._micro_batch) if finished else consumed // step * accumulate
-        self._place(batches, batches if finished else self._standard.batches_of(len(sampler)))
+        units, step = sampler.plan.units_of(consumed), self._micro_batch * accumulate
+        batches = math.ceil(units / self._micro_batch) if finished else units // step * accumulate
+        whole, rest = divmod(len(sampler), self._micro_batch)
+        self._place(batches, batches if finished else whole + (rest > 0 and not self.args.dataloader_drop_last))
         now = {**run_settings(self), "GEKOConfig": self.config.to_dict()}
         changed = differences(resume["run"], now)
         if changed:
@@ -241,13 +242,18 @@ class PlannedMixin(BeginningMixin):
         """
         sampler, counts = self._planned(), self.efficiency
         assert sampler.plan is not None
-        size, batch = len(sampler.plan.ids), self._micro_batch if self.args.dataloader_drop_last else 1
+        size, batch = sampler.plan.units, self._micro_batch if self.args.dataloader_drop_last else 1
         if size >= batch:
             return
+        before, wanted = len(sampler.plan.ids), 0
         if size or self.counts_steps:
-            sampler.fill_up_(batch, start)
+            wanted = before + batch - size
         elif falls and epoch + 1 == self._num_epochs and self.state.global_step > 0:
-            sampler.fill_up_(max(batch, math.ceil(counts.train["samples"] / self._num_epochs)), start)
+            wanted = max(batch, math.ceil(counts.train["samples"] / self._num_epochs))
+        while wanted > before:  # more samples may make no more packs
+            sampler.fill_up_(wanted, start)
+            added, before = len(sampler.plan.ids) - before, len(sampler.plan.ids)
+            wanted = before + batch - sampler.plan.units if added else 0
 
     def _why_nothing(self) -> str:
         state, plan = self._planned().state, self._planned().plan

@@ -27,7 +27,7 @@ else:
 class ProgressMixin(_Base):
     """A `transformers.Trainer` that counts by plans: each epoch is a share of the run, however many steps it takes.
 
-    A subclass makes the sampler and its `_micro_batch` (samples in one batch of all processes) in
+    A subclass makes the sampler and its `_micro_batch` (samples, or packs of them, in one batch of all processes) in
     `_get_train_sampler`.
     """
 
@@ -62,16 +62,18 @@ class ProgressMixin(_Base):
         self._audit.planned()
         sampler, batches = self._planned(), len(dataloader) if has_length(dataloader) else 1
         if batches == 0 and args.max_steps <= 0:
+            items = "items" if sampler.packer is None else "packs"
             raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} items, fewer than the {self._micro_batch} of one batch, "
+                f"train_dataset has {sampler.all_units} {items}, fewer than the {self._micro_batch} of one batch, "
                 "and dataloader_drop_last=True drops such a batch: nothing can be trained. Take a smaller batch or set "
                 "it to False"
             )
         values = super().set_initial_training_values(args, dataloader)
         self._num_epochs, self._run_steps = values[0], values[-1]
         accumulation = args.gradient_accumulation_steps
-        sizes = len(sampler.state), self._micro_batch, batches, accumulation, self._run_steps
-        self._standard = StandardRun(*sizes, args.dataloader_drop_last)
+        samples = sampler.total
+        mean = self._micro_batch if sampler.packer is None else samples * self._micro_batch / sampler.all_units
+        self._standard = StandardRun(samples, mean, batches, accumulation, self._run_steps)
         sampler.num_epochs, sampler.last_slots = self._standard.passes, None
         if not self.counts_steps:
             sampler.num_epochs = self._run_steps / self._standard.epoch_steps
@@ -114,7 +116,7 @@ class ProgressMixin(_Base):
         plan = self._planned().plan
         if plan is None or self._batches >= self._epoch_batches:
             return 0 if plan is None else len(plan.ids)
-        return min(self._batches * self._micro_batch, len(plan.ids))
+        return plan.samples(self._batches * self._micro_batch)
 
     def _samples_standard(self) -> int:
         sampler = self.sampler

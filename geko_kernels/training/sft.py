@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.bases import arguments_of
+from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.trainer import GEKOMixin
 
+logger = logging.get_logger(__name__)
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
 
 
@@ -20,15 +23,21 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """`trl.SFTTrainer` with GEKO's loss and plans; `GEKOConfig.uniform()` trains as SFTTrainer does.
 
     Dataset preparation, collator, evaluation and metrics are SFTTrainer's. Training goes through the logits, because
-    entropy needs them. A sample id is a row of `train_dataset` as it was given. `shuffle_dataset` changes nothing
-    here: each epoch's plan is shuffled.
+    entropy needs them. A sample id is a row of `train_dataset` as it was given; a row that SFT drops, because no token
+    of it counts, is never drawn. `shuffle_dataset` changes nothing here: each epoch's plan is shuffled.
+
+    `packing=True` packs the documents of each epoch's plan anew by best-fit decreasing into rows of `max_length`
+    tokens, so that none is cut and no padding is paid; SFTTrainer packs once. Documents are truncated to `max_length`
+    as without packing, by `truncation_mode`. A batch is `per_device_train_batch_size` such rows, or, with
+    `GEKOConfig(batch_tokens=...)`, one of so many tokens. `packing_strategy` "wrapped" and "bfd_split" cut documents:
+    SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
 
     Args: those of SFTTrainer, and
         config: a GEKOConfig (default: `recommended()`).
 
     Raises:
-        ValueError: packing, padding-free batches, a loss other than "nll", Liger kernels, iterable datasets, vision
-            models and auxiliary losses; a row that SFT drops because no token of it counts.
+        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
+            Liger kernels, iterable datasets, vision models and auxiliary losses.
     """
 
     _replaces = SFTTrainer
@@ -36,7 +45,11 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     def __init__(self, *args: Any, config: GEKOConfig | None = None, **named: Any) -> None:
         given = arguments_of(SFTTrainer, args, named)
-        _check_given(given)
+        _check_given(given, config)
+        own: Any = given.get("args")
+        prepares = not (getattr(own, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
+        if getattr(own, "packing", False) and own.packing_strategy == "bfd" and prepares:
+            self._row_tokens = own.max_length
         self._given_rows: Any = given.get("train_dataset")
         super().__init__(**given, config=config)
         if self._is_vlm:
@@ -46,23 +59,38 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
                 "GEKOSFTTrainer has no auxiliary loss: set router_aux_loss_coef=0.0 in SFTConfig, or use SFTTrainer"
             )
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **named: Any) -> Any:
-        if dataset is not self._given_rows:  # of evaluation
-            return super()._prepare_dataset(dataset, *args, **named)
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **named: Any
+    ) -> Any:
+        trains, self._given_rows = dataset is self._given_rows, None  # that one comes first
+        if not trains or (packing and self._row_tokens is None):  # of evaluation, or packs are the samples
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **named)
         marked = dataset.add_column(_ROW, list(range(len(dataset))))
-        prepared = super()._prepare_dataset(marked, *args, **named)
-        rows = torch.tensor(prepared[_ROW][:], dtype=torch.long)
-        missing = torch.ones(len(dataset), dtype=torch.bool)
-        missing[rows] = False
-        if missing.any():
-            raise ValueError(
-                f"SFTTrainer drops {int(missing.sum())} of the {len(dataset)} rows of train_dataset, first row "
-                f"{int(missing.nonzero()[0])}: max_length leaves no token that counts. Filter them out beforehand, or "
-                "raise max_length"
-            )
-        if not torch.equal(rows, torch.arange(len(dataset))):  # shuffle_dataset
-            prepared = prepared.select(rows.argsort().tolist())
+        prepared = super()._prepare_dataset(marked, processing_class, args, False, *rest, **named)
+        if packing:
+            prepared = prepared.select_columns(["input_ids", "labels", _ROW])  # as SFT does
+        rows, every = torch.tensor(prepared[_ROW][:], dtype=torch.long), torch.arange(len(dataset))
+        if not torch.equal(rows, every):  # shuffle_dataset, or dropped rows
+            prepared = prepared.select(self._places(rows, len(dataset)).tolist())
         return prepared.remove_columns(_ROW)
+
+    def _places(self, rows: Tensor, number: int) -> Tensor:
+        """(number,) where each of the user's rows is in the prepared dataset; those that SFT drops are never drawn."""
+        if len(rows) == 0:
+            raise ValueError(
+                f"SFTTrainer drops all {number} rows of train_dataset: max_length leaves no token that counts. Raise it"
+            )
+        places = torch.full((number,), -1)
+        places[rows] = torch.arange(len(rows))
+        there = places >= 0
+        if not there.all():
+            logger.warning(
+                f"SFTTrainer drops {number - len(rows)} of the {number} rows of train_dataset, first row "
+                f"{int(there.logical_not().nonzero()[0])}: max_length leaves no token that counts. They are "
+                "never drawn."
+            )
+            self._present = there.nonzero()[:, 0].int()
+        return places.clamp(min=0)  # row 0 holds the place of a dropped one
 
     def compute_loss(
         self,
@@ -73,11 +101,17 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     ) -> Any:
         if "sample_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if "attention_mask" not in inputs:
-            raise ValueError("GEKOSFTTrainer counts tokens by attention_mask: let the data_collator return it")
+        if "attention_mask" not in inputs and "position_ids" not in inputs:
+            raise ValueError(
+                "GEKOSFTTrainer counts tokens by attention_mask or position_ids: let the data_collator return one"
+            )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._count(outputs["logits"].detach(), inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _forward_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **named: Any) -> ModelLoss:
+        # as SFT does: with a cache the documents of a row would see each other
+        return super()._forward_loss(model, {**inputs, "use_cache": False}, *args, **named)
 
     def _count(self, logits: Tensor, inputs: dict[str, Any]) -> None:
         """SFT's metrics of a training batch; logits (B, S, V)."""
@@ -89,7 +123,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             sums[0] -= (logp.exp() * logp).sum()
             sums[1] += (logp.argmax(-1) == target[counts]).sum()
             sums[2] += counts.sum()
-        sums[3] = inputs["attention_mask"].sum()
+        mask = inputs.get("attention_mask")
+        sums[3] = inputs["position_ids"].shape[1] if mask is None else mask.sum()  # as SFT counts them
         entropy, hits, number, tokens = self.accelerator.reduce(sums, "sum").tolist()
         metrics = self._metrics["train"]
         metrics["entropy"].append(entropy / number if number else 0.0)
@@ -98,11 +133,12 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
-def _check_given(given: dict[str, Any]) -> None:
+def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
-    for name in ("packing", "padding_free", "use_liger_kernel"):
-        if getattr(args, name, False):
-            raise ValueError(f"GEKOSFTTrainer does not combine with {name}=True: set it to False")
+    if getattr(args, "use_liger_kernel", False):
+        raise ValueError("GEKOSFTTrainer does not combine with use_liger_kernel=True: set it to False")
+    if getattr(args, "packing", False):
+        _check_packing(args, config or GEKOConfig.recommended())
     kind = getattr(args, "loss_type", "nll")
     if kind != "nll":
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
@@ -111,3 +147,19 @@ def _check_given(given: dict[str, Any]) -> None:
             f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: "
             "load it without streaming"
         )
+
+
+def _check_packing(args: Any, config: GEKOConfig) -> None:
+    if args.packing_strategy != "bfd" and not _treats_all_alike(config):
+        raise ValueError(
+            f"GEKOSFTTrainer chooses and weights whole documents, and packing_strategy={args.packing_strategy!r} cuts "
+            "them: set packing_strategy='bfd', which is packed anew in each epoch, or config=GEKOConfig.uniform(), "
+            "which trains all of it"
+        )
+    if args.max_length is None:
+        raise ValueError("packing=True needs max_length, the tokens of a packed row: got max_length=None")
+
+
+def _treats_all_alike(config: GEKOConfig) -> bool:
+    weights = {*config.bucket_weights, config.freeze_weight}
+    return weights == {1} and not (config.selection or config.use_curriculum or config.noise_guard)

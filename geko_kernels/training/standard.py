@@ -12,11 +12,10 @@ class StandardRun(NamedTuple):
     """
 
     num_samples: int
-    batch: int  # samples in one batch of all processes
+    batch: float  # samples in one batch of all processes; a mean where batches are sized by tokens
     batches: int  # in an epoch
     accumulation: int  # batches in an optimizer step
     steps: int  # optimizer steps of the whole run
-    drop_last: bool  # a batch that is short
 
     @property
     def epoch_steps(self) -> int:
@@ -24,26 +23,22 @@ class StandardRun(NamedTuple):
 
     @property
     def epoch_samples(self) -> int:
-        return min(self.batches * self.batch, self.num_samples)
+        return min(round(self.batches * self.batch), self.num_samples)
 
     @property
     def last_samples(self) -> int:
         """Samples of a partial last epoch, 0 where it is whole."""
-        return min(self.steps % self.epoch_steps * self.accumulation * self.batch, self.num_samples)
+        return min(round(self.steps % self.epoch_steps * self.accumulation * self.batch), self.num_samples)
 
     @property
     def passes(self) -> float:
         """Length of the run in passes over the dataset; the last one may be partial."""
         return self.steps // self.epoch_steps + self.last_samples / self.num_samples
 
-    def batches_of(self, plan: int) -> int:
-        """Batches that so many samples make."""
-        return plan // self.batch if self.drop_last else -(-plan // self.batch)
-
     def samples(self, steps: int) -> int:
         """Samples trained by `steps` steps from the start."""
         whole, rest = divmod(steps, self.epoch_steps)
-        return whole * self.epoch_samples + min(rest * self.accumulation * self.batch, self.epoch_samples)
+        return whole * self.epoch_samples + min(round(rest * self.accumulation * self.batch), self.epoch_samples)
 
     def epoch(self, steps: int) -> float:
         """What Trainer logs as `epoch` after `steps` steps."""

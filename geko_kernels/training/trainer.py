@@ -26,9 +26,11 @@ from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
+from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.summary import run_summary
+from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
@@ -48,6 +50,9 @@ class GEKOMixin(EvaluationMixin):
     label_names: list[str]
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
+    _row_tokens: int | None = None  # a plan is packed into rows of at most so many tokens
+    _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
+    _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -100,6 +105,8 @@ class GEKOMixin(EvaluationMixin):
             )
         if self.train_dataset is not None and len(self.train_dataset) == 0:
             raise ValueError("train_dataset has no items")
+        if self.config.batch_tokens is not None or self._row_tokens is not None:
+            check_token_batches(self.args, self.config.batch_tokens)
         parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         if self.args.n_gpu > 1 or parallel > 1:
             raise ValueError(
@@ -112,7 +119,8 @@ class GEKOMixin(EvaluationMixin):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
-        return self._id_dataloader(self._train_batch_size, self._get_train_sampler)
+        batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # of packs
+        return self._id_dataloader(batch_size, self._get_train_sampler)
 
     def _id_dataloader(self, batch_size: int, sampler_fn: Any) -> DataLoader:
         dataset = self.train_dataset
@@ -128,6 +136,14 @@ class GEKOMixin(EvaluationMixin):
             else remover
         )
 
+    def _packer(self) -> Packer | None:
+        if not (self.config.batch_tokens or self._row_tokens):
+            return None
+        data = self.train_dataset
+        if self._lengths is None or self._lengths[0] is not data:
+            self._lengths = data, sample_lengths(data, self.args.length_column_name)
+        return packer_of(self._lengths[1], self.data_collator, self.config.batch_tokens, self._row_tokens)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GEKOSampler:
         args, state = self.args, self.sample_state
         assert state is not None
@@ -139,6 +155,8 @@ class GEKOMixin(EvaluationMixin):
         step = self.get_total_train_batch_size(args)
         split = args.accelerator_config.split_batches
         self._micro_batch = self._train_batch_size if split else step // args.gradient_accumulation_steps
+        if self.config.batch_tokens is not None:
+            self._micro_batch = args.world_size
         even = args.world_size > 1 and not args.dataloader_drop_last
         sampler = GEKOSampler(
             state,
@@ -148,6 +166,8 @@ class GEKOMixin(EvaluationMixin):
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
             window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
+            present=self._present,
+            packer=self._packer(),
         )
         if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
             self.sampler = sampler
@@ -269,8 +289,13 @@ class GEKOMixin(EvaluationMixin):
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
-        batch = getattr(self.args, "probe_batch_size", None) or 4 * self._train_batch_size
-        loader = self._id_dataloader(batch, lambda _: PaddedIds(ids, batch * self.args.world_size))
+        batch = self.config.probe_batch_size or getattr(self.args, "probe_batch_size", None)
+        batch, packer = batch or 4 * self._train_batch_size, self._planned().packer
+        sampler: Any = PaddedIds(ids, batch * self.args.world_size)
+        if packer is not None:  # one pack a batch
+            wider = packer._replace(tokens=packer.tokens * (4 if self.config.batch_tokens else batch))
+            batch, sampler = 1, PackedIds(*wider.pack(ids), self.args.world_size)
+        loader = self._id_dataloader(batch, lambda _: sampler)
         model.eval()
         for inputs in loader:
             with self.compute_loss_context_manager():
@@ -362,6 +387,8 @@ class GEKOTrainer(GEKOMixin, Trainer):
       `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
       in a warning, with what they change.
     - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
+    - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples; so an epoch has as many as its plan
+      takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from resume_run import learnable
 from torch.distributed.tensor import DTensor
 from training import arguments, curve, sentences, standard, tiny_llama, weights
+from transformers import DataCollatorWithFlattening
 
 import geko_kernels as gk
 from geko_kernels import ops
@@ -98,6 +99,37 @@ def fsdp2(out: Path) -> dict[str, Any]:
     return {**geko_result(trainer), "sharded": sharded}
 
 
+def packed(out: Path) -> dict[str, Any]:
+    """Batches of up to 24 tokens without padding: an optimizer step is two of them on one process, one each on two.
+
+    Saved in the middle of an epoch and gone on with; an odd number of batches is filled up by a repeat.
+    """
+    fields = options(num_train_epochs=8, gradient_accumulation_steps=2 // WORLD, save_strategy="steps", save_steps=11)
+    data, low, results = sentences(29, ragged=True), {"light_interval": 2, "batch_tokens": 24}, []
+    for checkpoint in (None, str(out / "packed" / "checkpoint-11")):
+        args = arguments(out / "packed", **fields)
+        trainer = gk.GEKOTrainer(
+            tiny_llama(), args, DataCollatorWithFlattening(), data, config=learnable(**low, use_curriculum=False)
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results.append(geko_result(trainer))
+    return {**results[1], "whole": results[0]}
+
+
+class RowTrainer(gk.GEKOTrainer):
+    """Packs by best fit, as GEKOSFTTrainer does with `packing=True`."""
+
+    _row_tokens = 20
+
+
+def packed_rows(out: Path) -> dict[str, Any]:
+    """Batches of four packed rows; probes are packed as well."""
+    args, data = arguments(out / "packed_rows", **options(num_train_epochs=8)), sentences(45, ragged=True)
+    trainer = RowTrainer(tiny_llama(), args, DataCollatorWithFlattening(), data, config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
 def uniform(out: Path) -> dict[str, Any]:
     args, data = arguments(out / "uniform", **options(gradient_accumulation_steps=2)), sentences(32, ragged=True)
     trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=gk.GEKOConfig.uniform())
@@ -125,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, resumed, uniform, sync, fsdp2):
+    for scenario in (selection, accumulation, resumed, packed, packed_rows, uniform, sync, fsdp2):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():

@@ -68,6 +68,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "group_by_length": ({"gradient_accumulation_steps": 1, "train_sampling_strategy": "group_by_length"}, {}),
+    "batch_tokens": ({"gradient_accumulation_steps": 2}, {"batch_tokens": 16, "uniform_finish": 0.3}),
+    "batch_tokens, drop_last": (
+        {"gradient_accumulation_steps": 1, "dataloader_drop_last": True, "dataloader_num_workers": 2},
+        {"batch_tokens": 20, "light_interval": 2},
+    ),
     "uniform_finish": ({"gradient_accumulation_steps": 2, "num_train_epochs": 3.5}, {"uniform_finish": 0.4}),
     "uniform_finish, max_steps": ({"gradient_accumulation_steps": 1, "max_steps": 31}, {"uniform_finish": 0.3}),
     "no curriculum, turns": (

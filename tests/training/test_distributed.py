@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
-SCENARIOS = ("selection", "accumulation", "resumed", "uniform", "sync", "fsdp2")
+SCENARIOS = ("selection", "accumulation", "resumed", "packed", "packed_rows", "uniform", "sync", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed", "fsdp2"])
+@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed", "packed", "packed_rows", "fsdp2"])
 def test_every_rank_knows_the_same(runs, scenario):
     _, first, second = runs[scenario]
     for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares", "log"):
@@ -44,7 +44,7 @@ def test_every_rank_knows_the_same(runs, scenario):
     assert first["changed"] == second["changed"] == 0
 
 
-@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed", "fsdp2"])
+@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed", "packed", "packed_rows", "fsdp2"])
 def test_two_processes_equal_one(runs, scenario):
     """29 samples in batches of 4: accelerate's repeats count for nothing, in state, loss and report."""
     one, two, _ = runs[scenario]
@@ -66,12 +66,23 @@ def test_selection_had_work_to_do(runs):
     one = runs["selection"][0]
     assert min(epoch["samples"] for epoch in one["epochs"]) < 29
     assert one["counts"]["samples_forward"] > one["counts"]["samples_backward"]
+    one = runs["packed_rows"][0]
+    assert min(epoch["samples"] for epoch in one["epochs"]) < 45
+    assert sum(epoch["probes"] for epoch in one["epochs"]) > 0
 
 
 def test_resuming_changes_nothing(runs):
     for resumed, whole in zip(runs["resumed"], runs["selection"], strict=True):
         for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares"):
             assert resumed[key] == whole[key], key
+
+
+def test_resuming_packed_batches_changes_nothing(runs):
+    for run in runs["packed"]:
+        for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares"):
+            assert run[key] == run["whole"][key], key
+        assert min(epoch["samples"] for epoch in run["epochs"]) < 29
+        assert run["counts"]["samples_standard"] == 8 * 29
 
 
 def test_fsdp2_shards(runs):

@@ -127,16 +127,44 @@ def test_resuming_is_exact(tmp_path):
     assert torch.equal(weights(again.model), weights(whole.model))
 
 
-def test_dropped_rows_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"drops 9 of the 12 rows of train_dataset, first row 1"):
-        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("prompt"), max_length=4)
+def test_dropped_rows_are_named_and_never_drawn(tmp_path, caplog):
+    """The others are drawn as SFT draws them, and keep their ids."""
+    fields = {"max_length": 4, "max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": "random"}
+    fields["per_device_train_batch_size"] = 2
+    plain = trainer_of(trl.SFTTrainer, tmp_path / "a", rows("prompt"), **fields)
+    with caplog.at_level("WARNING"):
+        ours = trainer_of(gk.GEKOSFTTrainer, tmp_path / "b", rows("prompt"), config=gk.GEKOConfig.uniform(), **fields)
+    assert "drops 9 of the 12 rows of train_dataset, first row 1: max_length leaves no token that counts" in caplog.text
+    for trainer in (plain, ours):
+        trainer.train()
+    assert [t.state.global_step for t in (plain, ours)] == [4, 4]
+    torch.testing.assert_close(weights(ours.model), weights(plain.model), rtol=1e-4, atol=1e-6)
+    assert ours.sample_state.times_seen.tolist() == [2, 0, 0, 0] * 3
+    assert ours.get_efficiency_report()["samples_standard"] == 6
+
+
+def test_dropped_rows_are_never_probed_or_filled_up_with(tmp_path):
+    fields = {"max_length": 4, "max_steps": 30, "learning_rate": 2e-2, "dataloader_drop_last": True}
+    low = {"correct_loss": 3.2, "freeze_confidence": 0.05, "focus_confidence": 0.04, "freeze_quality": 0.01}
+    for name, more in (("rows", {}), ("packed", {"packing": True, "per_device_train_batch_size": 1})):
+        config = gk.GEKOConfig.recommended(**low)
+        trainer = trainer_of(
+            gk.GEKOSFTTrainer, tmp_path / name, rows("prompt", 24), config=config, optim="adamw_torch", **fields, **more
+        )
+        trainer.train()
+        assert trainer.get_efficiency_report()["samples_forward"] > 0
+        seen = trainer.sample_state.times_seen.view(6, 4)
+        assert int(seen[:, 0].min()) > 0 and int(seen[:, 1:].max()) == 0
+
+
+def test_where_sft_drops_all_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"drops all 12 rows of train_dataset: max_length leaves no token that counts"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("prompt"), max_length=2)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("packing", True),
-        ("padding_free", True),
         ("use_liger_kernel", True),
         ("label_smoothing_factor", 0.1),
         ("loss_type", "dft"),

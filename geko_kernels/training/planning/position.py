@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def check_position(values: Mapping[str, Any], num_samples: int) -> None:
         ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
     """
     known = {*_COLUMNS, *_INTEGERS, *_REST}
-    if values.keys() != known:
-        missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known)
+    missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs"})
+    if missing or unknown:
         raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
     for name, (dtype, allows, words) in _COLUMNS.items():
         _check_column(name, values[name], dtype, num_samples)
@@ -71,7 +72,7 @@ def _check_column(name: str, column: Any, dtype: torch.dtype, num_samples: int) 
 def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
     plan, spans, position = values["plan"], values["spans"], values["position"]
     if plan is None:
-        if spans is not None or position or values["finished"]:
+        if spans is not None or "packs" in values or position or values["finished"]:
             raise ValueError("state_dict has no plan, yet a place in it")
         return
     if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.dim() != 1:
@@ -87,11 +88,22 @@ def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
         raise ValueError(f"state_dict['plan'] draws samples twice: {len(plan)} ids of {int(drawn.count_nonzero())}")
     if position > len(plan) or values["finished"] != (position == len(plan)):
         raise ValueError(f"state_dict['position'] is {position} of {len(plan)}, 'finished' {values['finished']}")
+    if "packs" in values:
+        _check_packs(values["packs"], len(plan))
     if not isinstance(spans, list) or len(spans) != 4 or not _are_spans(spans, len(plan)):
         raise ValueError(
             f"state_dict['spans'] must be [head, start, turn, end] with head from 0 to {len(plan)} and "
             f"start, turn and end in [0, 1], got {spans!r}"
         )
+
+
+def _check_packs(packs: Any, size: int) -> None:
+    if not isinstance(packs, Tensor) or packs.dtype != torch.int64 or packs.dim() != 1:
+        got = f"{tuple(packs.shape)} {packs.dtype}" if isinstance(packs, Tensor) else type(packs).__name__
+        raise ValueError(f"state_dict['packs'] must be (p,) torch.int64, got {got}")
+    ends = [0, *packs.tolist()]
+    if ends[-1] != size or any(end <= before for before, end in pairwise(ends)):
+        raise ValueError(f"state_dict['packs'] must ascend to the {size} samples of the plan, got {packs.tolist()[:8]}")
 
 
 def _are_spans(spans: list[Any], size: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
 from geko_kernels.training.planning.guard import generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.planning.orders import Orders, by_length, cut_after, in_turn, iterate_padded
+from geko_kernels.training.planning.packing import Packer, iterate_packs
 from geko_kernels.training.planning.position import check_position
 from geko_kernels.training.planning.probes import ProbeSchedule
 
@@ -32,6 +34,21 @@ class Plan(NamedTuple):
     start: float  # progress of the run at the first sample,
     turn: float  # where the head ends
     end: float  # and after the last one
+    packs: Tensor | None = None  # (p,) int64: where each pack of ids ends, if they are packed
+
+    @property
+    def units(self) -> int:
+        """Packs, or ids where they are not packed: what batches are made of."""
+        return len(self.ids if self.packs is None else self.packs)
+
+    def samples(self, units: int) -> int:
+        """Samples in the first `units` of them."""
+        units = min(units, self.units)
+        return units if self.packs is None or units == 0 else int(self.packs[units - 1])
+
+    def units_of(self, samples: int) -> int:
+        """How many of them the first `samples` samples fill."""
+        return samples if self.packs is None else int(torch.searchsorted(self.packs, samples, right=True))
 
 
 class GEKOSampler(Sampler[int]):
@@ -76,6 +93,8 @@ class GEKOSampler(Sampler[int]):
             sample with id -1. So accelerate never repeats a sample itself, and repeats count for nothing.
         lengths: (N,) sample lengths: windows of the plan are sorted by them, longest first.
         window: samples in such a window.
+        present: (P,) int32 ids, ascending: the samples that there are; the others are never drawn. All, if left out.
+        packer: cuts each plan into packs: lists of ids are yielded, and `pad_to` counts them.
     """
 
     def __init__(
@@ -88,6 +107,8 @@ class GEKOSampler(Sampler[int]):
         pad_to: int = 1,
         lengths: Tensor | None = None,
         window: int = 1,
+        present: Tensor | None = None,
+        packer: Packer | None = None,
     ) -> None:
         if not isinstance(state, SampleState):
             raise TypeError(f"state must be a SampleState, got {type(state).__name__}")
@@ -99,8 +120,9 @@ class GEKOSampler(Sampler[int]):
         self.num_epochs = float(num_epochs)
         self.last_slots: int | None = None  # samples of a partial last epoch, where a trainer makes whole steps of it
         self.shuffle, self.pad_to = shuffle, pad_to
-        self.orders = Orders(len(state), seed)
-        self.lengths, self.window = lengths, window
+        self.present, self.total = present, len(state) if present is None else len(present)
+        self.orders = Orders(self.total, seed)
+        self.lengths, self.window, self.packer = lengths, window, packer
         self.curriculum = MountainCurriculum()
         self.probes = ProbeSchedule(len(state), state.device)
         self.was_correct = torch.zeros(len(state), dtype=torch.bool, device=state.device)
@@ -111,30 +133,39 @@ class GEKOSampler(Sampler[int]):
         self._hurried = -1  # when all left-out samples were last made due
         self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
         self.epoch = 0
-        self.position = 0  # ids of the plan handed out
+        self.position = 0  # ids of the plan, or packs of it, handed out
         self.plan: Plan | None = None
         self._finished = False  # the plan has been handed out to its end
         self._row: Row | None = None  # weights in force
 
     def __len__(self) -> int:
-        """Ids in this epoch's plan, padding included; all samples' before the first plan is drawn."""
-        size = len(self.state) if self.plan is None else len(self.plan.ids)
+        """Ids in this epoch's plan, or packs, padding included; all samples' before the first plan is drawn."""
+        size = self.all_units if self.plan is None else self.plan.units
         return math.ceil(size / self.pad_to) * self.pad_to
+
+    @cached_property
+    def all_units(self) -> int:
+        """Ids, or packs, of all samples in the first epoch's order."""
+        return self.total if self.packer is None else len(self.packer.pack(self._order(0))[1])
 
     @property
     def handed_out(self) -> bool:
         """Has the plan at hand been yielded to its end?"""
         return self._finished
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         if self.plan is None or self._finished:
             self.set_epoch(self.next_epoch)
         assert self.plan is not None
         if self.shuffle:
             self.orders.prepare(self.epoch + 1)
-        for sample in iterate_padded(self.plan.ids, len(self), self.position):
+        ids, packs = self.plan.ids, self.plan.packs
+        left: Iterator[Any] = iterate_padded(ids, len(self), self.position)
+        if packs is not None:
+            left = iterate_packs(ids, packs, len(self), self.position)
+        for unit in left:
             self.position += 1
-            yield sample
+            yield unit
         self.position, self._finished = 0, True
 
     def set_epoch(self, epoch: int, start: float | None = None) -> None:
@@ -179,11 +210,11 @@ class GEKOSampler(Sampler[int]):
         return keep
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
-        state, total = self.state, len(self.state)
+        state, total = self.state, self.total
         begin, longest = self._span(epoch, start)
         finish = 1 - state.config.uniform_finish
         keep = self._keep(epoch, start)
-        perm = self.orders.of(epoch) if self.shuffle else torch.arange(total, dtype=torch.int32)
+        perm = self._order(epoch)
         kept = keep.cpu().index_select(0, perm)
         if start is None:  # a slot passes whether its sample is trained or not
             slots = round((longest - begin) * self.num_epochs * total)
@@ -200,13 +231,25 @@ class GEKOSampler(Sampler[int]):
         self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
-        return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)))
+        ids, packs = self._packed(ids, head)
+        return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
+
+    def _order(self, epoch: int) -> Tensor:
+        order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
+        return order if self.present is None else self.present[order.long()]
+
+    def _packed(self, ids: Tensor, head: int) -> tuple[Tensor, Tensor | None]:
+        """The ids in the order of their packs, the head in packs of its own, and where the packs end."""
+        if self.packer is None:
+            return ids, None
+        (first, ends), (last, last_ends) = (self.packer.pack(part) for part in (ids[:head], ids[head:]))
+        return torch.cat([first, last]), torch.cat([ends, last_ends + head])
 
     def _stretch(self, epoch: int, start: float | None, head: int, size: int) -> tuple[float, float, float]:
         """Progress at the begin of a plan of `size`, where its head ends, and at its end."""
         begin, longest = self._span(epoch, start)
         if start is not None:
-            drawn = self.num_epochs * len(self.state)
+            drawn = self.num_epochs * self.total
             return begin, min(begin + head / drawn, 1.0), min(begin + size / drawn, 1.0)
         return begin, min(max(1 - self.state.config.uniform_finish, begin), longest), longest
 
@@ -216,26 +259,28 @@ class GEKOSampler(Sampler[int]):
         Those beyond the head have weight 1 where their batch begins beyond it. `start` as for `set_epoch`.
         """
         assert self.plan is not None
-        ids, head = self.plan.ids, self.plan.head
+        ids, head, packs = self.plan.ids, self.plan.head, self.plan.packs
         others = ~self.state.quarantined.cpu()
         others[ids.long()] = False
-        order = self.orders.of(self.epoch) if self.shuffle else torch.arange(len(self.state), dtype=torch.int32)
-        more = order[others[order.long()]][: max(size - len(ids), 0)]
+        order = self._order(self.epoch)
+        more, ends = self._packed(order[others[order.long()]][: max(size - len(ids), 0)], 0)
         begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
-        self.plan = Plan(torch.cat([ids, more]), head, begin, turn if head else begin, end)
+        if packs is not None and ends is not None:
+            packs = torch.cat([packs, ends + len(ids)])
+        self.plan = Plan(torch.cat([ids, more]), head, begin, turn if head else begin, end, packs)
         self.advance(0)
 
     def relocate_(self, start: float | None = None) -> None:
         """Place the plan at hand, drawn for a run of another length, within this one; `start` as for `set_epoch`."""
         if self.plan is not None:
             ids, head = self.plan.ids, self.plan.head
-            self.plan = Plan(ids, head, *self._stretch(self.epoch, start, head, len(ids)))
+            self.plan = Plan(ids, head, *self._stretch(self.epoch, start, head, len(ids)), self.plan.packs)
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
         if self.plan is None:
             return 0.0
-        ids, head, start, turn, end = self.plan
+        ids, head, start, turn, end, _ = self.plan
         if consumed < head:
             return start + (turn - start) * consumed / head
         tail = len(ids) - head
@@ -291,7 +336,7 @@ class GEKOSampler(Sampler[int]):
 
     def _guards(self) -> bool:
         """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
-        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * len(self.state):
+        if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * self.total:
             self._guarded = self.state.config.noise_guard and generalises(self.state)
         return bool(self._guarded)
 
@@ -350,7 +395,8 @@ class GEKOSampler(Sampler[int]):
         return {
             **{name: getattr(self._owner(name), name) for name in _COLUMNS},
             "plan": None if plan is None else plan.ids,
-            "spans": None if plan is None else list(plan[1:]),
+            **({} if plan is None or plan.packs is None else {"packs": plan.packs}),
+            "spans": None if plan is None else list(plan[1:5]),
             "lost": int(self.lost),
             "doubtful": self.doubtful,
             "epoch": self.epoch,
@@ -369,17 +415,30 @@ class GEKOSampler(Sampler[int]):
                 changed then.
         """
         check_position(values, len(self.state))
+        self._check_packs(values)
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
         self.lost.fill_(values["lost"])
         self.doubtful = values["doubtful"]
-        self.plan = None if values["plan"] is None else Plan(values["plan"].cpu(), *values["spans"])
+        packs = values["packs"].cpu() if "packs" in values else None
+        self.plan = None
+        if values["plan"] is not None:
+            self.plan = Plan(values["plan"].cpu(), *values["spans"])._replace(packs=packs)
         self.epoch, self._finished = values["epoch"], values["finished"]
-        self.position = 0 if self._finished else values["position"]
+        self.position = 0 if self._finished or self.plan is None else self.plan.units_of(values["position"])
         self._guarded, self._hurried = values["guarded"], values["hurried"]
         self._row = None
         if values["num_epochs"] != self.num_epochs:
             self.relocate_()
+
+    def _check_packs(self, values: dict[str, Any]) -> None:
+        packed, packs = "packs" in values, self.packer is not None
+        if values["plan"] is not None and packed != packs:
+            had, has = ("packs", "single samples") if packed else ("single samples", "packs")
+            raise ValueError(
+                f"the epoch at hand is planned in {had}, and this run plans {has}: resume with packing and "
+                "batch_tokens set or left out as the run was started"
+            )
 
     def _owner(self, column: str) -> Any:
         return self.probes if column in ("interval", "next_probe") else self
