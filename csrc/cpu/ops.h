@@ -42,14 +42,14 @@ Update sample_update_(
     const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
     const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
     const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update);
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
     const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
     const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update);
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,

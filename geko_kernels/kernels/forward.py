@@ -36,24 +36,28 @@ def loss_forward_(
     shift: bool,
     softcap: float,
     update: bool,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
     columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined)
     if not labels.numel():
         return reference.loss_forward_(
             *(logits, labels, sample_ids, rules, weights, num_items, *columns, error),
-            *(reduction, ignore_index, shift, softcap, update),
+            *(reduction, ignore_index, shift, softcap, update, token_weights, sample_weights),
         )
+    weighing = (token_weights, sample_weights)
     plan = plan_of(
         *(logits, labels, sample_ids, num_items, (*columns, error)),
         *(reduction, ignore_index, shift, softcap, update),
+        tuple(None if given is None else given.data_ptr() % 16 for given in weighing),
     )
     tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
     prepared = (q_value, loss_history, times_seen, bucket, claim, error)
     plan.statistics(logits, labels, sample_ids, tokens, *prepared, scratch)
-    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *columns, scratch, *outputs)
+    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *columns, *weighing, scratch, *outputs)
     return *outputs, tokens
 
 

@@ -23,15 +23,18 @@ _COLUMNS = (
     "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
     "Tensor(i!)? error"
 )
+_VISIT_WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 _SCHEMAS = {
     "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
     "-> Tensor",
     "sample_update_": "(Tensor tokens, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update) "
+    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update, "
+    f"{_VISIT_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "loss_forward_": "(Tensor logits, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update) "
+    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update, "
+    f"{_VISIT_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
@@ -106,15 +109,15 @@ def _implement(op: str) -> Callable[..., Any]:
     """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
     arguments = getattr(torch.ops.geko, op).default._schema.arguments
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
-    updates = arguments[-1].name == "update"
     names = [argument.name for argument in arguments]
+    update = names.index("update") if "update" in names else None
     check = op_checks.CHECKS[op]
     needed = [place for place, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
     probe = names.index(next(name for name in _PROBES if name in names))
 
     def run(*args: Any) -> Any:
-        if updates and args[-1] and recomputing():
-            args = (*args[:-1], False)
+        if update is not None and args[update] and recomputing():
+            args = (*args[:update], False, *args[update + 1 :])
         if args[probe] is None:  # the dispatcher takes None for any tensor
             raise ValueError(f"{names[probe]} must be a tensor, got None")
         name = backend_name(args[probe].device, args[probe].dtype)
@@ -125,7 +128,7 @@ def _implement(op: str) -> Callable[..., Any]:
                     raise ValueError(f"{names[place]} must be a tensor, got None")
             check(*args)
         result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
-        if written and (not updates or args[-1]):
+        if written and (update is None or args[update]):
             torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
         return result
 
@@ -147,7 +150,7 @@ def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
 def _fake_sample_update(
     tokens: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    entries, reduction = _entries(labels, sample_ids), rest[-4]
+    entries, reduction = _entries(labels, sample_ids), rest[14]
     packed = sample_ids is not None and sample_ids.dim() == 2
     value = tokens.new_empty(() if reduction else (entries,))
     coeff = tokens.new_empty(labels.numel())
@@ -159,8 +162,8 @@ def _fake_sample_update(
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     tokens = _fake_token_stats(logits, labels)
-    reduction, ignore_index, shift, _softcap, update = rest[-5:]
-    return *_fake_sample_update(tokens, labels, sample_ids, reduction, ignore_index, shift, update), tokens
+    vocab = logits.shape[-1]
+    return *_fake_sample_update(tokens, labels, sample_ids, *rest[:13], vocab, *rest[13:]), tokens
 
 
 def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -78,7 +78,7 @@ def _token_stats(
 
 
 def _check_update(labels: Tensor, rules: Tensor, weights: Tensor, num_items: Tensor | None, rest: Any) -> None:
-    """Args: rest, the columns, error, ..., reduction, ignore_index, shift, update and what lies between."""
+    """Args: rest, the columns, error and what follows."""
     columns, error, device = rest[:9], rest[9], labels.device
     _check("rules", rules, (10,), _FLOAT32, device)
     _check("weights", weights, (4,), _FLOAT32, device)
@@ -93,6 +93,21 @@ def _check_update(labels: Tensor, rules: Tensor, weights: Tensor, num_items: Ten
         rows = columns[0].shape[:1]
         for (name, shape, dtypes), column in zip(_COLUMNS, columns, strict=True):
             _check(name, column, (*rows, *shape), dtypes, device)
+
+
+def _check_visit_weights(
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    dtype: torch.dtype,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> None:
+    real = (torch.float64,) if dtype == torch.float64 else _FLOAT32
+    if token_weights is not None:
+        _check("token_weights", token_weights, tuple(labels.shape), real, labels.device)
+    if sample_weights is not None:
+        packed = sample_ids is not None and sample_ids.dim() == 2
+        _check("sample_weights", sample_weights, tuple(labels.shape[: 1 + packed]), real, labels.device)
 
 
 def _check_reduction(reduction: int) -> None:
@@ -112,7 +127,8 @@ def _sample_update(
     _check_batch(labels, sample_ids, (None, None))
     _check("tokens", tokens, (5, labels.numel()), _STATISTICS, labels.device)
     _check_update(labels, rules, weights, num_items, rest)
-    _check_reduction(rest[-4])
+    _check_reduction(rest[11])
+    _check_visit_weights(labels, sample_ids, tokens.dtype, *rest[15:])
 
 
 def _loss_forward(
@@ -126,7 +142,8 @@ def _loss_forward(
 ) -> None:
     _token_stats(logits, labels, sample_ids, 0, False, 0.0)
     _check_update(labels, rules, weights, num_items, rest)
-    _check_reduction(rest[-5])
+    _check_reduction(rest[10])
+    _check_visit_weights(labels, sample_ids, logits.dtype, *rest[15:])
 
 
 def _logits_grad(

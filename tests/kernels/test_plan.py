@@ -75,7 +75,7 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
         seen.append([*plan.statistics.pointers, *plan.update.pointers, *gradient.pointers])
     planning._plans.clear()
     tensors, addresses = seen
-    assert len(tensors) == 11 + 23 + 8
+    assert len(tensors) == 11 + 25 + 8
     for tensor, pointer in zip(tensors, addresses, strict=True):
         assert pointer is None or isinstance(pointer, int)
         assert address(tensor) in (pointer, "empty") or tensor is weights

@@ -73,7 +73,7 @@ class PredictedPlan(Plan):
         prepared = (q_value, history, seen, bucket, claim, quarantined, error, scratch)
         self.predict(labels, sample_ids, weights, *prepared, target, coeff, counts)
         self.rows(logits, grad, target, coeff, counts, num_items, upstream, tokens, factor)
-        self.update(tokens, labels, sample_ids, *rules, *columns[:9], scratch, *outputs, *entries)
+        self.update(tokens, labels, sample_ids, *rules, *columns[:9], None, None, scratch, *outputs, *entries)
 
     def correct(
         self,
