@@ -403,7 +403,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
     - with gradient accumulation or several processes the loss is that of one big batch, also of a model that ignores
       `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or takes their
       mean, by the signature of its forward.
-    - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of the training
+    - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of training
       data leave the items before the data collator and weigh as in `weighted_loss`. The divisor is the sum of the token
       weights of the labels that count. A sample of weight 0 is planned and trained all the same, and moves nothing.
       Evaluation stays plain.
