@@ -155,3 +155,23 @@ def test_what_is_refused(kind, changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         both_losses(kind, torch.randn(2, 3, 5), LABELS, arguments.pop("sample_ids"), state, **arguments)
     assert not state.times_seen.any() and not state.changed.any()
+
+
+def test_weights_are_constants_to_every_derivative():
+    logits, ones = torch.randn(2, 3, 5), torch.ones(2, 3)
+
+    def loss(u):
+        return gk.weighted_loss(logits, LABELS, token_weights=u)
+
+    with pytest.raises(ValueError, match="token_weights must not require a gradient"):
+        torch.func.grad(loss)(ones)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (ones,), (ones,))
+
+
+@pytest.mark.parametrize(("u", "v"), [((2, 2), None), ((2, 3, 1), None), (None, (3,)), (None, (2, 3))])
+def test_an_op_refuses_weights_of_another_shape(backend, device, u, v):
+    arguments = op_arguments("loss_forward_", device, False, True, 1)
+    u, v = (None if shape is None else torch.ones(shape, device=device) for shape in (u, v))
+    with pytest.raises((ValueError, RuntimeError), match="(token|sample)_weights must be"):
+        ops.loss_forward_(*arguments, u, v)
