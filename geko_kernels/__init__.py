@@ -13,6 +13,7 @@ from geko_kernels.state import SampleState
 if TYPE_CHECKING:
     from geko_kernels.training.arguments import GEKOTrainingArguments
     from geko_kernels.training.data import IdCollator, IdDataset
+    from geko_kernels.training.formats import load_dataset
     from geko_kernels.training.loader import GEKOLoader
     from geko_kernels.training.observe import observe
     from geko_kernels.training.planning.sampler import GEKOSampler
@@ -28,6 +29,7 @@ _LAZY = {
     "GEKOTrainingArguments": "arguments",
     "IdCollator": "data",
     "IdDataset": "data",
+    "load_dataset": "formats",
     "observe": "observe",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "Phase",
     "SampleState",
     "SampleStats",
+    "load_dataset",
     "observe",
     "weighted_linear_loss",
     "weighted_loss",

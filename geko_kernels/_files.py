@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VERSION = "2"  # of the files that `save_tensors` writes; those without a version are the first layout
+VERSION = "2"  # of a checkpoint's files but for the state's; those without a version are the first layout
 _UNREADABLE = (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
@@ -38,17 +38,25 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
 
 
 def save_tensors(
-    path: str | os.PathLike[str], layout: str, columns: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    layout: str,
+    columns: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    version: str = VERSION,
 ) -> None:
     """Write a safetensors file of `columns` with a version and a checksum of all that it holds."""
     held = {name: column.detach().cpu().contiguous() for name, column in columns.items()}
-    described = {**metadata, "format": layout, "version": VERSION}
+    described = {**metadata, "format": layout, "version": version}
     described["crc32"] = _checksum(held, described)
     write_whole(path, lambda temporary: save_file(held, temporary, described))
 
 
-def load_tensors(path: str | os.PathLike[str], layout: str, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | os.PathLike[str], layout: str, writer: str, version: str = VERSION, earlier: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(columns, metadata) that `save_tensors` wrote; metadata has no "version" in files of the first layout.
+
+    Args: writer: named in errors; version, and `earlier` ones that the caller reads too.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,9 +72,10 @@ def load_tensors(path: str | os.PathLike[str], layout: str, writer: str) -> tupl
         raise ValueError(f"{path} is a safetensors file, but not one that {writer} wrote")
     if "version" not in metadata:
         return columns, metadata
-    if metadata["version"] != VERSION:
+    if metadata["version"] not in (version, *earlier):
+        known = " and ".join((*earlier, version))
         raise ValueError(
-            f"{path} has version {metadata['version']}, this geko_kernels reads {VERSION}; update geko_kernels"
+            f"{path} has version {metadata['version']}, this geko_kernels reads {known}; update geko_kernels"
         )
     if metadata.pop("crc32", None) != _checksum(columns, metadata):
         raise ValueError(f"{path} is damaged: its checksum is of other contents; take another copy of it")

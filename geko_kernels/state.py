@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
+from geko_kernels.columns import COLUMNS, NAMES, SAVED
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.reference.visits import quality_of
 from geko_kernels.state_checks import check_columns, check_streaks
@@ -19,26 +20,17 @@ from geko_kernels.sync import sync_rows_
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # torch may come without
 
-HISTORY = 5  # losses kept per sample
 NO_ERROR = torch.iinfo(torch.int64).max
 _FORMAT = "geko_kernels.SampleState"
+# 2 came with a checksum. 3: "bucket_weights" by Bucket, where earlier files have "weights" (HARD, FOCUS, LIGHT, FREEZE)
+_VERSION, _EARLIER = "3", ("2",)
 _METADATA = {"format", "config", "upstream"}  # of files of the first layout, without version and checksum
-# name -> (dtype, value of a sample never seen, columns); what a checkpoint holds
-_COLUMNS: dict[str, tuple[torch.dtype, float, int]] = {
-    "q_value": (torch.float32, 0.5, 0),
-    "confidence": (torch.float32, 0.0, 0),
-    "loss_history": (torch.float32, 0.0, HISTORY),
-    "times_seen": (torch.int32, 0, 0),
-    "bucket": (torch.uint8, Bucket.FOCUS, 0),
-    "wrong_streak": (torch.uint8, 0, 0),
-    "quarantined": (torch.bool, False, 0),
-}
 
 
 class SampleState:
     """What is known of each of `num_samples` training samples; `weighted_loss` reads and updates it.
 
-    Columns, indexed by sample id (40 bytes a sample in all):
+    Columns, indexed by sample id (40 bytes a sample in all; `geko_kernels.columns` declares them):
         q_value (N,) float32: moving average of how small the loss is, in [0, 1]; starts at 0.5.
         confidence (N,) float32: mean token confidence at the last visit.
         loss_history (N, 5) float32: mean token losses of the last visits in nats, newest last.
@@ -47,6 +39,7 @@ class SampleState:
         wrong_streak (N,) uint8: visits in a row, up to 255, at which the sample was not correct.
         quarantined (N,) bool: weight 0 whatever the bucket (set by the sampler's noise guard).
         changed (N,) bool: updated since the last `sync`.
+    `columns` is the list of them, which every op takes.
     Derived: `quality` (N,) and `last_loss` (N,), infinite where never seen.
 
     Use one state on one stream at a time. Sample ids at or above `num_samples` are flagged, see `check`.
@@ -63,6 +56,8 @@ class SampleState:
     times_seen: Tensor
     bucket: Tensor
     wrong_streak: Tensor
+    changed: Tensor
+    claim: Tensor  # scratch: which visit writes a row
     quarantined: Tensor
 
     def __init__(
@@ -76,17 +71,15 @@ class SampleState:
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
         self.num_samples = num_samples
         self.config = config or GEKOConfig()
-        for name, (dtype, value, columns) in _COLUMNS.items():
-            shape = (num_samples, columns) if columns else (num_samples,)
-            setattr(self, name, torch.full(shape, value, dtype=dtype, device=device))
+        self.columns: list[Tensor] = []
+        for name, (dtype, start, row, *_) in COLUMNS.items():
+            self.columns.append(torch.full((num_samples, *row), start, dtype=dtype, device=device))
+            super().__setattr__(name, self.columns[-1])
         self.device = self.q_value.device
-        self.changed = torch.zeros(num_samples, dtype=torch.bool, device=device)
-        self.claim = torch.zeros(num_samples, dtype=torch.int32, device=device)  # scratch: who writes a row
         self.error = torch.full((), NO_ERROR, dtype=torch.int64, device=device)
         self.rules = rules_tensor(self.config, self.device)
-        self.weights = torch.tensor(
-            [*self.config.bucket_weights, self.config.freeze_weight], dtype=torch.float32, device=device
-        )  # (HARD, FOCUS, LIGHT, FREEZE)
+        weights = (self.config.freeze_weight, *reversed(self.config.bucket_weights))
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # by Bucket
 
         # for prediction: the last backward's upstream gradient; token gradients (predicted right, corrected) so far
         self.upstream = torch.ones((), device=device)
@@ -98,30 +91,41 @@ class SampleState:
     def __repr__(self) -> str:
         return f"SampleState(num_samples={self.num_samples}, device='{self.device}')"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in COLUMNS:  # the ops take the list
+            self.columns[NAMES.index(name)] = value
+        super().__setattr__(name, value)
+
     @property
     def bucket_weights(self) -> Tensor:
-        """(3,) float32 on the device: the weights of (HARD, FOCUS, LIGHT) that the next call uses.
+        """(4,) float32 on the device: the weight of each bucket that the next call uses, indexed by `Bucket`.
 
-        Write into it (`copy_`, `[0] = 5`) or assign three numbers; neither recompiles anything.
+        Write into it (`[Bucket.HARD] = 5`, `copy_` of four); or assign three numbers (HARD, FOCUS, LIGHT), as the
+        config and `MountainCurriculum` have them, which leaves FREEZE as it is. Neither recompiles anything.
         """
-        return self.weights[:3]
+        return self.weights
 
     @bucket_weights.setter
     def bucket_weights(self, weights: Tensor | tuple[float, float, float]) -> None:
+        if weights is self.weights:  # after `state.bucket_weights *= 2`
+            return
         if len(weights) != 3:
-            raise ValueError(f"bucket_weights must hold three weights (HARD, FOCUS, LIGHT), got {len(weights)}")
+            raise ValueError(
+                f"bucket_weights must be assigned three weights (HARD, FOCUS, LIGHT), got {len(weights)}; for all "
+                "four use bucket_weights.copy_ in order of Bucket"
+            )
         if isinstance(weights, Tensor):
-            self.weights[:3].copy_(weights)
+            self.weights[Bucket.LIGHT :].copy_(weights.flip(0))
             return
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(f"bucket_weights must be three finite numbers >= 0 (HARD, FOCUS, LIGHT), got {weights}")
-        for slot, weight in enumerate(weights):
-            self.weights[slot].fill_(weight)  # unlike a copy from the host, this does not wait for the device
+        for bucket, weight in zip((Bucket.HARD, Bucket.FOCUS, Bucket.LIGHT), weights, strict=True):
+            self.weights[bucket].fill_(weight)  # unlike a copy from the host, this does not wait for the device
 
     @property
     def freeze_weight(self) -> Tensor:
         """() float32 on the device: the weight of FREEZE, 0 unless the config or a uniform phase says else."""
-        return self.weights[3]
+        return self.weights[Bucket.FREEZE]
 
     @property
     def quality(self) -> Tensor:
@@ -148,7 +152,7 @@ class SampleState:
 
         Args: group: a process group whose backend takes tensors of `device`; None is the default one.
         """
-        sync_rows_({name: getattr(self, name) for name in _COLUMNS}, self.changed, self.claim, group)
+        sync_rows_({name: getattr(self, name) for name in SAVED}, self.changed, self.claim, group)
 
     def check(self) -> None:
         """Raise if a call since the last check met a bad label or sample id; waits for the device.
@@ -159,11 +163,11 @@ class SampleState:
         raise_flagged(self.error, self.num_samples)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The columns by name (not copies) and the current weights of (HARD, FOCUS, LIGHT, FREEZE)."""
-        return {**{name: getattr(self, name) for name in _COLUMNS}, "weights": self.weights}
+        """The saved columns by name and `bucket_weights`; not copies."""
+        return {**{name: getattr(self, name) for name in SAVED}, "bucket_weights": self.weights}
 
     def load_state_dict(self, columns: dict[str, Tensor]) -> None:
-        """Copy the columns of `state_dict()` in.
+        """Copy the columns of `state_dict()` in, also of an earlier release's ("weights" for "bucket_weights").
 
         Raises:
             ValueError: a column is missing, unknown or misshapen, or holds a value that no visit leaves there; names
@@ -172,7 +176,7 @@ class SampleState:
         self._copy_in(columns, "state_dict")
 
     def _copy_in(self, columns: dict[str, Tensor], source: str) -> None:
-        own = self.state_dict()
+        own, columns = self.state_dict(), _by_bucket(columns)
         check_columns(columns, own, source)
         for name, mine in own.items():
             mine.copy_(columns[name])
@@ -189,18 +193,18 @@ class SampleState:
             "config": json.dumps(self.config.to_dict()),
             "upstream": str(upstream if math.isfinite(upstream) else 1.0),  # only a guess of the next one
         }
-        save_tensors(path, _FORMAT, self.state_dict(), metadata)
+        save_tensors(path, _FORMAT, self.state_dict(), metadata, _VERSION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
-        """The state that `save` wrote, with its config.
+        """The state that `save` wrote, with its config; also of an earlier release.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a state file, damaged, of a newer layout, or with a value that no visit leaves there;
                 names the file, and the column and its first such row.
         """
-        columns, metadata = load_tensors(path, _FORMAT, "SampleState.save")
+        columns, metadata = load_tensors(path, _FORMAT, "SampleState.save", _VERSION, _EARLIER)
         if "config" not in metadata or "times_seen" not in columns:
             raise ValueError(f"{path} is a safetensors file, but not one that SampleState.save wrote")
         if "version" not in metadata and not metadata.keys() <= _METADATA:
@@ -217,6 +221,15 @@ class SampleState:
         check_streaks(columns, str(path))
         state.upstream.fill_(upstream)
         return state
+
+
+def _by_bucket(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`columns`, with an earlier release's "weights" of (HARD, FOCUS, LIGHT, FREEZE) as "bucket_weights"."""
+    weights = columns.get("weights")
+    if not isinstance(weights, Tensor) or not weights.dim() or "bucket_weights" in columns:
+        return columns
+    rest = {name: column for name, column in columns.items() if name != "weights"}
+    return {**rest, "bucket_weights": weights.flip(0)}
 
 
 def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-3  # a mean of float32 values in [0, 1] may lie outside by less
-_MOST = torch.iinfo(torch.int32).max - 1  # visits: one more can be counted
+from geko_kernels.columns import COLUMNS, Allowed
+
 _PART = 1 << 20  # rows looked at at a time
 
 
-def _share(column: Tensor) -> Tensor:
-    return (column >= -_ROUNDING) & (column <= 1 + _ROUNDING)
-
-
-def _not_negative(column: Tensor) -> Tensor:
-    return (column >= -_ROUNDING) & column.isfinite()
-
-
-# name -> (which values are allowed, in words)
-_ALLOWED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "q_value": (_share, "in [0, 1]"),
-    "confidence": (_share, "in [0, 1]"),
-    "loss_history": (_not_negative, "finite and >= 0"),
-    "times_seen": (lambda column: (column >= 0) & (column <= _MOST), f"from 0 to {_MOST}"),
-    "bucket": (lambda column: column <= 3, "a Bucket, from 0 to 3"),
-    "quarantined": (lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
-    "weights": (lambda column: (column >= 0) & column.isfinite(), "finite and >= 0"),
+_WEIGHTS: Allowed = (lambda weights: (weights >= 0) & weights.isfinite(), "finite and >= 0")
+_ALLOWED = {
+    **{name: column.allowed for name, column in COLUMNS.items() if column.allowed is not None},
+    "bucket_weights": _WEIGHTS,
 }
 
 

@@ -40,6 +40,6 @@ def geko_step(
         state.q_value[sample_ids], state.confidence[sample_ids] = q_value, confidence
         state.loss_history[sample_ids], state.times_seen[sample_ids] = history, seen
         state.bucket[sample_ids] = bucket.to(state.bucket.dtype)
-        weight = state.weights[3 - bucket]
+        weight = state.weights[bucket]
         stats = torch.stack([loss, confidence, accuracy, quality, q_value, weight])
     return (weight * sample_loss).mean(), stats

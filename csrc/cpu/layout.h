@@ -10,6 +10,13 @@ namespace geko {
 
 constexpr int64_t kNoError = std::numeric_limits<int64_t>::max();
 
+// token / length, both at least 0. On some CPUs a division of 64 bits takes as long as a short row.
+inline int64_t quotient(int64_t token, int64_t length) {
+  if (length == 1) return token;
+  if ((token | length) >> 32) return token / length;
+  return static_cast<uint32_t>(token) / static_cast<uint32_t>(length);
+}
+
 // (batch, length) labels, and sample ids: one a row, one a token (packed), or null where each row is its own sample.
 struct Batch {
   const int64_t *labels, *ids;
@@ -18,16 +25,17 @@ struct Batch {
   bool shift;
 
   int64_t tokens() const { return batch * length; }
+  int64_t row_of(int64_t token) const { return quotient(token, length); }
   int64_t visits() const { return packed ? tokens() : batch; }
   int64_t id_of(int64_t token) const {
     if (packed) return ids[token];
-    return ids ? ids[token / length] : token / length;
+    return ids ? ids[row_of(token)] : row_of(token);
   }
   // The label that a token predicts; ignore_index where there is none.
   int64_t target_of(int64_t token) const {
     if (id_of(token) == -1) return ignore_index;
     if (!shift) return labels[token];
-    const bool last = (token + 1) % length == 0 || id_of(token) != id_of(token + 1);
+    const bool last = token + 1 == (row_of(token) + 1) * length || id_of(token) != id_of(token + 1);
     return last ? ignore_index : labels[token + 1];
   }
   bool in_vocab(int64_t target) const { return target != ignore_index && target >= 0 && target < vocab; }
@@ -59,9 +67,9 @@ inline Layout layout_of(const Batch& in, int64_t num_samples) {
   int32_t started = 0;
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t id = in.id_of(t), target = in.target_of(t);
-    const bool starts = in.packed && id != -1 && (t % in.length == 0 || id != in.id_of(t - 1));
+    const bool starts = in.packed && id != -1 && (t == in.row_of(t) * in.length || id != in.id_of(t - 1));
     if (starts) out.ids[started++] = id;
-    out.visit[t] = id == -1 ? -1 : in.packed ? started - 1 : static_cast<int32_t>(t / in.length);
+    out.visit[t] = id == -1 ? -1 : in.packed ? started - 1 : static_cast<int32_t>(in.row_of(t));
     out.scored[t] = in.in_vocab(target);
     const bool bad_label = target != in.ignore_index && !out.scored[t];
     const bool bad_id = num_samples >= 0 && (id < -1 || id >= num_samples);

@@ -1,10 +1,8 @@
 // Registers the ops of the namespace geko_cpu.
 #include "csrc/cpu/ops.h"
 
-#define GEKO_COLUMNS                                                                                              \
-  "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)? q_value, Tensor(b!)? confidence, "                \
-  "Tensor(c!)? loss_history, Tensor(d!)? times_seen, Tensor(e!)? bucket, Tensor(f!)? wrong_streak, "              \
-  "Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, Tensor(i!)? error, "
+#define GEKO_TABLE \
+  "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error, "
 #define GEKO_WEIGHTS "Tensor? token_weights=None, Tensor? sample_weights=None"
 #define GEKO_GRAD \
   "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
@@ -14,11 +12,11 @@ STABLE_TORCH_LIBRARY(geko_cpu, library) {
       "token_stats(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
       "-> Tensor");
   library.def(
-      "sample_update_(Tensor tokens, Tensor labels, Tensor? sample_ids, " GEKO_COLUMNS
+      "sample_update_(Tensor tokens, Tensor labels, Tensor? sample_ids, " GEKO_TABLE
       "int vocab, int reduction, int ignore_index, bool shift, bool update, " GEKO_WEIGHTS ") "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "loss_forward_(Tensor logits, Tensor labels, Tensor? sample_ids, " GEKO_COLUMNS
+      "loss_forward_(Tensor logits, Tensor labels, Tensor? sample_ids, " GEKO_TABLE
       "int reduction, int ignore_index, bool shift, float softcap, bool update, " GEKO_WEIGHTS ") "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("logits_grad(Tensor grad_output, Tensor logits, " GEKO_GRAD ") -> Tensor");

@@ -16,7 +16,7 @@ struct Coefficients {
 
   // The entry of `upstream`, below 0 where token_visit names none.
   int64_t visit_of(int64_t token) const {
-    const int64_t visit = token_visit ? token_visit[token] : token / length;
+    const int64_t visit = token_visit ? token_visit[token] : quotient(token, length);
     return visit < visits ? visit : -1;
   }
   float at(int64_t token, int64_t visit) const { return coeff[token] * *scale * upstream[visit * upstream_stride]; }

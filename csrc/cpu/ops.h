@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "csrc/cpu/tensors.h"
 #include "csrc/cpu/layout.h"
@@ -10,6 +11,7 @@
 namespace geko {
 
 using Optional = std::optional<Tensor>;
+using Columns = std::vector<Tensor>;  // of a `SampleState`, in the order of geko_kernels/columns.py; none without one
 using Update = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -24,7 +26,8 @@ struct HeldBatch : Batch {
 struct Rows {
   explicit Rows(const Tensor& logits);
   char* at(int64_t token) const {
-    return base + ((token / length) * strides[0] + (token % length) * strides[1]) * size;
+    const int64_t row = quotient(token, length);
+    return base + (row * strides[0] + (token - row * length) * strides[1]) * size;
   }
   char* base;
   int64_t batch, length, vocab, size, strides[3], element;
@@ -39,16 +42,12 @@ Tensor token_stats(
 
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
     int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
     bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Tensor logits_grad(

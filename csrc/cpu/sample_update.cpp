@@ -7,12 +7,32 @@
 namespace geko {
 namespace {
 
-// The columns of `SampleState`; all null without a state.
+// The columns of `SampleState`, in the order of geko_kernels/columns.py; none, and all null, without a state.
 struct Table {
-  int64_t rows;  // -1 without a state
-  float *q_value, *confidence, *history;
-  int32_t* times_seen;
-  uint8_t *bucket, *wrong_streak, *changed, *quarantined;
+  static constexpr size_t kColumns = 9;
+  int64_t rows = -1;
+  float *q_value = nullptr, *confidence = nullptr, *history = nullptr;
+  int32_t* times_seen = nullptr;
+  uint8_t *bucket = nullptr, *wrong_streak = nullptr, *changed = nullptr, *quarantined = nullptr;
+
+  explicit Table(const Columns& columns) {
+    STD_TORCH_CHECK(
+        columns.empty() || columns.size() == kColumns,
+        "the columns of a state, q_value to quarantined, must be given all or none, got ", columns.size(), " of ",
+        kColumns);
+    if (columns.empty()) return;
+    auto next = columns.begin();
+    rows = next->dim() > 0 ? next->size(0) : 0;
+    q_value = data<float>(*next++, {rows}, "q_value");
+    confidence = data<float>(*next++, {rows}, "confidence");
+    history = data<float>(*next++, {rows, kHistory}, "loss_history");
+    times_seen = data<int32_t>(*next++, {rows}, "times_seen");
+    bucket = data<uint8_t>(*next++, {rows}, "bucket");
+    wrong_streak = data<uint8_t>(*next++, {rows}, "wrong_streak");
+    changed = flags(*next++, {rows}, "changed");
+    data<int32_t>(*next++, {rows}, "claim");  // not needed: the visits are written one after the other
+    quarantined = flags(*next++, {rows}, "quarantined");
+  }
 
   bool holds(int64_t id) const { return id >= 0 && id < rows; }
 
@@ -67,47 +87,18 @@ std::vector<float> factors_of(const HeldBatch& batch, const Layout& layout, cons
   return factors;
 }
 
-// The columns, `rows` each, or none of them.
-Table table_of(
-    int64_t rows, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined) {
-  int64_t given = 0;
-  for (const Optional* column :
-       {&q_value, &confidence, &loss_history, &times_seen, &bucket, &wrong_streak, &changed, &claim, &quarantined})
-    given += column->has_value();
-  STD_TORCH_CHECK(
-      given == 0 || given == 9, "the columns of a state, q_value to quarantined, must be given all or none, got ", given,
-      " of 9");
-  data<int32_t>(claim, {rows}, "claim");
-  return {
-      rows,
-      data<float>(q_value, {rows}, "q_value"),
-      data<float>(confidence, {rows}, "confidence"),
-      data<float>(loss_history, {rows, kHistory}, "loss_history"),
-      data<int32_t>(times_seen, {rows}, "times_seen"),
-      data<uint8_t>(bucket, {rows}, "bucket"),
-      data<uint8_t>(wrong_streak, {rows}, "wrong_streak"),
-      flags(changed, {rows}, "changed"),
-      flags(quarantined, {rows}, "quarantined")};
-}
-
 }  // namespace
 
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t vocab, int64_t reduction,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
     int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights) {
-  const int64_t n = q_value ? q_value->numel() : -1;
-  const Table table = table_of(
-      n, q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined);
+  const Table table(columns);
   int64_t* key = data<int64_t>(error, {}, "error");
   const float* items_given = data<float>(num_items, {}, "num_items");
   STD_TORCH_CHECK(reduction >= NONE && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
   const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
-  const Layout layout = layout_of(batch, n);
+  const Layout layout = layout_of(batch, table.rows);
   const int64_t count = batch.tokens(), entries = batch.visits();
   const TokenWeights by_token{data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), shift};
   const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, {5, count}, "tokens"), count, by_token);
@@ -138,19 +129,19 @@ Update sample_update_(
     const Visit visit = judge(table.read(id), sums[v], rule);
     const bool dropped = table.quarantined && table.holds(id) && table.quarantined[id];
     const float any = visit.tokens > 0 ? 1.f : 0.f;
-    float weight = dropped ? 0.f : q_value ? weight_of(visit, bucket_weights) : any;
+    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, bucket_weights) : any;
     if (!factors.empty() && visit.tokens > 0) weight *= factors[v];
     const float loss = visit.tokens > 0 ? weight * (of_tokens ? static_cast<float>(sums[v].loss) : visit.loss) : 0.f;
     if (none) loss_to[v] = loss;
     sum += loss, counted += visit.tokens > 0, weighed += sums[v].items;
     token_coeff[v] = of_tokens || visit.tokens == 0 ? weight : weight / static_cast<float>(sums[v].items);
-    const float columns[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
-    for (int64_t i = 0; i < 6; ++i) floats_to[i * entries + v] = columns[i];
+    const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
+    for (int64_t i = 0; i < 6; ++i) floats_to[i * entries + v] = means[i];
     ints_to[v] = id, ints_to[entries + v] = visit.tokens;
     flags_to[v] = visit.row.bucket, flags_to[entries + v] = visit.correct;
     visits[v] = visit;
   }
-  if (q_value && update)
+  if (table.q_value && update)
     for (int64_t v = 0; v < entries; ++v)
       if (visits[v].finite) table.write(layout.ids[v], visits[v].row);  // the last visit of a sample stays
   if (key) *key = std::min(*key, layout.error);
@@ -168,15 +159,12 @@ Update sample_update_(
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Optional& q_value, const Optional& confidence, const Optional& loss_history,
-    const Optional& times_seen, const Optional& bucket, const Optional& wrong_streak, const Optional& changed,
-    const Optional& claim, const Optional& quarantined, const Optional& error, int64_t reduction, int64_t ignore_index,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
     bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights) {
   const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
   const Update rest = sample_update_(
-      tokens, labels, sample_ids, rules, weights, num_items, q_value, confidence, loss_history, times_seen, bucket,
-      wrong_streak, changed, claim, quarantined, error, logits.size(2), reduction, ignore_index, shift, update,
-      token_weights, sample_weights);
+      tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(2), reduction, ignore_index,
+      shift, update, token_weights, sample_weights);
   return std::tuple_cat(rest, std::make_tuple(tokens));
 }
 

@@ -68,9 +68,9 @@ T* data(const std::optional<Tensor>& tensor, std::initializer_list<int64_t> size
   return tensor ? data<T>(*tensor, sizes, name) : nullptr;
 }
 
-// The bytes of a bool tensor, as anything may be in them; or nullptr for None.
-inline uint8_t* flags(const std::optional<Tensor>& tensor, std::initializer_list<int64_t> sizes, const char* name) {
-  return tensor ? static_cast<uint8_t*>(data_of(*tensor, ScalarType::Bool, sizes, name)) : nullptr;
+// The bytes of a bool tensor, as anything may be in them.
+inline uint8_t* flags(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
+  return static_cast<uint8_t*>(data_of(tensor, ScalarType::Bool, sizes, name));
 }
 
 // Rows that a thread takes at a time: enough work to pay for asking.

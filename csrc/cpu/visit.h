@@ -108,9 +108,9 @@ GEKO_HD Visit judge(const SampleRow& old, const Sums& sums, const Rules& rules) 
   return visit;
 }
 
-// `weights` are those of (HARD, FOCUS, LIGHT, FREEZE).
+// `weights` are indexed by `Bucket`.
 GEKO_HD float weight_of(const Visit& visit, const float* weights) {
-  return visit.tokens > 0 ? weights[HARD - visit.row.bucket] : 0.f;
+  return visit.tokens > 0 ? weights[visit.row.bucket] : 0.f;
 }
 
 }  // namespace geko

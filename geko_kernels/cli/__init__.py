@@ -15,16 +15,27 @@ from geko_kernels import __version__
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.options import add_options, read_options
 from geko_kernels.extras import TRAINING
+from geko_kernels.training.formats.errors import DataError
 
 _TRAINING_MODULES = ("transformers", "accelerate", "tqdm", "rich", "matplotlib", "jinja2", "yaml")
 _TRAIN_HELP = """\
-data, one JSON object a line, or the same columns from a `datasets` directory or hub name (its "train" split):
-  {"text": ...}                     language modelling; every token is trained on
-  {"prompt": ..., "completion": ...}  language modelling; only the completion is trained on
-  {"text": ..., "label": ...}       classification; labels are numbers or names, or true and false;
-                                    those that are not 0, 1, ... without a gap are numbered in sorted order
+data: a .jsonl, .ndjson, .json (lines or an array), .csv, .tsv or .parquet file, the first five also with .gz behind;
+a folder of such files, read in sorted order (of several splits those of training); a directory written by
+`Dataset.save_to_disk`; or a dataset on the hub, owner/name (its "train" split). Other paths are not sought on the hub.
 
-The report calls a sample by its position in the data, counted from 0.
+columns, found by the first record:
+  messages: [{"role": ..., "content": ...}, ...]         a chat; all turns of the assistant are trained on
+  conversations: [{"from": ..., "value": ...}, ...]      the same in ShareGPT's form: human, gpt, system, tool
+  prompt, completion                                     texts, or lists of turns; only the completion is trained on
+  instruction, output, and input if there is any         only the output is trained on
+  text, label                                            classification; labels are numbers or names, or true and false;
+                                                         those that are not 0, 1, ... without a gap are numbered in
+                                                         sorted order
+  text                                                   every token is trained on
+Chats go through the tokenizer's chat template, and so do instructions if it has one.
+
+The report calls a sample by its position in the data, counted from 0. What is cut to --max-length or skipped, because
+no token of it would be trained, is counted and told; skipped records keep their positions. See docs/data.md.
 In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` takes GEKOTrainingArguments fields.
 """
 
@@ -43,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(command, parsed)
         return 0
-    except UsageError as error:
+    except (UsageError, DataError) as error:
         message, status = str(error), 2
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _TRAINING_MODULES:

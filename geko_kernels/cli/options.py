@@ -20,6 +20,7 @@ _WHOLE = {
     "max_length": (2, _MOST),
     "seed": (0, 2**32 - 1),  # numpy takes no larger one
 }
+_METAVARS = {"label_column": "NAME", "str": "PATH", "int": "N", "float": "X"}
 _POSITIVE = {"epochs": 1_000_000, "learning_rate": 1_000_000}
 
 
@@ -40,8 +41,9 @@ class TrainOptions:
     """
 
     model: str = _option("", "model to fine-tune: a directory or a hub name (required)")
-    data: str = _option("", "training data: a .jsonl file or a `datasets` path; see below (required)")
+    data: str = _option("", "training data: a file, a folder or a hub name; see below (required)")
     eval_data: str = _option("", "held-out data in the same form, evaluated after each epoch")
+    label_column: str = _option("", "column beside `text` with the label of a classification, if it is not `label`")
     output_dir: str = _option("", "directory for checkpoints, the model and the report (required)")
     loss: str = _option("geko", "standard: every sample weighs 1 and none is left out", choices=("geko", "standard"))
     preset: str = _option("recommended", "GEKOConfig preset for --loss geko", choices=PRESETS)
@@ -82,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "--" + field.name.replace("_", "-"),
             type=kind,
             choices=choices or None,
-            metavar=None if choices else {"str": "PATH", "int": "N", "float": "X"}[kind.__name__],
+            metavar=None if choices else _METAVARS.get(field.name) or _METAVARS[kind.__name__],
             nargs="?" if field.name == "resume" else None,
             const=LAST_CHECKPOINT if field.name == "resume" else None,
             default=argparse.SUPPRESS,

@@ -13,15 +13,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
-from geko_kernels.cli.data import Records, read_records
-from geko_kernels.cli.encode import encode
 from geko_kernels.cli.environment import check_variables
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.labels import find_classes
 from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most_tokens
 from geko_kernels.cli.options import TrainOptions
 from geko_kernels.cli.run_folder import check_checkpoint, check_loss, check_output, find_checkpoint, newest_checkpoint
 from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
+from geko_kernels.training.formats import EncodedDataset, encode_records, find_classes, read_records
 from geko_kernels.training.report.efficiency import REPORT_NAME
 from geko_kernels.training.report.report import write_report
 from geko_kernels.training.resumed import ResumeError
@@ -35,8 +33,8 @@ class _Task(NamedTuple):
 
     model: Any
     tokenizer: Any
-    train: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]] | None
+    train: EncodedDataset
+    evaluation: EncodedDataset | None
     is_classification: bool
     notes: list[str]
 
@@ -54,7 +52,8 @@ def train(options: TrainOptions) -> None:
     """Train as `options` say; leaves checkpoints, the model, its tokenizer and the report in `output_dir`.
 
     Raises:
-        UsageError: what is asked for cannot be done; says why before anything is trained, but for a full disk.
+        UsageError, DataError: what is asked for cannot be done; says why before anything is trained, but for a full
+            disk.
         KeyboardInterrupt: says how to go on.
     """
     check_variables()
@@ -135,8 +134,8 @@ def _how_to_go_on(options: TrainOptions) -> str:
 
 
 def _make_task(options: TrainOptions) -> _Task:
-    records = read_records(options.data)
-    held_out = read_records(options.eval_data) if options.eval_data else None
+    records = read_records(options.data, options.label_column)
+    held_out = read_records(options.eval_data, options.label_column) if options.eval_data else None
     if held_out is not None and held_out.fields != records.fields:
         raise UsageError(
             f"{held_out.source} has the fields {', '.join(held_out.fields)}, but {records.source} has "
@@ -150,20 +149,16 @@ def _make_task(options: TrainOptions) -> _Task:
     numbers = [classes.numbers(part) if classes and part else None for part in (records, held_out)]
     model = load_model(options, classes.names if classes else None, tokenizer)
     limit = most_tokens(model, tokenizer) or options.max_length
-    items = []
-    for part, labels in zip((records, held_out), numbers, strict=True):
-        encoded = encode(part, tokenizer, min(limit, options.max_length), labels) if part else None
-        items.append(encoded.items if encoded else None)
-        if part and encoded and encoded.num_cut:
-            notes.append(_cut_note(part, encoded.num_cut, limit, options.max_length))
-    assert items[0] is not None
-    return _Task(model, tokenizer, items[0], items[1], classes is not None, notes)
-
-
-def _cut_note(part: Records, count: int, limit: int, max_length: int) -> str:
-    where = f"--max-length {max_length}" if max_length <= limit else f"the {limit} tokens that the model can read"
-    lost = "the start of their prompt, then the end of the completion" if "prompt" in part.fields else "their end"
-    return f"{part.source}: {count:,} of {len(part.rows):,} records are longer than {where} and lose {lost}"
+    length, where = limit, f"the {limit} tokens that the model can read"
+    if options.max_length <= limit:
+        length, where = options.max_length, f"--max-length {options.max_length}"
+    train, evaluation = (
+        encode_records(part, tokenizer, length, labels, where) if part else None
+        for part, labels in zip((records, held_out), numbers, strict=True)
+    )
+    assert train is not None
+    notes += [*train.notes, *(evaluation.notes if evaluation else ())]
+    return _Task(model, tokenizer, train, evaluation, classes is not None, notes)
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

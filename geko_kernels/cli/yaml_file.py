@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.files import read_bytes
+from geko_kernels.training.formats.files import read_bytes
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,9 +44,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """`yaml.safe_load` of the file, which must hold a mapping; raises `UsageError` otherwise."""
+    """`yaml.safe_load` of the file, which must hold a mapping; raises UsageError or DataError otherwise."""
+    content = read_bytes(Path(path), f"--config {path}", "a YAML file")
     try:
-        values = yaml.load(read_bytes(Path(path), f"--config {path}", "a YAML file").decode("utf-8-sig"), _Loader)
+        values = yaml.load(content.decode("utf-8-sig"), _Loader)
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {path} is not UTF-8 text (byte {error.start}); convert it first") from error
     except RecursionError as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import rows_of
 from geko_kernels.kernels.one_pass.plan import PredictedPlan, predicted_plan
-from geko_kernels.kernels.plan import Columns, Plan, plan_of
+from geko_kernels.kernels.plan import Plan, plan_of
 from geko_kernels.kernels.sample_update.kernel import empty_outputs
 from geko_kernels.kernels.sample_update.prepare import scratch_words
+from geko_kernels.kernels.table import pointers, prepared_of
 from geko_kernels.reference import ops as reference
 
 
@@ -21,15 +24,7 @@ def loss_forward_(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    q_value: Tensor | None,
-    confidence: Tensor | None,
-    loss_history: Tensor | None,
-    times_seen: Tensor | None,
-    bucket: Tensor | None,
-    wrong_streak: Tensor | None,
-    changed: Tensor | None,
-    claim: Tensor | None,
-    quarantined: Tensor | None,
+    columns: Sequence[Tensor],
     error: Tensor | None,
     reduction: int,
     ignore_index: int,
@@ -40,24 +35,19 @@ def loss_forward_(
     sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
-    columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined)
+    options = (reduction, ignore_index, shift, softcap, update)
     if not labels.numel():
-        return reference.loss_forward_(
-            *(logits, labels, sample_ids, rules, weights, num_items, *columns, error),
-            *(reduction, ignore_index, shift, softcap, update, token_weights, sample_weights),
-        )
+        head = (logits, labels, sample_ids, rules, weights, num_items)
+        return reference.loss_forward_(*head, columns, error, *options, token_weights, sample_weights)
     weighing = (token_weights, sample_weights)
-    plan = plan_of(
-        *(logits, labels, sample_ids, num_items, (*columns, error)),
-        *(reduction, ignore_index, shift, softcap, update),
-        tuple(None if given is None else given.data_ptr() % 16 for given in weighing),
-    )
+    aligned = tuple(None if given is None else given.data_ptr() % 16 for given in weighing)
+    plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options, aligned)
     tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
-    prepared = (q_value, loss_history, times_seen, bucket, claim, error)
-    plan.statistics(logits, labels, sample_ids, tokens, *prepared, scratch)
-    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *columns, *weighing, scratch, *outputs)
+    table = pointers(columns)
+    plan.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
+    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
     return *outputs, tokens
 
 
@@ -68,7 +58,8 @@ def planned_loss_forward(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    columns: Columns,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
     stats: bool,
     upstream: Tensor | None,
     inplace: bool,
@@ -76,17 +67,17 @@ def planned_loss_forward(
 ) -> tuple[Tensor, Plan, Tensor, Tensor | None, Tensor | None]:
     """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
-    Args: columns (..., quarantined, error); upstream () as the last backward had it, where a gradient may be predicted
+    Args: upstream () as the last backward had it, where a gradient may be predicted
         (over the logits if `inplace`); options (reduction, ignore_index, shift, softcap, update).
     Returns: the loss; the plan; kept and, with `stats`, visits: the op's other outputs as `plan.saved` and
         `plan.entries_of` see them; the predicted gradient, which `predicted_logits_grad` corrects, or None.
     """
-    plan = plan_of(logits, labels, sample_ids, num_items, columns, *options)
+    plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options)
     predicted = None
     if upstream is not None:
         predicted = _predicting(plan, inplace, logits, labels, sample_ids, columns, options)
     apart = stats or plan.packed  # packed there are as many entries as tokens: too many to keep for nothing
-    args = (logits, labels, sample_ids, rules, weights, num_items, columns, apart)
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, apart)
     if upstream is not None and predicted is not None:
         grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         loss, kept, visits = predicted.forward(*args, grad, upstream)
@@ -101,14 +92,13 @@ def _predicting(
     logits: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
-    columns: Columns,
+    columns: Sequence[Tensor],
     options: tuple[Any, ...],
 ) -> PredictedPlan | None:
     """The plan that predicts the gradient of calls of `plan`, where there is one."""
     if inplace not in plan.predicting:
         batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
-        table_rows = -1 if columns[0] is None else columns[0].shape[0]
-        plan.predicting[inplace] = predicted_plan(inplace, plan.layout, *batch, sample_ids, table_rows, *options)
+        plan.predicting[inplace] = predicted_plan(inplace, plan.layout, *batch, sample_ids, rows_of(columns), *options)
     return plan.predicting[inplace]
 
 

@@ -6,19 +6,19 @@ does only what is left: look its `Plan` up, ask for three pieces of memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import rows_of
 from geko_kernels.kernels.launch import MOST, Launch
 from geko_kernels.kernels.logits_grad import gradient_launch
 from geko_kernels.kernels.sample_update.kernel import update_launch
 from geko_kernels.kernels.sample_update.prepare import scratch_words
+from geko_kernels.kernels.table import NO_STATE, pointers, prepared_of
 from geko_kernels.kernels.token_stats import statistics_launch
-
-Columns = tuple[Tensor | None, ...]  # of the state, in the op's order: (q_value, ..., quarantined, error)
 
 
 class Plan:
@@ -71,7 +71,8 @@ class Plan:
         rules: Tensor,
         weights: Tensor,
         num_items: Tensor | None,
-        columns: Columns,
+        columns: Sequence[Tensor],
+        error: Tensor | None,
         apart: bool,
         *gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -90,7 +91,8 @@ class Plan:
             self._launch(
                 (logits.data_ptr(), labels.data_ptr(), ids, *[tensor.data_ptr() for tensor in gradient]),
                 (rules.data_ptr(), weights.data_ptr(), items),
-                columns if columns[0] is None else [column.data_ptr() for column in columns if column is not None],
+                [column.data_ptr() for column in columns] or NO_STATE,
+                None if error is None else error.data_ptr(),
                 self._work_at(at, by),
                 (loss.data_ptr(), at + 4 * self.scale, at + 4 * self.coeff, at + 4 * self.token_visit),
                 (by + 4 * self.floats, by, by + 4 * self.flags),
@@ -101,7 +103,8 @@ class Plan:
             self._launch(
                 (logits, labels, sample_ids, *gradient),
                 (rules, weights, num_items),
-                columns,
+                pointers(columns),
+                error,
                 self._work(kept, rest),
                 (loss, scale, coeff, token_visit),
                 self.entries_of(rest),
@@ -115,14 +118,12 @@ class Plan:
     def _work_at(self, kept: int, visits: int) -> tuple[int, ...]:
         return kept, visits + 4 * self.scratch
 
-    def _launch(self, batch: Any, rules: Any, columns: Any, work: Any, outputs: Any, entries: Any) -> None:
+    def _launch(self, batch: Any, rules: Any, table: Any, error: Any, work: Any, outputs: Any, entries: Any) -> None:
         """Both launches, with tensors or with addresses."""
         logits, labels, sample_ids = batch
         tokens, scratch = work
-        q_value, _, history, seen, bucket, _, _, claim, _, error = columns
-        prepared = (q_value, history, seen, bucket, claim, error)
-        self.statistics(logits, labels, sample_ids, tokens, *prepared, scratch)
-        self.update(tokens, labels, sample_ids, *rules, *columns[:9], None, None, scratch, *outputs, *entries)
+        self.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
+        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
@@ -189,7 +190,8 @@ def plan_of(
     labels: Tensor,
     sample_ids: Tensor | None,
     num_items: Tensor | None,
-    columns: Columns,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
     reduction: int,
     ignore_index: int,
     shift: bool,
@@ -202,12 +204,12 @@ def plan_of(
     `Plan.forward` is for calls without those weights.
     """
     ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
-    table_rows = -1 if columns[0] is None else columns[0].shape[0]
+    table_rows = rows_of(columns)
     # all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
     items = None if num_items is None else num_items.data_ptr() % 16
     layout = layout_of(logits, labels)
     key = (
-        *(layout, ids, table_rows, columns[-1] is None, items),
+        *(layout, ids, table_rows, error is None, items),
         *(reduction, ignore_index, shift, softcap, update, weighing),
     )
     plan = _plans.get(key)

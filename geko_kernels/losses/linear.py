@@ -51,18 +51,18 @@ class _Call:
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
         batch = self.batch
         chunks = Chunks(head, batch, rows, gradients, self.state is None and batch.sample_weights is None)
-        rules, weights, columns = table_of(self.state, head.hidden.device, eager=True)
+        rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
 
         def update(tokens: Tensor, last: bool) -> Visits:
             outcome = ops.sample_update_(
-                *(tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items, *columns),
+                *(tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
                 *(head.vocab, self.reduction, batch.ignore_index, batch.shift, self.writes and last),
                 *(batch.token_weights, batch.sample_weights),
             )
             return Visits._make((*outcome, tokens))
 
         visits = chunks.run(self.scored, update, lambda visits: visits.scale)
-        check_flag(columns[-1], self.state, head.vocab)
+        check_flag(error, self.state, head.vocab)
         return visits
 
 

@@ -253,26 +253,24 @@ def weighted_loss(
         )
     if eager and logits.device.type == "cpu":
         check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
-    rules, weights, columns = table_of(state, logits.device, eager)
+    rules, weights, columns, error = table_of(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
     options = (code, ignore_index, shift, cap, writes)
-    table = (rules, weights, items)
+    table = (rules, weights, items, columns, error)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
     if not weighted:
         foresight = (prediction and prediction[0], inplace)
-        args = (logits, labels, sample_ids, *table, columns, return_stats, *foresight, *options)
-        planned = ops.planned_loss_forward(*args)
+        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
-        outcome = ops.loss_forward_(*batch, sample_ids, *table, *columns, *options, token_weights, sample_weights)
-        visits = Visits(*outcome)
+        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
         loss = visits.loss
     else:
         loss, plan, _, entries, _ = planned
     if eager:
-        check_flag(columns[-1], state, logits.shape[-1])
+        check_flag(error, state, logits.shape[-1])
     if differentiable:
         if planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
@@ -286,16 +284,12 @@ def weighted_loss(
 
 def table_of(
     state: SampleState | None, device: torch.device, eager: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Rules, weights and columns of `state` as `sample_update_` takes them; the columns end with the error flag."""
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Rules, weights, columns and error flag of `state` as `sample_update_` takes them."""
     if state is None:
         error = torch.full((), NO_ERROR, device=device) if eager and debugging() else None
-        return *_plain_rules(device, eager), (*[None] * 9, error)
-    columns = (
-        *(state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak),
-        *(state.changed, state.claim, state.quarantined, state.error),
-    )
-    return state.rules, state.weights, columns
+        return *_plain_rules(device, eager), [], error
+    return state.rules, state.weights, state.columns, state.error
 
 
 def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, Tensor]:

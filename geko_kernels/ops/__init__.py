@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,23 +18,18 @@ from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
 
-_COLUMNS = (
-    "Tensor(a!)? q_value, Tensor(b!)? confidence, Tensor(c!)? loss_history, Tensor(d!)? times_seen, "
-    "Tensor(e!)? bucket, Tensor(f!)? wrong_streak, Tensor(g!)? changed, Tensor(h!)? claim, Tensor? quarantined, "
-    "Tensor(i!)? error"
-)
-_VISIT_WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
+# what a visit is judged by, and the state: its columns as `geko_kernels.columns` lists them, none without one
+_TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
+_WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 _SCHEMAS = {
     "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
     "-> Tensor",
-    "sample_update_": "(Tensor tokens, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int vocab, int reduction, int ignore_index, bool shift, bool update, "
-    f"{_VISIT_WEIGHTS}) "
+    "sample_update_": f"(Tensor tokens, Tensor labels, Tensor? sample_ids, {_TABLE}, "
+    f"int vocab, int reduction, int ignore_index, bool shift, bool update, {_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "loss_forward_": "(Tensor logits, Tensor labels, Tensor? sample_ids, Tensor rules, Tensor weights, "
-    f"Tensor? num_items, {_COLUMNS}, int reduction, int ignore_index, bool shift, float softcap, bool update, "
-    f"{_VISIT_WEIGHTS}) "
+    "loss_forward_": f"(Tensor logits, Tensor labels, Tensor? sample_ids, {_TABLE}, "
+    f"int reduction, int ignore_index, bool shift, float softcap, bool update, {_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
@@ -129,10 +124,22 @@ def _implement(op: str) -> Callable[..., Any]:
             check(*args)
         result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
         if written and (update is None or args[update]):
-            torch.autograd.graph.increment_version([args[place] for place in written if args[place] is not None])
+            torch.autograd.graph.increment_version(_tensors_at(written, args))
         return result
 
     return run
+
+
+def _tensors_at(places: list[int], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors there, those of a list one by one."""
+    tensors: list[Tensor] = []
+    for place in places:
+        given = arguments[place]
+        if type(given) is list:
+            tensors += given
+        elif given is not None:
+            tensors.append(given)
+    return tensors
 
 
 def _entries(labels: Tensor, sample_ids: Tensor | None) -> int | torch.SymInt:
@@ -148,9 +155,19 @@ def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sample_update(
-    tokens: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
+    tokens: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    _rules: Tensor,
+    _weights: Tensor,
+    _num_items: Tensor | None,
+    _columns: Sequence[Tensor],
+    _error: Tensor | None,
+    _vocab: int,
+    reduction: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    entries, reduction = _entries(labels, sample_ids), rest[14]
+    entries = _entries(labels, sample_ids)
     packed = sample_ids is not None and sample_ids.dim() == 2
     value = tokens.new_empty(() if reduction else (entries,))
     coeff = tokens.new_empty(labels.numel())
@@ -161,9 +178,8 @@ def _fake_sample_update(
 
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    tokens = _fake_token_stats(logits, labels)
-    vocab = logits.shape[-1]
-    return *_fake_sample_update(tokens, labels, sample_ids, *rest[:13], vocab, *rest[13:]), tokens
+    tokens, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
+    return *_fake_sample_update(tokens, labels, sample_ids, *table, logits.shape[-1], *options), tokens
 
 
 def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -279,7 +295,8 @@ def planned_loss_forward(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    columns: tuple[Tensor | None, ...],
+    columns: Sequence[Tensor],
+    error: Tensor | None,
     stats: bool,
     upstream: Tensor | None,
     inplace: bool,
@@ -294,13 +311,12 @@ def planned_loss_forward(
         update, options = False, (*options[:-1], False)
     if _override or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
-    args = (logits, labels, sample_ids, rules, weights, num_items, columns, stats)
+    args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
     if update:
-        *written, _quarantined, error = columns
-        torch.autograd.graph.increment_version([column for column in (*written, error) if column is not None])
+        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
     return outcome
 
 

@@ -7,27 +7,17 @@ An index that a tensor holds is checked where it is used: on the CPU it raises, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import COLUMNS, NAMES
+
 _REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STATISTICS = (torch.float32, torch.float64)
 _INT64, _INT32, _FLOAT32 = (torch.int64,), (torch.int32,), (torch.float32,)
-# columns of a state: shape behind N, dtypes
-_COLUMNS: tuple[tuple[str, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-    ("q_value", (), _FLOAT32),
-    ("confidence", (), _FLOAT32),
-    ("loss_history", (5,), _FLOAT32),
-    ("times_seen", (), _INT32),
-    ("bucket", (), (torch.uint8,)),
-    ("wrong_streak", (), (torch.uint8,)),
-    ("changed", (), (torch.bool,)),
-    ("claim", (), _INT32),
-    ("quarantined", (), (torch.bool,)),
-)
 
 
 def _check(
@@ -77,22 +67,30 @@ def _token_stats(
     _check_batch(labels, sample_ids, (logits.shape[0], logits.shape[1]))
 
 
-def _check_update(labels: Tensor, rules: Tensor, weights: Tensor, num_items: Tensor | None, rest: Any) -> None:
-    """Args: rest, the columns, error and what follows."""
-    columns, error, device = rest[:9], rest[9], labels.device
+def _check_update(
+    labels: Tensor,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
+) -> None:
+    device = labels.device
     _check("rules", rules, (10,), _FLOAT32, device)
     _check("weights", weights, (4,), _FLOAT32, device)
     if num_items is not None:
         _check("num_items", num_items, (), _FLOAT32, device)
     if error is not None:
         _check("error", error, (), _INT64, device)
-    given = sum(column is not None for column in columns)
-    if given not in (0, 9):
-        raise ValueError(f"the columns of a state, q_value to quarantined, must be given all or none, got {given} of 9")
-    if given:
-        rows = columns[0].shape[:1]
-        for (name, shape, dtypes), column in zip(_COLUMNS, columns, strict=True):
-            _check(name, column, (*rows, *shape), dtypes, device)
+    if len(columns) not in (0, len(COLUMNS)):
+        raise ValueError(
+            f"the columns of a state, {NAMES[0]} to {NAMES[-1]}, must be given all or none, got {len(columns)} of "
+            f"{len(COLUMNS)}"
+        )
+    for (name, declared), column in zip(COLUMNS.items(), columns, strict=False):
+        if column is None:  # the dispatcher takes it
+            raise ValueError(f"{name} must be a tensor, got None")
+        _check(name, column, (*columns[0].shape[:1], *declared.row), (declared.dtype,), device)
 
 
 def _check_visit_weights(
@@ -122,13 +120,17 @@ def _sample_update(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    *rest: Any,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
+    vocab: int,
+    reduction: int,
+    *options: Any,
 ) -> None:
     _check_batch(labels, sample_ids, (None, None))
     _check("tokens", tokens, (5, labels.numel()), _STATISTICS, labels.device)
-    _check_update(labels, rules, weights, num_items, rest)
-    _check_reduction(rest[11])
-    _check_visit_weights(labels, sample_ids, tokens.dtype, *rest[15:])
+    _check_update(labels, rules, weights, num_items, columns, error)
+    _check_reduction(reduction)
+    _check_visit_weights(labels, sample_ids, tokens.dtype, *options[3:])
 
 
 def _loss_forward(
@@ -138,12 +140,15 @@ def _loss_forward(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    *rest: Any,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
+    reduction: int,
+    *options: Any,
 ) -> None:
     _token_stats(logits, labels, sample_ids, 0, False, 0.0)
-    _check_update(labels, rules, weights, num_items, rest)
-    _check_reduction(rest[10])
-    _check_visit_weights(labels, sample_ids, logits.dtype, *rest[15:])
+    _check_update(labels, rules, weights, num_items, columns, error)
+    _check_reduction(reduction)
+    _check_visit_weights(labels, sample_ids, logits.dtype, *options[4:])
 
 
 def _logits_grad(

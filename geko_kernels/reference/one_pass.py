@@ -38,7 +38,7 @@ def predict(
     if bucket is not None and quarantined is not None:
         row = where.ids.clamp(0, rows - 1)
         shut_out = quarantined.view(torch.uint8)[row] != 0
-        weight = torch.where(shut_out, 0, weights[3 - bucket[row].long().clamp(max=3)])
+        weight = torch.where(shut_out, 0, weights[bucket[row].long().clamp(max=3)])
     by_token = reduction == Reduction.TOKEN_MEAN
     coeff = weight if by_token else weight / count.clamp(min=1)
     coeff = torch.where(where.valid, coeff[where.visit], 0)

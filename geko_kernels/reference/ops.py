@@ -8,12 +8,14 @@ All maths is in float32, or float64 for float64 logits.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import rows_of, table_of
 from geko_kernels.reference.layout import Layout, layout
-from geko_kernels.reference.visits import Table, Visits, learn, sum_dtype, visit_means, write_rows_
+from geko_kernels.reference.visits import Visits, learn, sum_dtype, visit_means, write_rows_
 
 
 class Reduction(enum.IntEnum):
@@ -66,15 +68,7 @@ def sample_update_(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    q_value: Tensor | None,
-    confidence: Tensor | None,
-    loss_history: Tensor | None,
-    times_seen: Tensor | None,
-    bucket: Tensor | None,
-    wrong_streak: Tensor | None,
-    changed: Tensor | None,
-    claim: Tensor | None,
-    quarantined: Tensor | None,
+    columns: Sequence[Tensor],
     error: Tensor | None,
     vocab: int,
     reduction: int,
@@ -86,8 +80,8 @@ def sample_update_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Visit means, learning state, bucket and weight of each visit, and the loss.
 
-    Args: tokens (5, T) from `token_stats`; the columns of `SampleState` or None for each (plain loss, weight 1);
-        weights (4,) of (HARD, FOCUS, LIGHT, FREEZE); num_items () replaces the divisor of mean and token_mean;
+    Args: tokens (5, T) from `token_stats`; the columns of `SampleState`, or none (plain loss, weight 1);
+        weights (4,) by `Bucket`; num_items () replaces the divisor of mean and token_mean;
         token_weights (B, S) beside the labels, above 0 where those are not ignore_index: the means become weighted;
         sample_weights (B,), or with one id a token (B, S), of which a visit's first counts: multiply its weight.
     Returns:
@@ -99,22 +93,20 @@ def sample_update_(
         floats (6, M): loss, confidence, accuracy, quality, q_value, weight;
         ints (2, M) int64: sample id, valid tokens;  flags (2, M) uint8: bucket, correct.
     """
-    rows = -1 if q_value is None else q_value.shape[0]
+    rows, table = rows_of(columns), table_of(columns)
     where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
-    table = Table(q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, quarantined)
     by_token = None if token_weights is None else (token_weights.roll(-1, 1) if shift else token_weights).flatten()
     visits = visit_means(tokens, where, rows, by_token)
     learnt = learn(visits, table, rules)
-    weight = (
-        torch.ones_like(visits.loss) if q_value is None else weights[3 - learnt.bucket.clamp(max=3)].to(tokens.dtype)
-    )
-    if quarantined is not None:
-        shut_out = quarantined.view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
+    weight = torch.ones_like(visits.loss)
+    if table:
+        weight = weights[learnt.bucket.clamp(max=3)].to(tokens.dtype)
+        shut_out = table["quarantined"].view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
         weight = torch.where(visits.in_table & shut_out, 0, weight)
     if sample_weights is not None:
         weight = weight * _per_visit(sample_weights, where)
     weight = torch.where(visits.counted, weight, 0)
-    if q_value is not None and update:
+    if table and update:
         write_rows_(visits, learnt, table)
     if error is not None:
         error.copy_(torch.minimum(error, where.error))
@@ -171,15 +163,7 @@ def loss_forward_(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    q_value: Tensor | None,
-    confidence: Tensor | None,
-    loss_history: Tensor | None,
-    times_seen: Tensor | None,
-    bucket: Tensor | None,
-    wrong_streak: Tensor | None,
-    changed: Tensor | None,
-    claim: Tensor | None,
-    quarantined: Tensor | None,
+    columns: Sequence[Tensor],
     error: Tensor | None,
     reduction: int,
     ignore_index: int,
@@ -194,10 +178,8 @@ def loss_forward_(
     Returns: `sample_update_`'s seven and `tokens` (5, T) last.
     """
     tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap)
-    columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined, error)
-    vocab = logits.shape[-1]
-    rest = (vocab, reduction, ignore_index, shift, update, token_weights, sample_weights)
-    return *sample_update_(tokens, labels, sample_ids, rules, weights, num_items, *columns, *rest), tokens
+    rest = (logits.shape[-1], reduction, ignore_index, shift, update, token_weights, sample_weights)
+    return *sample_update_(tokens, labels, sample_ids, rules, weights, num_items, columns, error, *rest), tokens
 
 
 def logits_grad(

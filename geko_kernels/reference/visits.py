@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import COLUMNS
 from geko_kernels.reference.layout import Layout
 
 
@@ -26,17 +28,7 @@ class Rules(enum.IntEnum):
     BY_STD = 9
 
 
-class Table(NamedTuple):
-    """Columns of the `SampleState`, (N, ...), or None for each."""
-
-    q_value: Tensor | None
-    confidence: Tensor | None
-    loss_history: Tensor | None
-    times_seen: Tensor | None
-    bucket: Tensor | None
-    wrong_streak: Tensor | None
-    changed: Tensor | None
-    quarantined: Tensor | None
+Table = Mapping[str, Tensor]  # columns of the `SampleState` by name, (N, ...); empty without one
 
 
 class Visits(NamedTuple):
@@ -101,13 +93,13 @@ def visit_means(tokens: Tensor, where: Layout, rows: int, by_token: Tensor | Non
 def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
     """The new row of each visit; a visit without finite means leaves Q-value and quality as they were."""
 
-    def old(column: Tensor | None, fresh: float, *shape: int) -> Tensor:
-        if column is None:
-            return torch.full((*visits.ids.shape, *shape), fresh, device=visits.ids.device)
-        return torch.where(visits.in_table.view(-1, *(1 for _ in shape)), column[visits.row], fresh)
+    def old(name: str) -> Tensor:
+        dtype, start, row, *_ = COLUMNS[name]
+        if name not in table:
+            return torch.full((*visits.ids.shape, *row), start, dtype=dtype, device=visits.ids.device)
+        return torch.where(visits.in_table.view(-1, *(1 for _ in row)), table[name][visits.row], start)
 
-    old_history, old_q = old(table.loss_history, 0.0, 5), old(table.q_value, 0.5)
-    old_seen = old(table.times_seen, 0).int()
+    old_history, old_q, old_seen = old("loss_history"), old("q_value"), old("times_seen")
     seen = old_seen.clamp(0, torch.iinfo(torch.int32).max - 1) + 1  # a damaged file may hold anything
     loss = visits.loss.float()
     history = torch.cat([old_history[:, 1:], loss[:, None]], 1)
@@ -122,26 +114,30 @@ def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
     frozen = correct & steady & (q >= rules[Rules.MIN_Q])
     hard = ~correct & (visits.confidence > rules[Rules.FOCUS_CONFIDENCE])
     bucket = torch.where(correct, torch.where(frozen, 0, 1), torch.where(hard, 3, 2))
-    bucket = torch.where(visits.counted, bucket, old(table.bucket, 2).long())
+    bucket = torch.where(visits.counted, bucket, old("bucket").long())
     return Learnt(q, history, seen, quality, bucket, correct)
 
 
 def write_rows_(visits: Visits, learnt: Learnt, table: Table) -> None:
     """The rows of finite visits; of a sample visited twice the last one's."""
-    q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, _ = table
-    assert q_value is not None and confidence is not None and loss_history is not None and times_seen is not None
-    assert bucket is not None and wrong_streak is not None and changed is not None
-    place = torch.where(visits.finite, visits.ids, len(q_value))
+    rows = len(table["q_value"])
+    place = torch.where(visits.finite, visits.ids, rows)
     position = torch.arange(len(place), device=place.device)
-    last = torch.full((len(q_value) + 1,), -1, device=place.device).scatter_reduce_(0, place, position, "amax")
+    last = torch.full((rows + 1,), -1, device=place.device).scatter_reduce_(0, place, position, "amax")
     write = visits.finite & (last[place] == position)
     at = visits.ids[write]
-    q_value[at], loss_history[at] = learnt.q_value[write].float(), learnt.loss_history[write]
-    confidence[at], times_seen[at] = visits.confidence[write].float(), learnt.times_seen[write]
-    bucket[at] = learnt.bucket[write].to(bucket.dtype)
-    streak = wrong_streak[at].int() + 1
-    wrong_streak[at] = torch.where(learnt.correct[write], 0, streak.clamp(max=255)).to(wrong_streak.dtype)
-    changed[at] = True
+    streak = (table["wrong_streak"][at].int() + 1).clamp(max=255)
+    written = {
+        "q_value": learnt.q_value[write],
+        "confidence": visits.confidence[write],
+        "loss_history": learnt.loss_history[write],
+        "times_seen": learnt.times_seen[write],
+        "bucket": learnt.bucket[write],
+        "wrong_streak": torch.where(learnt.correct[write], 0, streak),
+        "changed": torch.ones_like(at),
+    }
+    for name, values in written.items():
+        table[name][at] = values.to(table[name].dtype)
 
 
 def quality_of(history: Tensor, times_seen: Tensor, rules: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.losses.logits import weighted_loss
 from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, IdCollator, IdDataset, label_of
+from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.trainer import GEKOMixin
 
 _PATCHED = ("_get_dataloader", "compute_loss")
@@ -87,11 +88,12 @@ class Observation(TrainerCallback):
         """One JSON line a sample: id, losses, label_probabilities, hits (a list each, null where unseen), bucket."""
         columns = [values.T.tolist() for values in (self.losses, self.label_probabilities, self.hits)]
         buckets = self.state.bucket.tolist()
+        skipped = getattr(self._trainer.train_dataset, "skipped_rows", ())
         with open(path, "w", encoding="utf-8") as file:
             for i, bucket in enumerate(buckets):
                 lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
                 names = ("losses", "label_probabilities", "hits")
-                row = {"id": i, **dict(zip(names, lists, strict=True)), "bucket": Bucket(bucket).name}
+                row = {"id": row_of(i, skipped), **dict(zip(names, lists, strict=True)), "bucket": Bucket(bucket).name}
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:

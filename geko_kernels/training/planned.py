@@ -107,6 +107,8 @@ class PlannedMixin(BeginningMixin):
         if self._fingerprint is None:
             workers, context = self.args.dataloader_num_workers, self.args.dataloader_multiprocessing_context
             self._fingerprint = fingerprint(self.train_dataset, workers > 0, context)
+            if getattr(self.train_dataset, "skipped_rows", ()):
+                self._fingerprint["skipped_rows"] = list(self.train_dataset.skipped_rows)
         return self._fingerprint
 
     def _init_training_state(

@@ -15,17 +15,16 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
-from geko_kernels.config import GEKOConfig
+from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
+from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.model_loss.own_loss import Route, find_loss, is_compiled, unwrap_compiled
-from geko_kernels.training.model_loss.untouched import untouched
-from geko_kernels.training.planned import PlannedMixin
+from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
@@ -36,7 +35,7 @@ logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOMixin(PlannedMixin):
+class GEKOMixin(EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
     It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
@@ -46,9 +45,6 @@ class GEKOMixin(PlannedMixin):
             of its own, which GEKO would replace.
     """
 
-    model_accepts_loss_kwargs: bool
-    _found: FoundLoss | None
-    _evaluates_itself: bool | None
     _loss_shifts_labels: bool
     _signature_columns: list[str]
     label_names: list[str]
@@ -185,7 +181,7 @@ class GEKOMixin(PlannedMixin):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
-                fuse=self._fuses_head and not (self.is_deepspeed_enabled or is_compiled(model)),
+                fuse=self._fuses_head and not (self.is_deepspeed_enabled or in_one_graph(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)
@@ -252,6 +248,8 @@ class GEKOMixin(PlannedMixin):
     ) -> Any:
         trains = "sample_ids" in inputs
         if not trains and isinstance(self._base(), PreTrainedModel):
+            if self._only_loss and self._evaluates_in_head(model, inputs):
+                return self._loss_in_head(model, inputs, return_outputs, num_items_in_batch)
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         if not trains and self._returns_loss(model, inputs):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -265,26 +263,6 @@ class GEKOMixin(PlannedMixin):
             loss = loss + terms.to(loss.device) * own
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
         return (loss, outputs) if return_outputs else loss
-
-    def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Does a module that is not of Transformers compute a loss of its own? Asked at its first evaluation."""
-        if self._evaluates_itself is None:
-            name = label_of(inputs, self.label_names)
-            takes = name is not None and computes_loss(self._base(), name)
-            with untouched(model, self.args.device):
-                self._evaluates_itself = takes and find_loss(model(**inputs)) is not None
-        return self._evaluates_itself
-
-    def _own_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
-    ) -> Any:
-        """The loss that the model computes, as Trainer takes it: of evaluation batches."""
-        ours = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = self._takes_num_items
-        try:
-            return super().compute_loss(model, inputs, return_outputs, num_items)
-        finally:
-            self.model_accepts_loss_kwargs = ours
 
     def _forward_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
@@ -302,7 +280,7 @@ class GEKOMixin(PlannedMixin):
             model,
             self._base(),
             found.form,
-            found.head if sample_ids is not None else None,
+            found.head if sample_ids is not None or self._only_loss else None,
             inputs,
             labels,
             sample_ids,
@@ -346,11 +324,12 @@ class GEKOMixin(PlannedMixin):
             counts = self._counts_at_sync + moved
         shares = [count / len(state) for count in counts.tolist()]
         weights = sampler.weights(self._consumed())
+        names = [bucket.name.lower() for bucket in Bucket]
         measures = {
             "geko_progress": self._progress(),
-            **{f"geko_{name}": share for name, share in zip(("freeze", "light", "focus", "hard"), shares, strict=True)},
+            **{f"geko_{name}": share for name, share in zip(names, shares, strict=True)},
             "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
-            **{f"geko_phase_{name}": w for name, w in zip(("hard", "focus", "light"), weights, strict=False)},
+            **{f"geko_phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
         }
         loss = mean_loss(new)
         if loss is not None:
@@ -372,7 +351,8 @@ class GEKOMixin(PlannedMixin):
 
     def _write_report(self) -> None:
         sampler = self._planned()
-        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history)
+        skipped = getattr(self.train_dataset, "skipped_rows", ())
+        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, summary)

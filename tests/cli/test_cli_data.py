@@ -12,9 +12,7 @@ from command import WORDS, one_cpu, refusal, train, write_jsonl
 from tiny_model import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from geko_kernels.cli.data import Records, read_records
-from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.labels import find_classes
+from geko_kernels.training.formats import DataError, Records, find_classes, read_records
 
 NO_CLASSES: dict[int, str] = {}
 
@@ -72,7 +70,7 @@ class TestLines:
     def test_wrong_line_is_named(self, tmp_path, content, message):
         path = tmp_path / "data.jsonl"
         path.write_bytes(content.encode())
-        with pytest.raises(UsageError) as told:
+        with pytest.raises(DataError) as told:
             read_records(str(path))
         assert f"{path}" in str(told.value) and message in str(told.value) and len(str(told.value)) < 400
 
@@ -83,7 +81,7 @@ class TestLines:
             (b"\x1f\x8b\x08", "is compressed with gzip; unpack it with gunzip first"),
         ):
             (tmp_path / "data.jsonl").write_bytes(content)
-            with pytest.raises(UsageError) as told:
+            with pytest.raises(DataError) as told:
                 read_records(str(tmp_path / "data.jsonl"))
             assert message in str(told.value)
 
@@ -95,7 +93,10 @@ class TestLines:
         assert "(it is a directory); give" in refusal(capsys, tmp_path, data=tmp_path / "folder.jsonl")
         assert "(it is a pipe or a device); give" in refusal(capsys, tmp_path, data=tmp_path / "pipe.jsonl")
         assert "(it is a pipe or a device); give" in refusal(capsys, tmp_path, data=tmp_path / "null.jsonl")
-        assert "does not end in .jsonl; give" in refusal(capsys, tmp_path, data=tmp_path / "data.jsonl.gz")
+        (tmp_path / "data.jsonl.xz").write_bytes(b"\xfd7zXZ")
+        assert "cannot be unpacked with gzip" in refusal(capsys, tmp_path, data=tmp_path / "data.jsonl.gz")
+        told = refusal(capsys, tmp_path, data=tmp_path / "data.jsonl.xz")
+        assert "does not end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet; give such a file (unpacked" in told
         assert "(embedded null byte)" in refusal(capsys, tmp_path, data="a\0.jsonl")
 
 
@@ -129,18 +130,18 @@ class TestLabels:
 
     def test_kinds_do_not_mix(self):
         message = r"data: the label is a number in line 1 \(1\) and a name in line 3 \('1'\); write all labels alike"
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(DataError, match=message):
             find_classes(labelled(1, 0, "1"), NO_CLASSES)
-        with pytest.raises(UsageError, match=r"true or false in line 2 \(True\)"):
+        with pytest.raises(DataError, match=r"true or false in line 2 \(True\)"):
             find_classes(labelled(0, True), NO_CLASSES)
-        with pytest.raises(UsageError, match="every record has the label 5000000; a classifier needs two or more"):
+        with pytest.raises(DataError, match="every record has the label 5000000; a classifier needs two or more"):
             find_classes(labelled(5_000_000, 5_000_000), NO_CLASSES)
 
     def test_held_out_labels_are_those_of_training(self):
         classes = find_classes(labelled(*range(0, 40, 2)), NO_CLASSES)
-        with pytest.raises(UsageError, match=r"data, line 2: the label 3 is not .* has 0, 2, .* 18 and 10 more"):
+        with pytest.raises(DataError, match=r"data, line 2: the label 3 is not .* has 0, 2, .* 18 and 10 more"):
             classes.numbers(labelled(2, 3))
-        with pytest.raises(UsageError, match="the label '2' is not in the training data"):
+        with pytest.raises(DataError, match="the label '2' is not in the training data"):
             classes.numbers(labelled("2"))
 
     def test_saved_model_has_the_names(self, model, tmp_path, capsys):

@@ -64,9 +64,7 @@ def call(form: str, table: bool, dtype: torch.dtype, vocab: int, strided: bool, 
     labels = torch.zeros(rows, length, dtype=torch.int64)
     ids = {"none": None, "row": labels[:, 0].clone(), "packed": labels}[form]
     state = SampleState(3)
-    columns = [state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket]
-    columns += [state.wrong_streak, state.changed, state.claim, state.quarantined, state.error]
-    columns = columns if table else [None] * 10
+    columns = (state.columns, state.error) if table else ([], None)
     items = torch.ones(()) if num_items else None
     head = (labels, ids, state.rules, state.weights, items, *columns)
     weights = (torch.ones(rows, length), torch.ones(rows, length if form == "packed" else 1)) if weighted else ()
@@ -86,13 +84,14 @@ def call_predicted(form: str, table: bool, dtype: torch.dtype, vocab: int, **opt
     from geko_kernels import SampleState
     from geko_kernels.kernels.one_pass.correct import correct_launch
     from geko_kernels.kernels.one_pass.predict import predict_launch
+    from geko_kernels.kernels.table import QUARANTINED, pointers, prepared_of
 
     reduction, shift, update = (options[k] for k in ("reduction", "shift", "update"))
     logits, labels = torch.empty(2, 1000, vocab, dtype=dtype), torch.zeros(2, 1000, dtype=torch.int64)
     ids = {"none": None, "row": labels[:, 0].clone(), "packed": labels}[form]
     state = SampleState(3)
-    columns = (state.q_value, state.loss_history, state.times_seen, state.bucket, state.claim, state.quarantined)
-    columns = (*columns, state.error) if table else (None,) * 7
+    held = pointers(state.columns if table else [])
+    columns = (*prepared_of(held), held[QUARANTINED], state.error if table else None)
     words, floats = labels.int(), logits.new_empty(5, 2000, dtype=torch.float32)
     predict = predict_launch(labels, ids, 3, vocab, reduction, -100, shift, update)
     predict(labels, ids, state.weights, *columns, words, words, floats, words)

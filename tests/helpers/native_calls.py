@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geko_kernels.columns import COLUMNS
+
 INT32_MAX = 2**31 - 1
-COLUMNS = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
 LABELS = (-(2**63), -(2**31), -101, -100, -1, 0, 1, 2, 5, 2**31, 2**40, 2**63 - 1)
 FLOATS = (0.0, -0.0, 0.5, 1.0, -3.0, 1e-45, 3e38, -3e38, float("inf"), -float("inf"), float("nan"))
 Arguments = dict[str, Any]
@@ -61,7 +62,7 @@ class Calls:
         table = {"labels": labels, "sample_ids": ids, "rules": self._floats((10,)), "weights": self._floats((4,))}
         items = self._floats(()) if self.draw.random() < 0.3 else None
         given = self.draw.random() < 0.7
-        columns = self._columns(rows) if given else dict.fromkeys((*COLUMNS, "quarantined"))
+        columns = self._columns(rows) if given else []
         error = torch.tensor(INT32_MAX) if self.draw.random() < 0.7 else None
         rest = {"reduction": self.draw.choice((0, 1, 2, 3)), **options}
         if name == "sample_update_":
@@ -73,7 +74,7 @@ class Calls:
             last["token_weights"] = self._floats((batch, length))
         if self.draw.random() < 0.3:
             last["sample_weights"] = self._floats((batch, length) if form == "token" else (batch,))
-        return name, {**head, **table, "num_items": items, **columns, "error": error, **rest, **last}
+        return name, {**head, **table, "num_items": items, "columns": columns, "error": error, **rest, **last}
 
     def _gradient(
         self, logits: Tensor, labels: Tensor, count: int, packed: bool, shift: bool, softcap: Arguments
@@ -129,19 +130,12 @@ class Calls:
         room = torch.randint(0, 256, (*shape, size), dtype=torch.uint8, generator=self.torch)
         return room.view(dtype).reshape(shape) if shape else room.view(dtype)[0]
 
-    def _columns(self, rows: int) -> dict[str, Tensor | None]:
+    def _columns(self, rows: int) -> list[Tensor | None]:
         """A table such as a damaged file brings."""
-        columns: dict[str, Tensor | None] = {}
-        for name in (*COLUMNS, "quarantined"):
-            kind = {"times_seen": torch.int32, "claim": torch.int32, "changed": torch.bool, "quarantined": torch.bool}
-            kind |= {"bucket": torch.uint8, "wrong_streak": torch.uint8}
-            shape = (rows, 5) if name == "loss_history" else (rows,)
-            columns[name] = self._bytes(shape, kind.get(name, torch.float32))
+        columns = {name: self._bytes((rows, *column.row), column.dtype) for name, column in COLUMNS.items()}
         if rows:
-            seen = columns["times_seen"]
-            assert seen is not None
-            seen[0] = self.draw.choice((-INT32_MAX - 1, -1, 0, 3, INT32_MAX))
-        return columns
+            columns["times_seen"][0] = self.draw.choice((-INT32_MAX - 1, -1, 0, 3, INT32_MAX))
+        return list(columns.values())
 
     def _spoil(self, arguments: Arguments, name: str) -> None:
         """Make one argument one that does not fit."""
@@ -153,11 +147,25 @@ class Calls:
         elif isinstance(value, float):
             arguments[name] = self.draw.choice(FLOATS)
         elif value is None:
-            if name in (*COLUMNS, "quarantined", "error", "num_items", "token_weights", "sample_weights"):
+            if name in ("error", "num_items", "token_weights", "sample_weights"):
                 arguments[name] = self._floats((2,))
+        elif isinstance(value, list):
+            self._spoil_columns(value)
         else:
             with contextlib.suppress(RuntimeError):  # not every tensor has every misfit
                 arguments[name] = self.draw.choice(_MISFITS)(value)
+
+    def _spoil_columns(self, columns: list[Tensor | None]) -> None:
+        """One that does not fit, one too many or one too few."""
+        how = self.draw.random()
+        if not columns or how < 0.1:
+            columns.append(self._floats((2,)))
+        elif how < 0.2:
+            columns.pop(self.draw.randrange(len(columns)))
+        else:
+            place = self.draw.randrange(len(columns))
+            with contextlib.suppress(RuntimeError):
+                columns[place] = self.draw.choice(_MISFITS)(columns[place])
 
 
 def _nothing_behind(value: Tensor) -> Tensor:

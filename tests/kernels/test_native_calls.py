@@ -11,8 +11,7 @@ from native_calls import Calls
 
 import geko_kernels as gk
 from geko_kernels import ops
-
-COLUMNS = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
+from geko_kernels.columns import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +33,14 @@ def forward(**changes):
     arguments = {
         **{"logits": torch.randn(2, 3, 5), "labels": torch.zeros(2, 3, dtype=torch.int64)},
         **{"sample_ids": torch.tensor([0, 3]), "rules": state.rules, "weights": state.weights, "num_items": None},
-        **{name: getattr(state, name) for name in (*COLUMNS, "quarantined", "error")},
+        **{name: getattr(state, name) for name in (*NAMES, "error")},
         **{"reduction": 1, "ignore_index": -100, "shift": False, "softcap": 0.0, "update": True},
     }
     assert changes.keys() <= arguments.keys()
-    return ops.loss_forward_(*(arguments | here(changes)).values())
+    arguments |= here(changes)
+    columns = [arguments.pop(name) for name in NAMES]
+    head = [arguments.pop(name) for name in ("logits", "labels", "sample_ids", "rules", "weights", "num_items")]
+    return ops.loss_forward_(*head, [column for column in columns if column is not None], *arguments.values())
 
 
 def here(changes):
@@ -56,9 +58,9 @@ def many(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"confidence": None}, "must be given all or none, got 8 of 9"),
-        ({"quarantined": None}, "must be given all or none, got 8 of 9"),
-        ({"q_value": None}, "must be given all or none, got 8 of 9"),
+        ({"confidence": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
+        ({"quarantined": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
+        ({"q_value": None}, f"must be given all or none, got {len(NAMES) - 1} of {len(NAMES)}"),
         ({"confidence": many(3)}, "confidence must be .*4.* got .*3"),
         ({"loss_history": many(20)}, "loss_history must be .*4, 5.* got .*20"),
         ({"loss_history": many(5, 4).t()}, "loss_history must be .*contiguous.*4, 5"),

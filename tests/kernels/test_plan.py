@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geko_kernels as gk
 from geko_kernels import ops
+from geko_kernels.columns import NAMES
 
 pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 from geko_kernels.kernels import launch as launching
 from geko_kernels.kernels import plan as planning
+from geko_kernels.kernels.table import prepared_of
 
 pytestmark = pytest.mark.no_cover
 
@@ -54,12 +56,10 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
     logits, labels = torch.randn(*shape, 5), torch.zeros(shape, dtype=torch.long)
     ids = {"none": None, "packed": torch.zeros(shape, dtype=torch.long)}.get(form, torch.zeros(7, dtype=torch.long))
     state = random_state(1, 9, gk.GEKOConfig(), (3, 1, 0))
-    columns = [getattr(state, name) for name in ("q_value", "confidence", "loss_history", "times_seen", "bucket")]
-    columns += [state.wrong_streak, state.changed, state.claim, state.quarantined, state.error]
-    columns = tuple(columns) if table else (None,) * 10
+    columns = (state.columns, state.error) if table else ([], None)
     items = None if num_items is None else torch.tensor(num_items)
     options = (reduction, -100, False, 0.0, table)
-    plan = planning.plan_of(logits, labels, ids, items, columns, *options)
+    plan = planning.plan_of(logits, labels, ids, items, *columns, *options)
     seen = []
     loss, visits = torch.empty(plan.loss_shape), torch.empty(plan.visit_words)
     kept = torch.empty(plan.kept_words + (0 if apart else plan.visit_words))
@@ -68,14 +68,14 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
         memory = iter((loss, kept, visits))
         weights.new_empty = lambda _size, memory=memory: next(memory)
         plan.statistics, plan.update, gradient = Recorder(ready), Recorder(ready), Recorder(ready)
-        plan.forward(logits, labels, ids, state.rules, weights, items, columns, apart)
+        plan.forward(logits, labels, ids, state.rules, weights, items, *columns, apart)
         monkeypatch.setattr(planning, "gradient_launch", lambda *_, gradient=gradient: gradient)
         plan.gradients.clear()
         plan.gradient(logits, kept, loss, logits, labels, inplace=True)
         seen.append([*plan.statistics.pointers, *plan.update.pointers, *gradient.pointers])
     planning._plans.clear()
     tensors, addresses = seen
-    assert len(tensors) == 11 + 25 + 8
+    assert len(tensors) == 4 + len(prepared_of(NAMES)) + 2 + 6 + len(NAMES) + 2 + 8 + 8
     for tensor, pointer in zip(tensors, addresses, strict=True):
         assert pointer is None or isinstance(pointer, int)
         assert address(tensor) in (pointer, "empty") or tensor is weights

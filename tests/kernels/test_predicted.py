@@ -23,6 +23,7 @@ from predicted import EmulatedRows, emulate, predicts
 from geko_kernels.kernels.one_pass.correct import correct_launch
 from geko_kernels.kernels.one_pass.predict import predict_launch, predict_parts
 from geko_kernels.kernels.sample_update.prepare import scratch_words
+from geko_kernels.kernels.table import QUARANTINED, pointers, prepared_of
 
 pytestmark = pytest.mark.no_cover
 
@@ -35,8 +36,7 @@ def batch(rows, length, vocab, dtype=torch.float32, right=0.5):
 
 
 def columns_of(state):
-    names = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
-    return [getattr(state, name) for name in (*names, "quarantined", "error")] if state else [None] * 10
+    return (state.columns, state.error) if state else ([], None)
 
 
 @given(cases())
@@ -90,12 +90,12 @@ def test_the_prediction_kernel_equals_the_reference(case):
     weights = state.weights if state else torch.ones(4)
     bucket, quarantined = (state.bucket.clone(), state.quarantined) if state else (None, None)
     want = reference_predicted.predict(labels, ids, weights, bucket, quarantined, vocab, reduction, ignore_index, shift)
-    q_value, _, history, seen, bucket, _, _, claim, quarantined, error = columns_of(state)
+    table, error = pointers(columns_of(state)[0]), columns_of(state)[1]
     counts = torch.empty(predict_parts(labels, packed), dtype=torch.int32)
     target, coeff = torch.empty(labels.numel(), dtype=torch.int32), torch.empty(labels.numel())
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32)
     launch = predict_launch(labels, ids, len(state) if state else -1, vocab, reduction, ignore_index, shift, update)
-    prepared = (q_value, history, seen, bucket, claim, quarantined, error, scratch)
+    prepared = (*prepared_of(table), table[QUARANTINED], error, scratch)
     launch(labels, ids, weights, *prepared, target, coeff, counts)
     assert target.equal(want[0]) and coeff.equal(want[1])
     if reduction != Reduction.SUM:

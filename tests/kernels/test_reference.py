@@ -56,7 +56,8 @@ def assert_same_stats(stats: gk.SampleStats, visits: list[oracle.Visit]) -> None
 
 
 def bucket_weights(case: Case) -> tuple[float, float, float]:
-    return tuple(case.state.bucket_weights.tolist())
+    _, light, focus, hard = case.state.bucket_weights.tolist()
+    return hard, focus, light
 
 
 @settings(max_examples=150)

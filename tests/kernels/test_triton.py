@@ -12,6 +12,7 @@ import torch
 from cases import random_state
 
 import geko_kernels as gk
+from geko_kernels.columns import NAMES
 from geko_kernels.reference import ops as reference
 
 kernels = pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
@@ -20,13 +21,12 @@ if torch.cuda.is_available():
 
 pytestmark = pytest.mark.no_cover
 NONE, MEAN, TOKEN_MEAN, SUM = (int(code) for code in reference.Reduction)
-COLUMNS = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
 CONFIDENT = 9.0  # added to the target's logit, so that some visits are correct
 
 
 def forward(backend, logits, labels, ids, state, reduction=MEAN, shift=False, softcap=0.0, update=True, num_items=None):
     rules, weights = (state or gk.SampleState(1)).rules, (state or gk.SampleState(1)).weights
-    columns = [getattr(state, name) for name in (*COLUMNS, "quarantined", "error")] if state else [None] * 10
+    columns = (state.columns, state.error) if state else ([], None)
     items = None if num_items is None else torch.tensor(num_items)
     rest = (reduction, -100, shift, softcap, update)
     return backend.loss_forward_(logits, labels, ids, rules, weights, items, *columns, *rest)
@@ -43,7 +43,7 @@ def assert_as_reference(logits, labels, ids, num_samples=None, **options):
             ours, theirs, rtol=2e-5, atol=2e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
     if num_samples:
-        for name in (*COLUMNS, "error"):
+        for name in (*NAMES, "error"):
             torch.testing.assert_close(getattr(states[1], name), getattr(states[0], name), rtol=1e-5, atol=1e-6)
     upstream = torch.linspace(-1, 2, want[0].numel()).view(want[0].shape) if want[0].dim() else torch.tensor(1.7)
     loss, scale, coeff, token_visit, *_, tokens = got

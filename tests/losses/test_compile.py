@@ -18,9 +18,7 @@ def op_arguments(name: str, device: str, packed: bool, with_state: bool, reducti
     labels = torch.tensor([[1, 4, -100], [0, 2, 3]], device=device)
     sample_ids = torch.tensor([[1, 1, 1], [0, -1, 2]] if packed else [1, 2], device=device)
     state = gk.SampleState(3, device=device)
-    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
-    columns += (state.changed, state.claim, state.quarantined, state.error)
-    table = (state.rules, state.weights, None, *(columns if with_state else [None] * 10))
+    table = (state.rules, state.weights, None, *((state.columns, state.error) if with_state else ([], None)))
     if name == "token_stats":
         return logits, labels, sample_ids, -100, True, 3.0
     tokens = ops.token_stats(logits, labels, sample_ids, -100, True, 3.0)
@@ -29,7 +27,7 @@ def op_arguments(name: str, device: str, packed: bool, with_state: bool, reducti
     if name == "loss_forward_":
         return logits, labels, sample_ids, *table, reduction, -100, True, 3.0, True
     loss, scale, coeff, token_visit, *_ = ops.sample_update_(
-        tokens, labels, sample_ids, state.rules, state.weights, None, *[None] * 10, 5, reduction, -100, True, True
+        tokens, labels, sample_ids, state.rules, state.weights, None, [], None, 5, reduction, -100, True, True
     )
     return torch.rand_like(loss), logits, labels, tokens, coeff, scale, token_visit, True, 3.0
 
@@ -150,7 +148,7 @@ def test_nothing_recompiles_when_the_phase_or_the_divisor_changes(change):
     for i in range(2, 8):
         items = {"num_items_tensor": torch.tensor(i), "num_items_float": i + 0.5, "num_items_int": i}.get(change)
         if change == "weights":
-            state.weights[0:3] = float(i)
+            state.weights[1:4] = float(i)
         if change == "assigned":
             state.bucket_weights = (i, i, i)
         losses.append(compiled(hidden, items).item())

@@ -158,9 +158,16 @@ def test_a_divisor_that_nobody_looks_at_shows_in_the_loss(backend, device, items
     """As on a GPU, where looking would wait, and in compiled code."""
     bad = num_items_tensor(torch.tensor(items, device=device), "token_mean", torch.device(device), eager=False)
     state = gk.SampleState(2, device=device)
-    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
-    columns += (state.changed, state.claim, state.quarantined, state.error)
-    where = (LOGITS.to(device), LABELS.to(device), IDS.to(device), state.rules, state.weights, bad, *columns)
+    where = (
+        LOGITS.to(device),
+        LABELS.to(device),
+        IDS.to(device),
+        state.rules,
+        state.weights,
+        bad,
+        state.columns,
+        state.error,
+    )
     assert not ops.loss_forward_(*where, 2, -100, False, 0.0, True)[0].isfinite()
 
 
@@ -204,9 +211,7 @@ def test_a_label_that_nothing_predicts_may_be_anything():
 
 def forward_op(logits, labels, sample_ids, state):
     """The forward without the look at the values that `weighted_loss` takes on the CPU: what a GPU does."""
-    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
-    columns += (state.changed, state.claim, state.quarantined, state.error)
-    where = (logits, labels, sample_ids, state.rules, state.weights, None, *columns)
+    where = (logits, labels, sample_ids, state.rules, state.weights, None, state.columns, state.error)
     return ops.loss_forward_(*where, 0, -100, False, 0.0, True)
 
 

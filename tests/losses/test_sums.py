@@ -55,10 +55,8 @@ def test_equal_losses_have_that_mean(backend, device, packed):
     tokens, labels = torch.full((5, count), 0.1), torch.zeros(1, count, dtype=torch.int64)
     ids = labels if packed else labels[0, :1]
     state = gk.SampleState(1, device=device)
-    columns = ("q_value", "confidence", "loss_history", "times_seen", "bucket", "wrong_streak", "changed", "claim")
-    held = [getattr(state, name) for name in (*columns, "quarantined", "error")]
     head = (tokens.to(device), labels.to(device), ids.to(device), state.rules, torch.ones(4, device=device), None)
-    loss, *_, floats, _, _ = ops.sample_update_(*head, *held, 4, 1, -100, False, True)
+    loss, *_, floats, _, _ = ops.sample_update_(*head, state.columns, state.error, 4, 1, -100, False, True)
     got = torch.stack([loss, *floats[:3, 0], state.last_loss[0], state.confidence[0]]).cpu()
     torch.testing.assert_close(got, torch.full((6,), 0.1), rtol=6 * ROUNDING, atol=0)  # a GPU's division rounds too
 
@@ -144,6 +142,6 @@ def test_a_loss_that_is_not_finite_stays_what_it_is(backend, device, special):
     tokens, labels = torch.ones(5, 3000, device=device), torch.zeros(1, 3000, dtype=torch.int64, device=device)
     tokens[0, 5] = special
     state = gk.SampleState(1, device=device)
-    rest = (None, state.rules, state.weights, None, *[None] * 10, 9, 3, -100, False, False)
+    rest = (None, state.rules, state.weights, None, [], None, 9, 3, -100, False, False)
     loss, *_, floats, _, _ = ops.sample_update_(tokens, labels, *rest)
     torch.testing.assert_close(torch.stack([loss, floats[0, 0]]).cpu(), torch.tensor([special] * 2), equal_nan=True)

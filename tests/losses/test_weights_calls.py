@@ -100,9 +100,7 @@ def test_a_bad_value_that_nobody_looks_at_shows_in_the_loss(backend, device, nam
     weights = {"token_weights": torch.ones(2, 3, device=device), "sample_weights": torch.ones(2, device=device)}
     weights[name].view(-1)[-1] = bad
     labels, u, v = prepare_weights(labels, ids, -100, torch.float32, look=False, **weights)
-    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
-    columns += (state.changed, state.claim, state.quarantined, state.error)
-    where = (logits, labels, ids, state.rules, state.weights, None, *columns)
+    where = (logits, labels, ids, state.rules, state.weights, None, state.columns, state.error)
     for code, expected in ((0, [False, True]), (1, True), (2, True)):
         loss = ops.loss_forward_(*where, code, -100, False, 0.0, True, u, v)[0]
         assert loss.isnan().tolist() == expected

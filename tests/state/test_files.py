@@ -12,10 +12,11 @@ import damage
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import geko_kernels as gk
 from geko_kernels._files import load_tensors, save_tensors, write_whole
+from geko_kernels.state import _VERSION
 from geko_kernels.training.checkpoint import EFFICIENCY_NAME, SAMPLER_NAME, STATE_NAME, _checksum, load_files
 from geko_kernels.training.report.efficiency import Efficiency, write_json
 
@@ -66,24 +67,61 @@ def test_a_state_file_of_the_first_layout_loads():
     assert state.config == gk.GEKOConfig(quality="std", bucket_weights=(4, 2, 1))
     assert state.times_seen.tolist() == [3] * 6 and state.bucket.tolist() == [1, 2, 2, 3, 3, 2]
     assert state.quarantined.tolist() == [False, True, False, False, False, False]
-    assert state.weights.tolist() == [7, 1, 1, 0] and float(state.upstream) == 0.25
+    assert state.bucket_weights.tolist() == [0, 1, 1, 7] and float(state.upstream) == 0.25
     assert state.last_loss[0].item() == pytest.approx(0.3697022795677185)
 
 
+def test_a_state_file_with_the_weights_of_hard_first_loads(tmp_path):
+    """state_2.safetensors is of the release before `bucket_weights` lay by Bucket: 7, 3, 0.5 and, for FREEZE, 0.25."""
+    path = Path(__file__).with_name("state_2.safetensors")
+    state = gk.SampleState.load(path)
+    assert state.config == gk.GEKOConfig(bucket_weights=(5, 2, 1), freeze_weight=0.25, quality="std")
+    assert state.bucket_weights.tolist() == [0.25, 0.5, 3, 7] and float(state.upstream) == 0.125
+    assert state.times_seen.tolist() == [4, 4, 4, 4, 4, 2] and state.bucket.tolist() == [0, 0, 2, 2, 2, 2]
+    assert state.wrong_streak.tolist() == [0, 0, 4, 4, 4, 2] and state.quarantined.tolist() == [
+        *[False] * 3,
+        True,
+        *[False] * 2,
+    ]
+    assert state.last_loss[1].item() == pytest.approx(0.03597636520862579)
+    old = {name: column.clone() for name, column in load_file(path).items()}  # as its `state_dict()` was
+    other = gk.SampleState(6)
+    other.load_state_dict(old)
+    assert other.bucket_weights.tolist() == [0.25, 0.5, 3, 7] and "weights" in old
+    state.save(tmp_path / "s")
+    assert gk.SampleState.load(tmp_path / "s").bucket_weights.tolist() == [0.25, 0.5, 3, 7]
+    old["weights"][1] = -1
+    with pytest.raises(ValueError, match=r"state_dict\['bucket_weights'\]\[2\] must be finite and >= 0, got -1.0"):
+        other.load_state_dict(old)
+    with pytest.raises(ValueError, match=r"state_dict does not fit: missing \[\], unknown \['weights'\]"):
+        other.load_state_dict({**old, "bucket_weights": old["weights"]})
+
+
+def test_a_checkpoint_of_the_release_before_loads(checkpoint):
+    """Its other files are as they were."""
+    columns, metadata = load_tensors(checkpoint / STATE_NAME, FORMAT, "", _VERSION)
+    columns["weights"] = columns.pop("bucket_weights").flip(0)
+    kept = {name: metadata[name] for name in ("config", "upstream")}
+    before = load(checkpoint)[0]
+    save_tensors(checkpoint / STATE_NAME, FORMAT, columns, kept, "2")
+    state = load(checkpoint)[0]
+    assert state.bucket_weights.tolist() == before.bucket_weights.tolist() == [0, 0, 2, 5]
+
+
 def test_a_file_of_a_newer_layout_is_refused(tmp_path):
-    columns, metadata = dict(visited().state_dict()), {"format": FORMAT, "config": "{}", "version": "3", "crc32": "0"}
+    columns, metadata = dict(visited().state_dict()), {"format": FORMAT, "config": "{}", "version": "4", "crc32": "0"}
     save_file(columns, tmp_path / "s", metadata)
-    with pytest.raises(ValueError, match=r"/s has version 3, this geko_kernels reads 2; update geko_kernels"):
+    with pytest.raises(ValueError, match=r"/s has version 4, this geko_kernels reads 2 and 3; update geko_kernels"):
         gk.SampleState.load(tmp_path / "s")
 
 
 def rewritten(path: Path, column: str, row: object, value: object) -> None:
     """The state file with another value, and a checksum that fits it."""
-    columns, metadata = load_tensors(path, FORMAT, "")
+    columns, metadata = load_tensors(path, FORMAT, "", _VERSION)
     columns = {name: tensor.clone() for name, tensor in columns.items()}
     target = columns[column].view(torch.uint8) if columns[column].dtype == torch.bool else columns[column]
     target[row] = value
-    save_tensors(path, FORMAT, columns, {"config": metadata["config"], "upstream": metadata["upstream"]})
+    save_tensors(path, FORMAT, columns, {"config": metadata["config"], "upstream": metadata["upstream"]}, _VERSION)
 
 
 BAD_VALUES = [
@@ -97,8 +135,8 @@ BAD_VALUES = [
     ("loss_history", (2, 4), float("-inf"), r"\['loss_history'\]\[2\] must be finite and >= 0, got \[0.0, .*-inf\]"),
     ("loss_history", (2, 1), float("nan"), r"\['loss_history'\]\[2\] must be finite and >= 0"),
     ("wrong_streak", 1, 2, r"\['wrong_streak'\]\[1\] must be at most times_seen, got 2"),
-    ("weights", 2, float("inf"), r"\['weights'\]\[2\] must be finite and >= 0, got inf"),
-    ("weights", 0, -1.0, r"\['weights'\]\[0\] must be finite and >= 0, got -1.0"),
+    ("bucket_weights", 2, float("inf"), r"\['bucket_weights'\]\[2\] must be finite and >= 0, got inf"),
+    ("bucket_weights", 0, -1.0, r"\['bucket_weights'\]\[0\] must be finite and >= 0, got -1.0"),
 ]
 
 
@@ -164,7 +202,7 @@ def test_columns_that_do_not_fit(tmp_path):
         ({name: column[:0].clone() for name, column in columns.items()}, "num_samples must be at least 1, got 0"),
         ({"times_seen": columns["times_seen"]}, r"/s does not fit: missing \['bucket', "),
     ):
-        save_tensors(tmp_path / "s", FORMAT, spoilt, metadata)
+        save_tensors(tmp_path / "s", FORMAT, spoilt, metadata, _VERSION)
         with pytest.raises(ValueError, match=message):
             gk.SampleState.load(tmp_path / "s")
 
@@ -321,4 +359,4 @@ def test_counts_that_are_not_numbers_any_more_come_back(checkpoint):
 def test_the_state_file_says_its_version(tmp_path):
     visited().save(tmp_path / "s")
     with safe_open(tmp_path / "s", framework="pt") as file:
-        assert file.metadata()["version"] == "2" and len(file.metadata()["crc32"]) == 8
+        assert file.metadata()["version"] == "3" and len(file.metadata()["crc32"]) == 8

@@ -100,13 +100,16 @@ def test_prediction_from_any_bucket():
     predict = pytest.importorskip("geko_kernels.kernels.one_pass.predict", exc_type=ImportError)
     if torch.cuda.is_available():
         pytest.skip("runs the kernel under the interpreter")
+    from geko_kernels.kernels.sample_update.prepare import scratch_words
+    from geko_kernels.kernels.table import prepared_of
+
     state = hostile_state(gk.GEKOConfig(), "cpu")
     labels, ids = torch.zeros(N, 2, dtype=torch.int64), torch.arange(N)
     target, coeff = torch.empty(2 * N, dtype=torch.int32), torch.empty(2 * N)
     counts = torch.empty(predict.predict_parts(labels, False), dtype=torch.int32)
     launch = predict.predict_launch(labels, ids, N, 4, 1, -100, False, False)
-    columns = (state.q_value, state.loss_history, state.times_seen, state.bucket, state.claim, state.quarantined)
-    scratch = torch.empty(1 + 10 * N, dtype=torch.int32)
+    columns = (*prepared_of(state.columns), state.quarantined)
+    scratch = torch.empty(scratch_words(labels, False), dtype=torch.int32)
     launch(labels, ids, state.weights, *columns, state.error, scratch, target, coeff, counts)
     want = reference_predicted.predict(labels, ids, state.weights, state.bucket, state.quarantined, 4, 1, -100, False)
     assert target.equal(want[0]) and coeff.equal(want[1]) and counts.sum() == want[2]

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import geko_kernels as gk
-from geko_kernels.state import _COLUMNS
+from geko_kernels.columns import NAMES, SAVED
 
 
 def visited(num_samples=6, config=None, device="cpu"):
@@ -42,7 +42,7 @@ def test_a_new_state():
     assert state.q_value.tolist() == [0.5] * 3 and state.bucket.tolist() == [gk.Bucket.FOCUS] * 3
     assert state.quality.tolist() == [1.0] * 3 and state.last_loss.isinf().all() and not state.times_seen.any()
     assert state.bucket_counts().tolist() == [0, 0, 3, 0] and len(state) == 3
-    assert state.bucket_weights.tolist() == [3, 1, 0] and state.freeze_weight == 0
+    assert state.bucket_weights.tolist() == [0, 0, 1, 3] and state.freeze_weight == 0
     assert repr(state) == "SampleState(num_samples=3, device='cpu')"
 
 
@@ -77,10 +77,22 @@ def test_bucket_weights_can_be_assigned_and_written_into():
     state = gk.SampleState(2)
     memory = state.weights.data_ptr()
     state.bucket_weights = (5, 2, 0.5)
-    assert state.weights.tolist() == [5, 2, 0.5, 0]
+    assert state.weights.tolist() == [0, 0.5, 2, 5]
     state.bucket_weights = torch.tensor([1, 2, 3])
-    state.bucket_weights[0] = 9
-    assert state.weights.tolist() == [9, 2, 3, 0] and state.weights.data_ptr() == memory
+    state.bucket_weights[gk.Bucket.HARD] = 9
+    assert state.weights.tolist() == [0, 3, 2, 9] and state.weights.data_ptr() == memory
+    state.bucket_weights *= 2
+    assert state.weights.tolist() == [0, 6, 4, 18] and state.weights.data_ptr() == memory
+
+
+def test_the_list_of_columns_is_the_columns():
+    """Also after one was replaced, and in a copy: the ops take the list."""
+    state = gk.SampleState(3)
+    state.bucket = torch.full((3,), int(gk.Bucket.HARD), dtype=torch.uint8)
+    for held in (state, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert [id(column) for column in held.columns] == [id(getattr(held, name)) for name in NAMES]
+    assert tuple(name for name in NAMES if name not in ("changed", "claim")) == SAVED
+    assert "bucket" in SAVED and state.state_dict()["bucket"] is state.bucket
 
 
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, 3, 4), (1, 2, -3), (1, float("nan"), 3), torch.ones(4)])
@@ -88,7 +100,7 @@ def test_bad_bucket_weights_are_refused(weights):
     state = gk.SampleState(2, gk.GEKOConfig(bucket_weights=(3, 1, 0)))
     with pytest.raises(ValueError, match="bucket_weights must"):
         state.bucket_weights = weights
-    assert state.bucket_weights.tolist() == [3, 1, 0]
+    assert state.bucket_weights.tolist() == [0, 0, 1, 3]
 
 
 def test_copies_and_pickles():
@@ -139,7 +151,7 @@ def test_save_and_load(tmp_path):
 def test_the_file_is_plain_safetensors(tmp_path):
     visited().save(tmp_path / "s")
     with safe_open(tmp_path / "s", framework="numpy") as file:
-        assert set(file.keys()) == {*_COLUMNS, "weights"}
+        assert set(file.keys()) == {*SAVED, "bucket_weights"}
         assert json.loads(file.metadata()["config"])["freeze_confidence"] == 0.85
 
 

@@ -19,10 +19,9 @@ def visit_op(state, loss, confidence, ids):
     """The sample update alone, on one token a visit with the given loss and confidence."""
     zero = torch.zeros_like(loss)
     tokens = torch.stack([loss, zero, zero, confidence, zero])
-    columns = (state.q_value, state.confidence, state.loss_history, state.times_seen, state.bucket, state.wrong_streak)
-    columns += (state.changed, state.claim, state.quarantined, state.error)
     labels = torch.zeros(len(ids), 1, dtype=torch.long, device=loss.device)
-    ops.sample_update_(tokens, labels, ids, state.rules, state.weights, None, *columns, 2, 1, -100, False, True)
+    table = (state.rules, state.weights, None, state.columns, state.error)
+    ops.sample_update_(tokens, labels, ids, *table, 2, 1, -100, False, True)
 
 
 @given(

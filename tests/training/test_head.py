@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from training import arguments, classified, curve, sentences, tiny_classifier, tiny_llama, weights
+from transformers import Trainer
 
 import geko_kernels as gk
 from geko_kernels.training.model_loss import found_loss
@@ -64,6 +65,62 @@ def test_evaluation_returns_logits_and_nothing_stays_patched(tmp_path, calls):
     predictions = trainer.predict(sentences(3)).predictions
     assert predictions.shape == (3, 8, 32) and len(calls) == count
     assert "forward" not in vars(model.lm_head) and model(torch.ones(1, 4, dtype=torch.int64)).logits.shape[-1] == 32
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_loss_alone_is_evaluated_without_logits(tmp_path, calls, trained):
+    model, held_out = tiny_llama(), sentences(5)
+    data = {"train_dataset": sentences(12), "eval_dataset": held_out}
+    trainer = gk.GEKOTrainer(model, arguments(tmp_path, per_device_eval_batch_size=2), **data)
+    if trained:
+        trainer.train()
+    state, rng = trainer.sample_state.state_dict(), torch.get_rng_state()
+    state = {name: column.clone() for name, column in state.items()}
+    count = len(calls)
+    loss = trainer.evaluate()["eval_loss"]
+    assert len(calls) >= count + 3 and all(shape[-1] == 16 for shape in calls[count:])
+    after = torch.get_rng_state()
+    assert "forward" not in vars(model.lm_head)
+    for name, column in trainer.sample_state.state_dict().items():
+        assert torch.equal(column, state[name]), name
+    reference = Trainer(model, trainer.args, trainer.data_collator, eval_dataset=held_out)
+    torch.set_rng_state(rng)
+    assert loss == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-5)
+    assert torch.get_rng_state().equal(after)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_trains_alike_and_is_compiled_once(tmp_path, calls, fullgraph):
+    """The loss leaves the graph at the head; a model that has to stay one graph keeps its logits."""
+    torch._dynamo.reset()
+    eager = train(tmp_path, tiny_llama())
+    count = len(calls)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = torch.compile(tiny_llama(), backend=backend, fullgraph=fullgraph)
+    compiled = train(tmp_path, model, remove_unused_columns=False)  # Trainer cannot see its signature
+    assert len(calls) - count == (0 if fullgraph else count)
+    assert len(graphs) == (1 if fullgraph else 2)  # before the loss and after it
+    torch.testing.assert_close(curve(compiled), curve(eager), rtol=1e-4, atol=1e-5)
+    assert compiled.sample_state.times_seen.equal(eager.sample_state.times_seen)
+
+
+def test_metrics_are_evaluated_with_logits(tmp_path, calls):
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {}
+
+    model = tiny_llama()
+    trainer = gk.GEKOTrainer(
+        model, arguments(tmp_path), train_dataset=sentences(12), eval_dataset=sentences(3), compute_metrics=metrics
+    )
+    assert trainer.evaluate()["eval_loss"] > 0 and shapes == [(3, 8, 32)] and not calls
 
 
 def test_a_frozen_head_and_adapters(tmp_path, calls):

@@ -36,13 +36,16 @@ inline Floats cap(Floats x, Floats softcap) {
   return x;
 }
 
-inline float lane0(Floats x) {
+// The `F` are templates only to come second to a capability's own function.
+template <class F>
+float lane0(F x) {
   float lanes[Floats::size];
   x.store(lanes);
   return lanes[0];
 }
 
-inline float sum_lanes(Floats x, int64_t count = Floats::size) {
+template <class F>
+float sum_lanes(F x, int64_t count = Floats::size) {
   float lanes[Floats::size];
   x.store(lanes);
   for (int64_t i = count; i < Floats::size; ++i) lanes[i] = 0.f;
@@ -51,18 +54,27 @@ inline float sum_lanes(Floats x, int64_t count = Floats::size) {
   return lanes[0];
 }
 
-inline float max_lanes(Floats x) {
+template <class F>
+float max_lanes(F x) {
   float lanes[Floats::size], top = -INFINITY;
   x.store(lanes);
   for (float lane : lanes) top = lane > top ? lane : top;
   return top;
 }
 
+// The lanes from `count` on hold the first element: the exp of a lane that underflows costs 100 ns on some CPUs.
 template <class T>
 inline Floats load_part(const T* from, int64_t count) {
   T part[Floats::size];
-  for (int64_t i = 0; i < Floats::size; ++i) part[i] = i < count ? from[i] : narrow<T>(-INFINITY);
+  for (int64_t i = 0; i < Floats::size; ++i) part[i] = from[i < count ? i : 0];
   return Floats::load(part);
+}
+
+template <class F, class T>
+void store_part(F x, T* to, int64_t count) {
+  T part[Floats::size];
+  x.store(part);
+  std::memcpy(to, part, count * sizeof(T));
 }
 
 // The elements [start, start + count) of a row, gathered into `room` unless they lie side by side.
@@ -85,7 +97,7 @@ float block_max(const T* block, int64_t count) {
     d = max(Floats::load(block + i + 3 * Floats::size), d);
   }
   for (; i + Floats::size <= count; i += Floats::size) a = max(Floats::load(block + i), a);
-  if (i < count) b = max(load_part(block + i, count - i), b);
+  if (i < count) b = max(count < Floats::size ? load_part(block, count) : Floats::load(block + count - Floats::size), b);
   return max_lanes(max(max(a, b), max(c, d)));
 }
 
@@ -124,7 +136,7 @@ TokenStats stats(const Row& row) {
     const T* block = block_of(logits, row.stride, start, count, room);
     const float block_top = lane0(cap<kCap>(Floats(block_max(block, count)), Floats(row.softcap)));
     if (block_top > top) {
-      total *= lane0(exp(Floats(top - block_top)));
+      if (start > 0) total *= lane0(exp(Floats(top - block_top)));
       top = block_top;
     }
     total += block_sum_exp<T, kCap>(block, count, top == -INFINITY ? 0.f : top, row.softcap);
@@ -146,14 +158,12 @@ inline Floats grad_of(Floats logits, Floats top, Floats factor, Floats softcap) 
 
 template <class T, bool kCap>
 void block_grad(const T* block, T* out, int64_t count, Floats top, Floats factor, Floats softcap) {
-  int64_t i = 0;
-  for (; i + Floats::size <= count; i += Floats::size)
-    grad_of<kCap>(Floats::load(block + i), top, factor, softcap).store(out + i);
-  if (i < count) {
-    T part[Floats::size];
-    grad_of<kCap>(load_part(block + i, count - i), top, factor, softcap).store(part);
-    std::memcpy(out + i, part, (count - i) * sizeof(T));
-  }
+  constexpr int64_t w = Floats::size;
+  const auto term = [&](Floats logits) { return grad_of<kCap>(logits, top, factor, softcap); };
+  if (count < w) return store_part(term(load_part(block, count)), out, count);
+  const Floats end = term(Floats::load(block + count - w));  // overlaps the others, so it is read before they are written
+  for (int64_t i = 0; i + w <= count; i += w) term(Floats::load(block + i)).store(out + i);
+  end.store(out + count - w);
 }
 
 template <class T, bool kCap>
@@ -171,8 +181,8 @@ void grad(const Row& row, const RowGrad& to) {
   p = lane0(exp(Floats(p - to.top))) * to.confidence;
   const float product = to.scale * to.confidence;
   const Floats top(to.top), factor(std::isnan(product) ? NAN : product), softcap(row.softcap);  // see store(BFloat16*)
-  // the first block ends with a cache line of `out`, so that no store after it crosses one
-  const int64_t head = (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(T);
+  // the first block of a long row ends with a cache line of `out`, so that no store after it crosses one
+  const int64_t past = reinterpret_cast<uintptr_t>(out) % 64, head = row.vocab < 512 ? 0 : (64 - past) % 64 / sizeof(T);
   for (int64_t start = 0, count; start < row.vocab; start += count) {
     count = std::min(start == 0 && head > 0 ? head : kBlock, row.vocab - start);
     const T* block = block_of(logits, row.stride, start, count, room);

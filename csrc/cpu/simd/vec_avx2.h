@@ -35,6 +35,16 @@ struct Floats {
   }
 };
 
+// What row_kernels_impl.h has for any `Floats`, in registers.
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Floats load_part(const float* from, int64_t count) {
+  const __m256i lanes = first_lanes(count);
+  return _mm256_blendv_ps(_mm256_set1_ps(from[0]), _mm256_maskload_ps(from, lanes), _mm256_castsi256_ps(lanes));
+}
+inline float lane0(Floats x) { return _mm256_cvtss_f32(x.v); }
+
 inline Floats operator+(Floats a, Floats b) { return _mm256_add_ps(a.v, b.v); }
 inline Floats operator-(Floats a, Floats b) { return _mm256_sub_ps(a.v, b.v); }
 inline Floats operator*(Floats a, Floats b) { return _mm256_mul_ps(a.v, b.v); }

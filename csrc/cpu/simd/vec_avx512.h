@@ -34,6 +34,17 @@ struct Floats {
   }
 };
 
+// What row_kernels_impl.h has for any `Floats`, in registers; `count` is below 16 in parts.
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline Floats load_part(const float* from, int64_t count) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(from[0]), first_lanes(count), from);
+}
+inline float lane0(Floats x) { return _mm512_cvtss_f32(x.v); }
+inline float sum_lanes(Floats x, int64_t count = Floats::size) {
+  return _mm512_reduce_add_ps(_mm512_maskz_mov_ps(first_lanes(count), x.v));
+}
+inline float max_lanes(Floats x) { return _mm512_reduce_max_ps(x.v); }  // no lane is NaN
+
 inline Floats operator+(Floats a, Floats b) { return _mm512_add_ps(a.v, b.v); }
 inline Floats operator-(Floats a, Floats b) { return _mm512_sub_ps(a.v, b.v); }
 inline Floats operator*(Floats a, Floats b) { return _mm512_mul_ps(a.v, b.v); }

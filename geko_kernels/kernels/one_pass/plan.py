@@ -16,6 +16,7 @@ from geko_kernels.kernels.one_pass import hopper
 from geko_kernels.kernels.one_pass.correct import correct_launch
 from geko_kernels.kernels.one_pass.predict import predict_launch, predict_parts
 from geko_kernels.kernels.plan import Plan, starts
+from geko_kernels.kernels.table import QUARANTINED, prepared_of
 from geko_kernels.reference.ops import Reduction
 
 # bytes of logits, and of a row, from which on it pays, measured on an H200: below, one launch more takes the host too
@@ -65,15 +66,14 @@ class PredictedPlan(Plan):
             *(visits + 4 * self.target, visits + 4 * self.predicted, visits + 4 * self.counts),
         )
 
-    def _launch(self, batch: Any, rules: Any, columns: Any, work: Any, outputs: Any, entries: Any) -> None:
+    def _launch(self, batch: Any, rules: Any, table: Any, error: Any, work: Any, outputs: Any, entries: Any) -> None:
         logits, labels, sample_ids, grad, upstream = batch
         tokens, scratch, factor, target, coeff, counts = work
         _, weights, num_items = rules
-        q_value, _, history, seen, bucket, _, _, claim, quarantined, error = columns
-        prepared = (q_value, history, seen, bucket, claim, quarantined, error, scratch)
-        self.predict(labels, sample_ids, weights, *prepared, target, coeff, counts)
+        known = (*prepared_of(table), table[QUARANTINED], error, scratch)
+        self.predict(labels, sample_ids, weights, *known, target, coeff, counts)
         self.rows(logits, grad, target, coeff, counts, num_items, upstream, tokens, factor)
-        self.update(tokens, labels, sample_ids, *rules, *columns[:9], None, None, scratch, *outputs, *entries)
+        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def correct(
         self,

@@ -69,7 +69,7 @@ def _predict_visits(
     if bucket_ptr is not None:
         known = live & (sample >= 0) & (sample < table_rows)
         bucket = tl.load(bucket_ptr + sample, mask=known, other=2).to(tl.int32)
-        weight = tl.load(weights_ptr + (3 - tl.minimum(bucket, 3)))  # a damaged file may hold more
+        weight = tl.load(weights_ptr + tl.minimum(bucket, 3))  # a damaged file may hold more
         shut_out = tl.load(quarantined_ptr + sample, mask=known, other=0)
         weight = tl.where(shut_out != 0, 0.0, weight)
     else:

@@ -101,7 +101,7 @@ def judge_visits(old, means, finite, rules_ptr, weights_ptr, HAS_TABLE: tl.const
     bucket = tl.where(correct, tl.where(frozen, FREEZE, LIGHT), tl.where(hard, HARD, FOCUS))
     bucket = tl.where(counted, bucket, old_bucket)
     if HAS_TABLE:
-        weight = tl.load(weights_ptr + (3 - bucket), mask=counted, other=0.0)
+        weight = tl.load(weights_ptr + bucket, mask=counted, other=0.0)
     else:
         weight = counted.to(tl.float32)
     return q_value, quality, correct, bucket, weight

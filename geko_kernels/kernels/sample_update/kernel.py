@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from geko_kernels.columns import rows_of
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_sample, visit_starts
 from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.sample_update.claims import writers
@@ -22,6 +23,7 @@ from geko_kernels.kernels.sample_update.prepare import (
     scratch_words,
     visit_prep_launch,
 )
+from geko_kernels.kernels.table import pointers, prepared_of
 from geko_kernels.reference import ops as reference
 from geko_kernels.reference.ops import Reduction
 
@@ -203,9 +205,8 @@ def update_launch(
 ) -> Launch:
     """The update proper, after `prepare_visits` has filled scratch.
 
-    Pointers: tokens, labels, sample_ids, rules, weights, num_items, the columns (q_value, confidence, loss_history,
-    times_seen, bucket, wrong_streak, changed, claim, quarantined), token_weights, sample_weights, scratch, and the
-    returns of `reference.sample_update_`.
+    Pointers: tokens, labels, sample_ids, rules, weights, num_items, those of `pointers`, token_weights,
+    sample_weights, scratch, and the returns of `reference.sample_update_`.
     """
     rows, length = labels.shape
     count = labels.numel()
@@ -253,15 +254,7 @@ def sample_update_(
     rules: Tensor,
     weights: Tensor,
     num_items: Tensor | None,
-    q_value: Tensor | None,
-    confidence: Tensor | None,
-    loss_history: Tensor | None,
-    times_seen: Tensor | None,
-    bucket: Tensor | None,
-    wrong_streak: Tensor | None,
-    changed: Tensor | None,
-    claim: Tensor | None,
-    quarantined: Tensor | None,
+    columns: Sequence[Tensor],
     error: Tensor | None,
     vocab: int,
     reduction: int,
@@ -272,19 +265,17 @@ def sample_update_(
     sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample_update_`. Two launches: preparation and update."""
-    columns = (q_value, confidence, loss_history, times_seen, bucket, wrong_streak, changed, claim, quarantined)
     rest = (reduction, ignore_index, shift, update)
     if not labels.numel():
-        return reference.sample_update_(
-            *(tokens, labels, sample_ids, rules, weights, num_items, *columns, error, vocab, *rest),
-            *(token_weights, sample_weights),
-        )
+        head = (tokens, labels, sample_ids, rules, weights, num_items)
+        return reference.sample_update_(*head, columns, error, vocab, *rest, token_weights, sample_weights)
     packed = sample_ids is not None and sample_ids.dim() == 2
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
-    table_rows = -1 if q_value is None else q_value.shape[0]
-    prepared = (labels, sample_ids, q_value, loss_history, times_seen, bucket, claim, error, scratch)
-    updated = (tokens, labels, sample_ids, rules, weights, num_items, *columns, token_weights, sample_weights, scratch)
+    table_rows, table = rows_of(columns), pointers(columns)
+    prepared = (labels, sample_ids, *prepared_of(table), error, scratch)
+    weighing = (token_weights, sample_weights)
+    updated = (tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch)
     places = [None if pointer is None else pointer.data_ptr() % 16 for pointer in (error, *updated)]
     ids = None if sample_ids is None else sample_ids.stride()
     # all that the binaries, the grids and the numbers depend on

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import logging
 
 from geko_kernels.training.model_loss.few_rows import few_rows
-from geko_kernels.training.model_loss.head import find_head
+from geko_kernels.training.model_loss.head import LossHead, find_head
 from geko_kernels.training.model_loss.loss_form import WAY_OUT, LossForm, Question, find_loss_form
 from geko_kernels.training.model_loss.own_loss import Route
 from geko_kernels.training.model_loss.untouched import untouched
@@ -27,7 +27,7 @@ class FoundLoss(NamedTuple):
 
     form: LossForm
     own: bool  # the model computes a loss when it is given labels
-    head: nn.Linear | None  # computed together with the loss; None: the loss is computed from the model's logits
+    head: LossHead | None  # computed together with the loss; None: the loss is computed from the model's logits
 
 
 def find_loss_of(

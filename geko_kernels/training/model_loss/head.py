@@ -21,7 +21,7 @@ from geko_kernels.training.model_loss.loss_form import LossForm, Question
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 
 
-def find_head(question: Question, form: LossForm) -> nn.Linear:
+def find_head(question: Question, form: LossForm) -> LossHead:
     """The output embeddings of a language model, if the loss computed with them is the model's own on test labels.
 
     Raises:
@@ -38,7 +38,7 @@ def find_head(question: Question, form: LossForm) -> nn.Linear:
     for mode in (nullcontext, question.in_training):  # probes look in eval mode
         with mode():
             _check_head(question, head, form)
-    return head
+    return LossHead(head)
 
 
 def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
@@ -118,23 +118,36 @@ def _forward_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterato
         del head.forward
 
 
-@contextmanager
-def loss_in_head(
-    head: nn.Linear,
-    labels: Tensor,
-    sample_ids: Tensor | None,
-    state: SampleState | None,
-    form: LossForm,
-    options: dict[str, Any],
-) -> Iterator[list[SampleStats]]:
-    """Within, `head` returns `weighted_linear_loss` in the place of logits; yields a list that gets its statistics."""
-    found: list[SampleStats] = []
+class LossHead:
+    """A head whose forward can return the loss of its logits instead.
 
-    def forward(hidden: Tensor) -> Tensor:
-        arguments = (hidden, head.weight, fit_labels(labels, hidden, form.prompt), sample_ids, state)
-        loss, stats = weighted_linear_loss(*arguments, bias=head.bias, reduction="token_mean", **options)
+    It lasts for a run, as a compiled model is compiled anew for each new function in the place of a forward.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self._forward = torch.compiler.disable(self._loss_of)  # the host has to see the row counts
+        self._call: tuple[Any, ...] = ()
+
+    @contextmanager
+    def returns_loss(
+        self,
+        labels: Tensor,
+        sample_ids: Tensor | None,
+        state: SampleState | None,
+        prompt: bool,
+        options: dict[str, Any],
+    ) -> Iterator[list[SampleStats]]:
+        """Within, the head returns `weighted_linear_loss`; yields a list that gets its statistics."""
+        found: list[SampleStats] = []
+        self._call = labels, sample_ids, state, prompt, options, found
+        with _forward_of(self.head, self._forward):
+            yield found
+        self._call = ()
+
+    def _loss_of(self, hidden: Tensor) -> Tensor:
+        labels, sample_ids, state, prompt, options, found = self._call
+        arguments = (hidden, self.head.weight, fit_labels(labels, hidden, prompt), sample_ids, state)
+        loss, stats = weighted_linear_loss(*arguments, bias=self.head.bias, reduction="token_mean", **options)
         found.append(stats)
         return loss
-
-    with _forward_of(head, forward):
-        yield found

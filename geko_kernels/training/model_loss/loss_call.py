@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geko_kernels.losses.logits import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
-from geko_kernels.training.model_loss.head import loss_in_head
+from geko_kernels.training.model_loss.head import LossHead
 from geko_kernels.training.model_loss.loss_form import LossForm
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 
@@ -29,7 +29,7 @@ def forward_loss(
     model: nn.Module,
     base: nn.Module,
     form: LossForm,
-    head: nn.Linear | None,
+    head: LossHead | None,
     inputs: Mapping[str, Any],
     labels: Tensor,
     sample_ids: Tensor | None,
@@ -65,7 +65,7 @@ def forward_loss(
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:
         if head is not None:
-            in_head = loss_in_head(head, targets, sample_ids, state, form, options)
+            in_head = head.returns_loss(targets, sample_ids, state, form.prompt, options)
             found = stack.enter_context(in_head)
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
         stack.enter_context(without_cross_entropy(base, form.route))

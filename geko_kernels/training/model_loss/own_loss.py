@@ -77,6 +77,13 @@ def is_compiled(model: nn.Module) -> bool:
     return inner is not None and (hasattr(model, "_orig_mod") or is_compiled(inner))
 
 
+def in_one_graph(model: nn.Module) -> bool:
+    """Was `model` compiled with fullgraph=True? Then nothing in it may leave the graph."""
+    inner = _inside(model)
+    own = getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False)
+    return bool(own) or (inner is not None and in_one_graph(inner))
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     inner = (
         model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)

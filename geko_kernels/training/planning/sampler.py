@@ -21,7 +21,7 @@ from geko_kernels.training.planning.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
-Row = tuple[float, float, float, float]  # weights of (HARD, FOCUS, LIGHT, FREEZE)
+Row = tuple[float, float, float, float]  # weights by Bucket: (FREEZE, LIGHT, FOCUS, HARD)
 
 
 class Plan(NamedTuple):
@@ -171,7 +171,7 @@ class GEKOSampler(Sampler[int]):
             row = self._weights_at((begin + end) / 2)
             taught = state.times_seen == 0
             for bucket in Bucket:
-                if row[3 - bucket] > 0:
+                if row[bucket] > 0:
                     taught |= state.bucket == bucket
             keep &= taught
             if config.light_interval > 1:
@@ -244,25 +244,27 @@ class GEKOSampler(Sampler[int]):
     def _weights_at(self, progress: float) -> Row:
         config = self.state.config
         if config.use_curriculum:
-            return (*self.curriculum.weights(progress), config.freeze_weight)
-        return (*config.bucket_weights, config.freeze_weight)
+            hard, focus, light = self.curriculum.weights(progress)
+        else:
+            hard, focus, light = config.bucket_weights
+        return (config.freeze_weight, light, focus, hard)
 
     def weights(self, consumed: float) -> Row:
-        """Weights of (HARD, FOCUS, LIGHT, FREEZE) after `consumed` samples of the plan: the phase's, or 1 for all.
+        """Weights of (FREEZE, LIGHT, FOCUS, HARD) after `consumed` samples of the plan: the phase's, or 1 for all.
 
         In the first epoch FREEZE weighs what LIGHT does, unless a curriculum says otherwise: one visit proves nothing.
         """
         if self.plan is not None and consumed >= self.plan.head and len(self.plan.ids) > self.plan.head:
             return (1.0, 1.0, 1.0, 1.0)
         row = self._weights_at(self.progress(consumed))
-        return row if self.epoch or self.state.config.use_curriculum else (*row[:3], row[2])
+        return row if self.epoch or self.state.config.use_curriculum else (row[Bucket.LIGHT], *row[1:])
 
     def advance(self, consumed: float) -> None:
         """Give the state the weights that hold after `consumed` samples of the plan; launches nothing in between."""
         row = self.weights(consumed)
         if row != self._row:
-            for slot, weight in enumerate(row):
-                self.state.weights[slot].fill_(weight)
+            for bucket, weight in zip(Bucket, row, strict=True):
+                self.state.weights[bucket].fill_(weight)
             self._row = row
 
     def due_probes(self, epoch: int, start: float | None = None) -> Tensor:

@@ -95,7 +95,9 @@ def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
     _check_shape(trained, {"log_history": [{"epoch": _NUMBER}]}, str(checkpoint / _TRAINER_STATE), "")
     efficiency.load_state_dict(counts)
     told: Any = SimpleNamespace(forgotten=sampler["forgotten"], doubtful=sampler.get("doubtful", 0))
-    return run_summary(state, told, efficiency.report(), trained["log_history"])
+    return run_summary(
+        state, told, efficiency.report(), trained["log_history"], sampler.get("data", {}).get("skipped_rows", ())
+    )
 
 
 def _check_shape(value: Any, shape: Any, path: str, name: str) -> None:

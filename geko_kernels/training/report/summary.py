@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +16,13 @@ MOST_FORGOTTEN, MOST_QUARANTINED = 100, 10_000
 
 
 def run_summary(
-    state: SampleState, sampler: GEKOSampler, efficiency: dict[str, Any], log_history: list[dict[str, Any]]
+    state: SampleState,
+    sampler: GEKOSampler,
+    efficiency: dict[str, Any],
+    log_history: list[dict[str, Any]],
+    skipped_rows: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The dict of `geko_report.json`."""
+    """The dict of `geko_report.json`; its ids count the `skipped_rows`, ascending, that the dataset has left out."""
     times = sampler.forgotten.int()
     order = torch.argsort(times, descending=True, stable=True)[:MOST_FORGOTTEN]
     columns = (order, times[order], state.last_loss[order], state.bucket[order])
@@ -29,11 +35,17 @@ def run_summary(
         "efficiency": efficiency,
         "log_history": log_history,
         "most_forgotten": [
-            {"id": sample, "times": count, "loss": loss, "bucket": Bucket(bucket).name}
+            {"id": row_of(sample, skipped_rows), "times": count, "loss": loss, "bucket": Bucket(bucket).name}
             for sample, count, loss, bucket in zip(*(column.tolist() for column in columns), strict=True)
             if count
         ],
         "num_quarantined": len(held),
-        "quarantined": held[by_loss[:MOST_QUARANTINED]].tolist(),
+        "quarantined": [row_of(sample, skipped_rows) for sample in held[by_loss[:MOST_QUARANTINED]].tolist()],
         "num_doubtful": sampler.doubtful,
     }
+
+
+def row_of(sample: int, skipped_rows: Sequence[int]) -> int:
+    """The row of the user's data that is item `sample` of a dataset without the `skipped_rows` (ascending)."""
+    before = range(len(skipped_rows))
+    return sample + bisect_right(before, sample, key=lambda k: skipped_rows[k] - k)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
-from geko_kernels.cli.data import Records
-from geko_kernels.cli.errors import UsageError
+from geko_kernels.training.formats.errors import DataError
+from geko_kernels.training.formats.records import Records
 
 _SHOWN = 10
 _KINDS = {bool: "true or false", int: "a number", str: "a name"}
+_TRUTH = {"true": True, "false": False}
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 Label = bool | int | str
 
 
@@ -20,14 +23,15 @@ class Classes(NamedTuple):
     note: str  # empty where every label is its own number
 
     def numbers(self, records: Records) -> list[int]:
-        """The number of each record's label; UsageError names the first one that the training data lacks."""
+        """The number of each record's label; DataError names the first one that the training data lacks."""
         number = {(type(label), label): i for i, label in enumerate(self.labels)}
+        kind = type(self.labels[0])
         numbers = []
         for row, place in zip(records.rows, records.places, strict=True):
-            label = row["label"]
+            label = _typed(row["label"], kind) if records.is_table else row["label"]
             if (type(label), label) not in number:
                 known = _listed([repr(label) for label in self.labels])
-                raise UsageError(
+                raise DataError(
                     f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}"
                 )
             numbers.append(number[type(label), label])
@@ -39,15 +43,18 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
 
     `own` are the model's classes by number: a model that already has classes of the same names keeps its order.
     """
+    given: list[Label] = [row["label"] for row in train.rows]
+    if train.is_table:
+        given = _typed_alike(given)
     first: dict[type, tuple[str, Label]] = {}
-    for row, place in zip(train.rows, train.places, strict=True):
-        first.setdefault(type(row["label"]), (place, row["label"]))
+    for label, place in zip(given, train.places, strict=True):
+        first.setdefault(type(label), (place, label))
     if len(first) > 1:
         kinds = " and ".join(f"{_KINDS[kind]} in {place} ({label!r})" for kind, (place, label) in first.items())
-        raise UsageError(f"{train.source}: the label is {kinds}; write all labels alike")
-    labels = sorted({row["label"] for row in train.rows})
+        raise DataError(f"{train.source}: the label is {kinds}; write all labels alike")
+    labels = sorted(set(given))
     if len(labels) == 1:
-        raise UsageError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
+        raise DataError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
     names = [str(label).lower() if isinstance(label, bool) else str(label) for label in labels]
     if labels == list(range(len(labels))) and bool not in first:
         generic = {i: f"LABEL_{i}" for i in range(len(labels))}
@@ -61,6 +68,23 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
         next(iter(first)), "the labels are not 0, 1, ... without a gap, so they are taken as names"
     )
     return Classes(labels, names, f"{train.source}: {what}, numbered {pairs}")
+
+
+def _typed(label: Label, kind: type) -> Label:
+    """The label of a table, which is text, as `kind` where it is written so."""
+    text = str(label)
+    if kind is int and _WHOLE.fullmatch(text):
+        return int(text)
+    return _TRUTH.get(text.lower(), text) if kind is bool else text
+
+
+def _typed_alike(texts: list[Label]) -> list[Label]:
+    """Numbers where all are whole ones, true and false likewise, else the text."""
+    for kind in (int, bool):
+        labels = [_typed(text, kind) for text in texts]
+        if all(type(label) is kind for label in labels):
+            return labels
+    return texts
 
 
 def _listed(values: list[Any]) -> str:

@@ -1,0 +1,88 @@
+"""What a trainer's evaluation computes: the model's own loss, without all logits where nobody asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from geko_kernels.training.data import label_of
+from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss
+from geko_kernels.training.model_loss.loss_call import ModelLoss
+from geko_kernels.training.model_loss.own_loss import find_loss
+from geko_kernels.training.model_loss.untouched import untouched
+from geko_kernels.training.planned import PlannedMixin
+
+
+class EvaluationMixin(PlannedMixin):
+    """`Trainer`'s evaluation. Where the loss alone is wanted and training computes it with the head, so does this."""
+
+    model_accepts_loss_kwargs: bool
+    _found: FoundLoss | None
+    _evaluates_itself: bool | None
+    _takes_num_items: bool
+    _only_loss = False  # within an evaluation that needs no logits
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As `Trainer.prediction_step`."""
+        self._only_loss = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._only_loss = False
+
+    def _evaluates_in_head(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        if label_of(inputs, self.label_names) is None:
+            return False
+        if self._found is None and self.train_dataset is not None:  # evaluated before it is trained
+            try:
+                self._find_loss(model, inputs)
+            except ValueError:  # training will say why
+                return False
+        return self._found is not None and self._found.head is not None
+
+    def _loss_in_head(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
+    ) -> Any:
+        """`_own_loss` up to rounding; the outputs have no logits."""
+        num_items = num_items if self._takes_num_items else None
+        loss, terms, outputs, _ = self._forward_loss(model, inputs, num_items)
+        if terms is not None:
+            loss = loss + terms.to(loss.device)
+        if self.args.average_tokens_across_devices and num_items is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Does a module that is not of Transformers compute a loss of its own? Asked at its first evaluation."""
+        if self._evaluates_itself is None:
+            name = label_of(inputs, self.label_names)
+            takes = name is not None and computes_loss(self._base(), name)
+            with untouched(model, self.args.device):
+                self._evaluates_itself = takes and find_loss(model(**inputs)) is not None
+        return self._evaluates_itself
+
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
+    ) -> Any:
+        """The loss that the model computes, as Trainer takes it: of evaluation batches."""
+        ours = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = self._takes_num_items
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        finally:
+            self.model_accepts_loss_kwargs = ours
+
+    def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
+        raise NotImplementedError
+
+    def _forward_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
+    ) -> ModelLoss:
+        raise NotImplementedError
