@@ -52,8 +52,8 @@ class IdCollator:
     Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it; the labels
     are the first of `label_names` that the batch has.
 
-    With `weights` the columns `token_weights` (as long as the labels) and `sample_weights` (a number) leave the items
-    before `collator` sees them, and join the batch as `weighted_loss` takes them, 0 where it padded.
+    The columns `weights`, `token_weights` (as long as the labels) and `sample_weights` (a number) or one of them, leave
+    the items before `collator` sees them, and join the batch as `weighted_loss` takes them, 0 where it padded.
 
     Raises:
         ValueError: no labels in the batch, no telling which token belongs to which item, or a weight that is no finite
@@ -65,9 +65,9 @@ class IdCollator:
         collator: Collator,
         prepare: Callable[[Any], Any] | None = None,
         label_names: Sequence[str] = ("labels",),
-        weights: bool = False,
+        weights: Sequence[str] = (),
     ) -> None:
-        self.weights = weights
+        self.weights = tuple(weights)
         self.collator, self.prepare, self.label_names = collator, prepare, tuple(label_names)
         self.passes_ids = "sample_ids" in _parameters(collator)
 
@@ -76,7 +76,7 @@ class IdCollator:
         items = [feature.item for feature in features]
         weights: dict[str, list[Any]] = {}
         if self.weights:
-            items, weights = split_weights(items, ids)
+            items, weights = split_weights(items, ids, self.weights)
         items = items if self.prepare is None else [self.prepare(item) for item in items]
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):

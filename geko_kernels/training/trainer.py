@@ -29,7 +29,7 @@ from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.summary import run_summary
-from geko_kernels.training.weights import WEIGHT_COLUMNS
+from geko_kernels.training.weights import columns_beside
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
@@ -47,6 +47,7 @@ class GEKOMixin(EvaluationMixin):
 
     _loss_shifts_labels: bool
     _signature_columns: list[str]
+    _weight_columns: tuple[str, ...]  # of the training data
     label_names: list[str]
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
@@ -125,7 +126,7 @@ class GEKOMixin(EvaluationMixin):
     def _without_unused_columns(self, dataset: Any) -> Any:
         self._set_signature_columns_if_needed()
         before = self._signature_columns
-        self._signature_columns = [*before, *(name for name in WEIGHT_COLUMNS if name in dataset.column_names)]
+        self._signature_columns = [*before, *(name for name in self._weight_columns if name in dataset.column_names)]
         try:
             return self._remove_unused_columns(dataset, description="training")
         finally:
@@ -134,7 +135,7 @@ class GEKOMixin(EvaluationMixin):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         remover = super()._get_collator_with_removed_columns(data_collator, description)
         return (
-            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names, weights=True)
+            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names, self._weight_columns)
             if description == _TRAINING
             else remover
         )
@@ -198,6 +199,7 @@ class GEKOMixin(EvaluationMixin):
         """What was found out about the model, which may be another one from now on."""
         self._found, self._evaluates_itself = None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
+        self._weight_columns = columns_beside(self._base())
 
     def _check_labels_given(self, found: FoundLoss) -> None:
         if found.form.shift or not isinstance(self.data_collator, CausalCollator):
@@ -214,7 +216,7 @@ class GEKOMixin(EvaluationMixin):
         name = label_of(batch_samples[0], self.label_names)
         self._loss_shifts_labels = self._counts_shifted
         if "sample_ids" in batch_samples[0] or (name and not computes_loss(self._base(), name)):
-            first = {key: value for key, value in batch_samples[0].items() if key not in WEIGHT_COLUMNS}
+            first = {key: value for key, value in batch_samples[0].items() if key not in self._weight_columns}
             form = self._find_loss(self.model_wrapped, self._prepare_inputs(first)).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
@@ -225,7 +227,8 @@ class GEKOMixin(EvaluationMixin):
                     ]
         if name is not None and name != "labels":
             batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
-        if "sample_ids" in batch_samples[0] and "token_weights" in batch_samples[0]:
+        weighed = "token_weights" in self._weight_columns and "token_weights" in batch_samples[0]
+        if weighed and "sample_ids" in batch_samples[0]:
             return self._sum_of_weights(batch_samples, device)
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -271,7 +274,7 @@ class GEKOMixin(EvaluationMixin):
         name = label_of(inputs, self.label_names) or "labels"
         weights = {}
         if "sample_ids" in inputs:
-            weights = {column: inputs.pop(column) for column in WEIGHT_COLUMNS if column in inputs}
+            weights = {column: inputs.pop(column) for column in self._weight_columns if column in inputs}
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
         labels = found.form.counted(labels, inputs.get("attention_mask"))
@@ -386,7 +389,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
     - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of training
       data leave the items before the data collator and weigh as in `weighted_loss`. The divisor is the sum of the token
       weights of the labels that count. A sample of weight 0 is planned and trained all the same, and moves nothing.
-      Evaluation stays plain.
+      Evaluation stays plain. A column that the model's forward takes itself is the model's, as with Trainer.
     - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
       a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
       epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT_COLUMNS = ("token_weights", "sample_weights")
 
 
-def split_weights(items: Sequence[Any], ids: Sequence[int]) -> tuple[list[Any], dict[str, list[Any]]]:
-    """The items without their weights, and the weights by column; a column that no item has is left out.
+def columns_beside(model: nn.Module) -> tuple[str, ...]:
+    """Those of `WEIGHT_COLUMNS` that `model` does not take itself; what it takes is its own, as with Trainer."""
+    own = inspect.signature(model.forward).parameters
+    return tuple(name for name in WEIGHT_COLUMNS if name not in own)
+
+
+def split_weights(
+    items: Sequence[Any], ids: Sequence[int], columns: Sequence[str]
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The items without `columns`, and the weights by column; a column that no item has is left out.
 
     Raises:
         ValueError: some items of the batch have a column and others have not; names one.
     """
     weights: dict[str, list[Any]] = {}
-    for name in WEIGHT_COLUMNS:
+    for name in columns:
         has = [isinstance(item, Mapping) and item.get(name) is not None for item in items]
         if not any(has):
             continue
@@ -30,8 +39,8 @@ def split_weights(items: Sequence[Any], ids: Sequence[int]) -> tuple[list[Any], 
             )
         weights[name] = [item[name] for item in items]
     bare = [
-        {key: value for key, value in item.items() if key not in WEIGHT_COLUMNS}
-        if isinstance(item, Mapping) and any(name in item for name in WEIGHT_COLUMNS)
+        {key: value for key, value in item.items() if key not in columns}
+        if isinstance(item, Mapping) and any(name in item for name in columns)
         else item
         for item in items
     ]

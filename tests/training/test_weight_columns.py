@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from training import classified, curve, sentences, tiny_classifier, tiny_llama, trainer_of, weights
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, default_data_collator
 
 import geko_kernels as gk
 from geko_kernels.training.data import Identified
@@ -82,6 +82,32 @@ def test_a_token_weight_of_zero_is_a_label_that_does_not_count(tmp_path):
     assert curves[0] == curves[1]
 
 
+class OwnWeights(torch.nn.Module):
+    """Takes a column of that name itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.seen = torch.nn.Linear(6, 4), None
+
+    def forward(self, input_ids, labels=None, sample_weights=None):
+        self.seen = sample_weights
+        logits = self.head(input_ids / 20)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_what_the_model_takes_itself_is_its_own(tmp_path):
+    items = [{**item, "sample_weights": float(i)} for i, item in enumerate(classified(4))]
+    curves, seen = [], []
+    for name, data in (("own", items), ("plain", without(items, "sample_weights"))):
+        model, fields = OwnWeights(), {"max_steps": 1, "data_collator": default_data_collator}
+        trainer = trainer_of(tmp_path / name, data, UNIFORM, model, **fields)
+        trainer.train()
+        curves.append(curve(trainer))
+        seen.append(model.seen)
+    assert curves[0] == curves[1] and sorted(seen[0].tolist()) == [0, 1, 2, 3] and seen[1] is None
+
+
 def test_a_sample_of_weight_zero_is_trained_with_weight_zero(tmp_path):
     items = [{**item, "sample_weights": float(i % 2)} for i, item in enumerate(sentences(8))]
     trainer = trainer_of(tmp_path, items, UNIFORM, num_train_epochs=1)
@@ -135,7 +161,8 @@ def left(items):
 
 
 def collate(collator, items, **options):
-    return gk.IdCollator(collator, weights=True, **options)([Identified(i, item) for i, item in enumerate(items)])
+    made = gk.IdCollator(collator, weights=("token_weights", "sample_weights"), **options)
+    return made([Identified(i, item) for i, item in enumerate(items)])
 
 
 def test_weights_are_padded_as_the_labels_are():
