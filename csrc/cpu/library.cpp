@@ -3,6 +3,7 @@
 
 #define GEKO_TABLE \
   "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error, "
+#define GEKO_WEIGHTS "Tensor? token_weights=None, Tensor? sample_weights=None"
 #define GEKO_GRAD \
   "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 
@@ -12,11 +13,11 @@ STABLE_TORCH_LIBRARY(geko_cpu, library) {
       "-> Tensor");
   library.def(
       "sample_update_(Tensor tokens, Tensor labels, Tensor? sample_ids, " GEKO_TABLE
-      "int vocab, int reduction, int ignore_index, bool shift, bool update) "
+      "int vocab, int reduction, int ignore_index, bool shift, bool update, " GEKO_WEIGHTS ") "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "loss_forward_(Tensor logits, Tensor labels, Tensor? sample_ids, " GEKO_TABLE
-      "int reduction, int ignore_index, bool shift, float softcap, bool update) "
+      "int reduction, int ignore_index, bool shift, float softcap, bool update, " GEKO_WEIGHTS ") "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("logits_grad(Tensor grad_output, Tensor logits, " GEKO_GRAD ") -> Tensor");
   library.def("logits_grad_(Tensor grad_output, Tensor(a!) logits, " GEKO_GRAD ") -> ()");

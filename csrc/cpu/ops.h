@@ -43,12 +43,12 @@ Tensor token_stats(
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update);
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update);
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights);
 
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,

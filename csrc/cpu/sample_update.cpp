@@ -52,21 +52,39 @@ struct Table {
   }
 };
 
-// Sums over the valid tokens of a visit, in token order.
-struct Sums {
-  int64_t tokens = 0;
-  double loss = 0., confidence = 0., hits = 0.;
+// The weight of what a valid token predicts, which lies beside its label; 1 without weights.
+struct TokenWeights {
+  const float* beside_labels;
+  bool shift;
+
+  float of(int64_t token) const { return beside_labels ? beside_labels[token + shift] : 1.f; }
 };
 
-std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t tokens) {
+std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t tokens, const TokenWeights& weights) {
   std::vector<Sums> sums(layout.ids.size());
   for (int64_t t = 0; t < tokens; ++t) {
     if (!layout.valid(t)) continue;
     Sums& sum = sums[layout.visit[t]];
-    sum.tokens += 1;
-    sum.loss += stats[t], sum.confidence += stats[3 * tokens + t], sum.hits += stats[4 * tokens + t];
+    const double weight = weights.of(t);
+    sum.tokens += 1, sum.items += weight;
+    sum.loss += weight * stats[t], sum.confidence += weight * stats[3 * tokens + t];
+    sum.hits += weight * stats[4 * tokens + t];
   }
   return sums;
+}
+
+// (M,) factors of the visits from (B,), or packed from (B, S) that at each one's first token; empty for none.
+std::vector<float> factors_of(const HeldBatch& batch, const Layout& layout, const Optional& sample_weights) {
+  if (!sample_weights) return {};
+  if (!batch.packed) {
+    const float* given = data<float>(sample_weights, {batch.batch}, "sample_weights");
+    return std::vector<float>(given, given + batch.batch);
+  }
+  const float* given = data<float>(sample_weights, {batch.batch, batch.length}, "sample_weights");
+  std::vector<float> factors(layout.ids.size(), 1.f);
+  for (int64_t t = 0; t < batch.tokens(); ++t)
+    if (layout.visit[t] >= 0 && (t == 0 || layout.visit[t] != layout.visit[t - 1])) factors[layout.visit[t]] = given[t];
+  return factors;
 }
 
 }  // namespace
@@ -74,7 +92,7 @@ std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t toke
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update) {
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights) {
   const Table table(columns);
   int64_t* key = data<int64_t>(error, {}, "error");
   const float* items_given = data<float>(num_items, {}, "num_items");
@@ -82,11 +100,13 @@ Update sample_update_(
   const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
   const Layout layout = layout_of(batch, table.rows);
   const int64_t count = batch.tokens(), entries = batch.visits();
-  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, {5, count}, "tokens"), count);
+  const TokenWeights by_token{data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), shift};
+  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, {5, count}, "tokens"), count, by_token);
+  const std::vector<float> factors = factors_of(batch, layout, sample_weights);
   const Rules& rule = *reinterpret_cast<const Rules*>(data<float>(rules, {kRules}, "rules"));
   const float* bucket_weights = data<float>(weights, {4}, "weights");
 
-  const bool none = reduction == NONE, by_token = reduction == TOKEN_MEAN;
+  const bool none = reduction == NONE, of_tokens = reduction == TOKEN_MEAN;
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(tokens, shape, type);
   };
@@ -102,18 +122,19 @@ Update sample_update_(
 
   std::vector<Visit> visits(entries);  // all judged by the old rows before any is written
   std::vector<float> token_coeff(entries);
-  double sum = 0.;
-  int64_t counted = 0, valid = 0;
+  double sum = 0., weighed = 0.;
+  int64_t counted = 0;
   for (int64_t v = 0; v < entries; ++v) {
     const int64_t id = layout.ids[v];
-    const Visit visit = judge(table.read(id), sums[v].tokens, sums[v].loss, sums[v].confidence, sums[v].hits, rule);
+    const Visit visit = judge(table.read(id), sums[v], rule);
     const bool dropped = table.quarantined && table.holds(id) && table.quarantined[id];
     const float any = visit.tokens > 0 ? 1.f : 0.f;
-    const float weight = dropped ? 0.f : table.q_value ? weight_of(visit, bucket_weights) : any;
-    const float loss = visit.tokens > 0 ? weight * (by_token ? static_cast<float>(sums[v].loss) : visit.loss) : 0.f;
+    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, bucket_weights) : any;
+    if (!factors.empty() && visit.tokens > 0) weight *= factors[v];
+    const float loss = visit.tokens > 0 ? weight * (of_tokens ? static_cast<float>(sums[v].loss) : visit.loss) : 0.f;
     if (none) loss_to[v] = loss;
-    sum += loss, counted += visit.tokens > 0, valid += visit.tokens;
-    token_coeff[v] = by_token || visit.tokens == 0 ? weight : weight / static_cast<float>(visit.tokens);
+    sum += loss, counted += visit.tokens > 0, weighed += sums[v].items;
+    token_coeff[v] = of_tokens || visit.tokens == 0 ? weight : weight / static_cast<float>(sums[v].items);
     const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
     for (int64_t i = 0; i < 6; ++i) floats_to[i * entries + v] = means[i];
     ints_to[v] = id, ints_to[entries + v] = visit.tokens;
@@ -126,11 +147,11 @@ Update sample_update_(
   if (key) *key = std::min(*key, layout.error);
 
   float items = 1.f;
-  if (reduction == MEAN || by_token) items = items_given ? *items_given : static_cast<float>(by_token ? valid : counted);
+  if (reduction == MEAN || of_tokens) items = items_given ? *items_given : static_cast<float>(of_tokens ? weighed : counted);
   *data<float>(scale, {}, "scale") = items > 0.f ? 1.f / items : 0.f;
   if (!none) *loss_to = static_cast<float>(items > 0.f ? sum / items : sum * 0.);
   float* coeff_to = data<float>(coeff, {count}, "coeff");
-  for (int64_t t = 0; t < count; ++t) coeff_to[t] = layout.valid(t) ? token_coeff[layout.visit[t]] : 0.f;
+  for (int64_t t = 0; t < count; ++t) coeff_to[t] = layout.valid(t) ? token_coeff[layout.visit[t]] * by_token.of(t) : 0.f;
   if (batch.packed && count)
     std::memcpy(data<int32_t>(token_visit, {count}, "token_visit"), layout.visit.data(), count * sizeof(int32_t));
   return {value, scale, coeff, token_visit, floats, ints, flags_out};
@@ -139,11 +160,11 @@ Update sample_update_(
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update) {
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights) {
   const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
   const Update rest = sample_update_(
       tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(2), reduction, ignore_index,
-      shift, update);
+      shift, update, token_weights, sample_weights);
   return std::tuple_cat(rest, std::make_tuple(tokens));
 }
 

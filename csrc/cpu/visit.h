@@ -35,6 +35,13 @@ struct SampleRow {
   uint8_t bucket = FOCUS, wrong_streak = 0;
 };
 
+// Sums over the valid tokens of a visit, each times the token's weight.
+struct Sums {
+  int64_t tokens = 0;  // how many
+  double items = 0.;   // of the weights themselves
+  double loss = 0., confidence = 0., hits = 0.;
+};
+
 // What the tokens of a visit came to, and what follows from it.
 struct Visit {
   int64_t tokens;                    // valid ones
@@ -77,12 +84,12 @@ GEKO_HD int32_t seen_again(int32_t times_seen) {
   return times_seen < 0 ? 1 : times_seen < INT32_MAX ? times_seen + 1 : INT32_MAX;
 }
 
-// The visit of a sample whose row was `old`, whatever that holds, from the sums over its `tokens` valid tokens.
-GEKO_HD Visit judge(
-    const SampleRow& old, int64_t tokens, double loss_sum, double confidence_sum, double hits, const Rules& rules) {
-  const double divisor = static_cast<double>(tokens > 1 ? tokens : 1);
+// The visit of a sample whose row was `old`, whatever that holds, from the sums over its valid tokens.
+GEKO_HD Visit judge(const SampleRow& old, const Sums& sums, const Rules& rules) {
+  const int64_t tokens = sums.tokens;
+  const double divisor = tokens > 0 ? sums.items : 1.;
   const auto mean = [divisor](double sum) { return static_cast<float>(sum / divisor); };
-  Visit visit{tokens, mean(loss_sum), mean(confidence_sum), mean(hits), 0.f, false, false, old};
+  Visit visit{tokens, mean(sums.loss), mean(sums.confidence), mean(sums.hits), 0.f, false, false, old};
   SampleRow& row = visit.row;
   visit.finite = tokens > 0 && std::isfinite(visit.loss) && std::isfinite(visit.confidence);
   if (visit.finite) {

@@ -31,19 +31,23 @@ def loss_forward_(
     shift: bool,
     softcap: float,
     update: bool,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
     options = (reduction, ignore_index, shift, softcap, update)
     if not labels.numel():
         head = (logits, labels, sample_ids, rules, weights, num_items)
-        return reference.loss_forward_(*head, columns, error, *options)
-    plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options)
+        return reference.loss_forward_(*head, columns, error, *options, token_weights, sample_weights)
+    weighing = (token_weights, sample_weights)
+    aligned = tuple(None if given is None else given.data_ptr() % 16 for given in weighing)
+    plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options, aligned)
     tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
     table = pointers(columns)
     plan.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
-    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *table, scratch, *outputs)
+    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
     return *outputs, tokens
 
 

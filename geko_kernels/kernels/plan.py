@@ -123,7 +123,7 @@ class Plan:
         logits, labels, sample_ids = batch
         tokens, scratch = work
         self.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
-        self.update(tokens, labels, sample_ids, *rules, *table, scratch, *outputs, *entries)
+        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
         """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
@@ -197,8 +197,12 @@ def plan_of(
     shift: bool,
     softcap: float,
     update: bool,
+    weighing: Hashable = (None, None),
 ) -> Plan:
-    """The plan of such calls; logits (B, S, V) or (B, V)."""
+    """The plan of such calls; logits (B, S, V) or (B, V); weighing: how token_weights and sample_weights are aligned.
+
+    `Plan.forward` is for calls without those weights.
+    """
     ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
     table_rows = rows_of(columns)
     # all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
@@ -206,7 +210,7 @@ def plan_of(
     layout = layout_of(logits, labels)
     key = (
         *(layout, ids, table_rows, error is None, items),
-        *(reduction, ignore_index, shift, softcap, update),
+        *(reduction, ignore_index, shift, softcap, update, weighing),
     )
     plan = _plans.get(key)
     if plan is None:

@@ -17,12 +17,14 @@ from geko_kernels.losses.arguments import (
     check_switches,
     check_values,
     chunk_budget,
+    debugging,
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, link, once
 from geko_kernels.losses.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.logits import Visits, table_of
+from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
 
@@ -47,14 +49,15 @@ class _Call:
         """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
         rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
-        chunks = Chunks(head, self.batch, rows, gradients, all_kept=self.state is None)
-        rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
         batch = self.batch
+        chunks = Chunks(head, batch, rows, gradients, self.state is None and batch.sample_weights is None)
+        rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
 
         def update(tokens: Tensor, last: bool) -> Visits:
             outcome = ops.sample_update_(
                 *(tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
                 *(head.vocab, self.reduction, batch.ignore_index, batch.shift, self.writes and last),
+                *(batch.token_weights, batch.sample_weights),
             )
             return Visits._make((*outcome, tokens))
 
@@ -191,6 +194,8 @@ def weighted_linear_loss(
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     update: bool | None = None,
     return_stats: bool = False,
     chunk_mib: int | float | None = None,
@@ -211,8 +216,8 @@ def weighted_linear_loss(
             and not all rows fit at once, as much again as dW; V not divisible by 8 takes a padded copy of the weight
             on a GPU. In float16 dX and dW are held in float32 until the backward, since its range is too small for
             them before they are multiplied by the upstream gradient.
-        labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, update, return_stats: as in
-            `weighted_loss`.
+        labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
+            update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
 
     Returns: what `weighted_loss` does. Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
         since the host has to learn how many rows are kept.
@@ -223,17 +228,23 @@ def weighted_linear_loss(
         transform of `torch.func` and `is_grads_batched` raise NotImplementedError, and so do tensors on the meta
         device and fake ones. Gradients are ordinary tensors, also to `resize_`.
     """
-    check_transforms("weighted_linear_loss", hidden, weight, bias)
+    check_transforms("weighted_linear_loss", hidden, weight, bias, token_weights, sample_weights)
     ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)
     check_switches("hidden", hidden, shift=shift, update=update, return_stats=return_stats)
     check_head(hidden, weight, bias)
     budget = chunk_budget(chunk_mib)
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
+    if token_weights is not None or sample_weights is not None:
+        look = device.type == "cpu" or debugging()
+        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        labels, token_weights, sample_weights = prepare_weights(
+            labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
+        )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     if device.type == "cpu":
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
-    batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap)
+    batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
     call = _Call(
         batch=batch,
         scored=Scored(batch, weight.shape[0]),

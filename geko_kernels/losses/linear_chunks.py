@@ -52,6 +52,8 @@ class Batch:
     ignore_index: int
     shift: bool
     softcap: float
+    token_weights: Tensor | None  # (B, S)
+    sample_weights: Tensor | None  # as the ops take them
 
 
 class HostCopy:
@@ -209,7 +211,13 @@ class Chunks:
         if self.visit[stop] != self.visit[stop - 1]:
             return {}
         start, end = (int(self.visit.searchsorted(self.visit[stop], side)) for side in ("left", "right"))
-        expected = self.tokens.index_select(1, self.rows[start:stop]).mean(1, keepdim=True)
+        scored, batch = self.rows[start:stop], self.batch
+        expected = self.tokens.index_select(1, scored)
+        if batch.token_weights is None:
+            expected = expected.mean(1, keepdim=True)
+        else:
+            by_token = batch.token_weights.flatten().index_select(0, scored + batch.shift)
+            expected = (expected * (by_token / by_token.sum())).sum(1, keepdim=True)
         self.tokens.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
         return {start: self.rows[start:end]}
 

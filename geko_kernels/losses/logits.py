@@ -21,6 +21,7 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, once
+from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
 
 
@@ -31,15 +32,15 @@ class SampleStats(NamedTuple):
     """
 
     sample_ids: Tensor  # (M,) int64
-    num_tokens: Tensor  # (M,) int64: valid tokens
-    loss: Tensor  # (M,) float32: mean over valid tokens, nats, before weighting
+    num_tokens: Tensor  # (M,) int64: valid tokens, those of token weight 0 not among them
+    loss: Tensor  # (M,) float32: mean over valid tokens, nats, before weighting; by token_weights, as the next two
     confidence: Tensor  # (M,) float32: mean of max(softmax)
     accuracy: Tensor  # (M,) float32: share of tokens whose label has the largest logit
     correct: Tensor  # (M,) bool
     quality: Tensor  # (M,) float32
     q_value: Tensor  # (M,) float32
     bucket: Tensor  # (M,) uint8, a Bucket
-    weight: Tensor  # (M,) float32: 0 where the visit has no valid token
+    weight: Tensor  # (M,) float32: the bucket's times the sample's; 0 where the visit has no valid token
 
 
 class Visits(NamedTuple):
@@ -170,6 +171,8 @@ def weighted_loss(
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     update: bool | None = None,
     return_stats: bool = False,
     inplace: bool = False,
@@ -198,6 +201,15 @@ def weighted_loss(
             gradient accumulation, several processes. A finite number above 0, a constant to autograd. Whether a
             tensor on a GPU holds one is not checked, as that would wait: any other value gives an infinite or NaN loss.
         softcap: c means `logits = c * tanh(logits / c)` first.
+        token_weights: u, of the labels' shape and beside them (with `shift` label t + 1 brings its own), floating
+            point, finite, 0 or more, a constant to autograd. The means over a visit's tokens become
+            `sum(u * l) / sum(u)`, in the loss and in the state; "token_mean" is `sum(w_i * u * l[t]) / num_items`, by
+            default over the sum of u of the valid tokens, as class weights in `F.cross_entropy`. A token of weight 0
+            counts for nothing, as if its label were ignore_index.
+        sample_weights: v, (B,), or of the shape of one id a token, of which a visit's first token counts; else as
+            token_weights. The weight of a visit is `w_i * v`; N, num_items and the state do not see v.
+            On a GPU and in compiled code nobody looks at the values of both, as that would wait: one that is negative,
+            infinite or NaN makes the loss NaN (with GEKO_DEBUG=1 an eager call raises there, too).
         update: whether the visits count in the state. None: where gradients are enabled. True: always, so also in a
             probe under `torch.no_grad` or `torch.inference_mode`. False: never. A repeat by activation checkpointing
             does not count again (around a compiled loss, reentrant checkpointing needs None).
@@ -210,7 +222,8 @@ def weighted_loss(
         A batch without valid token or weight gives 0 with zero gradients.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; on the CPU also a
+            token or sample weight that is no finite number of 0 or more.
         IndexError: on the CPU, a label outside [0, V) or an id outside the table. On a GPU such a visit is left out
             and `state.check()` raises (at once with GEKO_DEBUG=1).
         NotImplementedError: a derivative that there is not, see the limits.
@@ -224,13 +237,20 @@ def weighted_loss(
     """
     eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
     if eager:
-        check_transforms("weighted_loss", logits)
+        check_transforms("weighted_loss", logits, token_weights, sample_weights)
     ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
     check_switches("logits", logits, shift=shift, update=update, return_stats=return_stats, inplace=inplace)
     code = REDUCTIONS[reduction]
     if inplace and eager:
         check_inplace(logits)
     items = num_items_tensor(num_items, reduction, logits.device, eager)
+    weighted = token_weights is not None or sample_weights is not None
+    if weighted:
+        look = eager and (logits.device.type == "cpu" or debugging())
+        real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        labels, token_weights, sample_weights = prepare_weights(
+            labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
+        )
     if eager and logits.device.type == "cpu":
         check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = table_of(state, logits.device, eager)
@@ -239,11 +259,13 @@ def weighted_loss(
     table = (rules, weights, items, columns, error)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
-    foresight = (prediction and prediction[0], inplace)
-    planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
+    planned = None
+    if not weighted:
+        foresight = (prediction and prediction[0], inplace)
+        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
-        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options))
+        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
         loss = visits.loss
     else:
         loss, plan, _, entries, _ = planned

@@ -20,15 +20,16 @@ from geko_kernels.reference.visits import sum_dtype
 
 # what a visit is judged by, and the state: its columns as `geko_kernels.columns` lists them, none without one
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
+_WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 _SCHEMAS = {
     "token_stats": "(Tensor logits, Tensor labels, Tensor? sample_ids, int ignore_index, bool shift, float softcap) "
     "-> Tensor",
     "sample_update_": f"(Tensor tokens, Tensor labels, Tensor? sample_ids, {_TABLE}, "
-    "int vocab, int reduction, int ignore_index, bool shift, bool update) "
+    f"int vocab, int reduction, int ignore_index, bool shift, bool update, {_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "loss_forward_": f"(Tensor logits, Tensor labels, Tensor? sample_ids, {_TABLE}, "
-    "int reduction, int ignore_index, bool shift, float softcap, bool update) "
+    f"int reduction, int ignore_index, bool shift, float softcap, bool update, {_WEIGHTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "logits_grad": f"(Tensor grad_output, Tensor logits, {_GRAD}) -> Tensor",
     "logits_grad_": f"(Tensor grad_output, Tensor(a!) logits, {_GRAD}) -> ()",
@@ -103,15 +104,15 @@ def _implement(op: str) -> Callable[..., Any]:
     """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
     arguments = getattr(torch.ops.geko, op).default._schema.arguments
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
-    updates = arguments[-1].name == "update"
     names = [argument.name for argument in arguments]
+    update = names.index("update") if "update" in names else None
     check = op_checks.CHECKS[op]
     needed = [place for place, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
     probe = names.index(next(name for name in _PROBES if name in names))
 
     def run(*args: Any) -> Any:
-        if updates and args[-1] and recomputing():
-            args = (*args[:-1], False)
+        if update is not None and args[update] and recomputing():
+            args = (*args[:update], False, *args[update + 1 :])
         if args[probe] is None:  # the dispatcher takes None for any tensor
             raise ValueError(f"{names[probe]} must be a tensor, got None")
         name = backend_name(args[probe].device, args[probe].dtype)
@@ -122,7 +123,7 @@ def _implement(op: str) -> Callable[..., Any]:
                     raise ValueError(f"{names[place]} must be a tensor, got None")
             check(*args)
         result = getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
-        if written and (not updates or args[-1]):
+        if written and (update is None or args[update]):
             torch.autograd.graph.increment_version(_tensors_at(written, args))
         return result
 
@@ -154,9 +155,19 @@ def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sample_update(
-    tokens: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
+    tokens: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    _rules: Tensor,
+    _weights: Tensor,
+    _num_items: Tensor | None,
+    _columns: Sequence[Tensor],
+    _error: Tensor | None,
+    _vocab: int,
+    reduction: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    entries, reduction = _entries(labels, sample_ids), rest[-4]
+    entries = _entries(labels, sample_ids)
     packed = sample_ids is not None and sample_ids.dim() == 2
     value = tokens.new_empty(() if reduction else (entries,))
     coeff = tokens.new_empty(labels.numel())
@@ -167,9 +178,8 @@ def _fake_sample_update(
 
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    tokens = _fake_token_stats(logits, labels)
-    reduction, ignore_index, shift, _softcap, update = rest[-5:]
-    return *_fake_sample_update(tokens, labels, sample_ids, reduction, ignore_index, shift, update), tokens
+    tokens, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
+    return *_fake_sample_update(tokens, labels, sample_ids, *table, logits.shape[-1], *options), tokens
 
 
 def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:

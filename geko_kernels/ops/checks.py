@@ -93,6 +93,21 @@ def _check_update(
         _check(name, column, (*columns[0].shape[:1], *declared.row), (declared.dtype,), device)
 
 
+def _check_visit_weights(
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    dtype: torch.dtype,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> None:
+    real = (torch.float64,) if dtype == torch.float64 else _FLOAT32
+    if token_weights is not None:
+        _check("token_weights", token_weights, tuple(labels.shape), real, labels.device)
+    if sample_weights is not None:
+        packed = sample_ids is not None and sample_ids.dim() == 2
+        _check("sample_weights", sample_weights, tuple(labels.shape[: 1 + packed]), real, labels.device)
+
+
 def _check_reduction(reduction: int) -> None:
     if reduction not in (0, 1, 2, 3):
         raise ValueError(f"reduction must be 0, 1, 2 or 3, got {reduction}")
@@ -109,12 +124,13 @@ def _sample_update(
     error: Tensor | None,
     vocab: int,
     reduction: int,
-    *_: Any,
+    *options: Any,
 ) -> None:
     _check_batch(labels, sample_ids, (None, None))
     _check("tokens", tokens, (5, labels.numel()), _STATISTICS, labels.device)
     _check_update(labels, rules, weights, num_items, columns, error)
     _check_reduction(reduction)
+    _check_visit_weights(labels, sample_ids, tokens.dtype, *options[3:])
 
 
 def _loss_forward(
@@ -127,11 +143,12 @@ def _loss_forward(
     columns: Sequence[Tensor],
     error: Tensor | None,
     reduction: int,
-    *_: Any,
+    *options: Any,
 ) -> None:
     _token_stats(logits, labels, sample_ids, 0, False, 0.0)
     _check_update(labels, rules, weights, num_items, columns, error)
     _check_reduction(reduction)
+    _check_visit_weights(labels, sample_ids, logits.dtype, *options[4:])
 
 
 def _logits_grad(

@@ -75,35 +75,42 @@ def sample_update_(
     ignore_index: int,
     shift: bool,
     update: bool,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Visit means, learning state, bucket and weight of each visit, and the loss.
 
     Args: tokens (5, T) from `token_stats`; the columns of `SampleState`, or none (plain loss, weight 1);
-        weights (4,) by `Bucket`; num_items () replaces the divisor of mean and token_mean.
+        weights (4,) by `Bucket`; num_items () replaces the divisor of mean and token_mean;
+        token_weights (B, S) beside the labels, above 0 where those are not ignore_index: the means become weighted;
+        sample_weights (B,), or with one id a token (B, S), of which a visit's first counts: multiply its weight.
     Returns:
         loss () or (M,) for NONE;
         scale (): the divisor's inverse;
         coeff (T,): weight / tokens of the visit (weight alone for TOKEN_MEAN), 0 for a token without loss:
-            the gradient of a token's loss is `coeff * scale * upstream`;
+            the gradient of a token's loss is `coeff * scale * upstream`; with token_weights u `weight / sum(u) * u`;
         token_visit (T,) int32: entry of each token's visit, -1 for padding; empty with one id a row;
         floats (6, M): loss, confidence, accuracy, quality, q_value, weight;
         ints (2, M) int64: sample id, valid tokens;  flags (2, M) uint8: bucket, correct.
     """
     rows, table = rows_of(columns), table_of(columns)
     where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
-    visits = visit_means(tokens, where, rows)
+    by_token = None if token_weights is None else (token_weights.roll(-1, 1) if shift else token_weights).flatten()
+    visits = visit_means(tokens, where, rows, by_token)
     learnt = learn(visits, table, rules)
     weight = torch.ones_like(visits.loss)
     if table:
         weight = weights[learnt.bucket.clamp(max=3)].to(tokens.dtype)
         shut_out = table["quarantined"].view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
         weight = torch.where(visits.in_table & shut_out, 0, weight)
+    if sample_weights is not None:
+        weight = weight * _per_visit(sample_weights, where)
     weight = torch.where(visits.counted, weight, 0)
     if table and update:
         write_rows_(visits, learnt, table)
     if error is not None:
         error.copy_(torch.minimum(error, where.error))
-    value, scale, coeff = _reduce(visits, weight, where, reduction, num_items)
+    value, scale, coeff = _reduce(visits, weight, where, by_token, reduction, num_items)
     means = (visits.loss, visits.confidence, visits.accuracy)
     floats = torch.stack([*means, learnt.quality.to(weight.dtype), learnt.q_value.to(weight.dtype), weight])
     ints = torch.stack([visits.ids, visits.num_tokens])
@@ -113,16 +120,32 @@ def sample_update_(
     return value, scale, coeff, token_visit, floats, ints, flags
 
 
+def _per_visit(sample_weights: Tensor, where: Layout) -> Tensor:
+    """(M,) from (B,), or from (B, S) the value at each visit's first token, 1 for unused entries."""
+    if sample_weights.dim() == 1:
+        return sample_weights
+    first = where.visit >= 0
+    first[1:] &= where.visit[1:] != where.visit[:-1]
+    by_visit = torch.ones_like(where.ids, dtype=sample_weights.dtype)
+    by_visit[where.visit[first]] = sample_weights.flatten()[first]
+    return by_visit
+
+
 def _reduce(
-    visits: Visits, weight: Tensor, where: Layout, reduction: int, num_items: Tensor | None
+    visits: Visits,
+    weight: Tensor,
+    where: Layout,
+    by_token: Tensor | None,
+    reduction: int,
+    num_items: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss () or (M,), scale (), coeff (T,)."""
-    by_token, real = reduction == Reduction.TOKEN_MEAN, weight.dtype
-    share = weight if by_token else weight / visits.num_tokens.clamp(min=1).to(real)
-    coeff = share[where.visit] * where.valid.to(real)
-    contribution = torch.where(visits.counted, weight * (visits.loss_sum if by_token else visits.loss), 0)
+    of_tokens, real = reduction == Reduction.TOKEN_MEAN, weight.dtype
+    share = weight if of_tokens else weight / visits.divisor.to(real)
+    coeff = share[where.visit] * torch.where(where.valid, 1 if by_token is None else by_token, 0).to(real)
+    contribution = torch.where(visits.counted, weight * (visits.loss_sum if of_tokens else visits.loss), 0)
     if reduction in (Reduction.MEAN, Reduction.TOKEN_MEAN):
-        items = (visits.num_tokens.sum() if by_token else visits.counted.sum()) if num_items is None else num_items
+        items = (visits.items.sum() if of_tokens else visits.counted.sum()) if num_items is None else num_items
         items = items.to(real)
         scale = torch.where(items > 0, 1 / items, 0)
     else:
@@ -147,13 +170,15 @@ def loss_forward_(
     shift: bool,
     softcap: float,
     update: bool,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`token_stats`, then `sample_update_`: the forward of the logits path in one op.
 
     Returns: `sample_update_`'s seven and `tokens` (5, T) last.
     """
     tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap)
-    rest = (logits.shape[-1], reduction, ignore_index, shift, update)
+    rest = (logits.shape[-1], reduction, ignore_index, shift, update, token_weights, sample_weights)
     return *sample_update_(tokens, labels, sample_ids, rules, weights, num_items, columns, error, *rest), tokens
 
 

@@ -38,6 +38,8 @@ class Visits(NamedTuple):
     row: Tensor  # the id's row in the table, or one of another where it has none
     in_table: Tensor
     num_tokens: Tensor  # valid ones
+    items: Tensor  # how many those are, or the sum of their weights
+    divisor: Tensor  # items, 1 where there are none
     counted: Tensor  # has any
     finite: Tensor  # and its means are numbers
     loss_sum: Tensor
@@ -62,8 +64,8 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
-def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
-    """Sums over the tokens (5, T) of each visit, divided by how many are valid; `rows` of the table, -1 without one."""
+def visit_means(tokens: Tensor, where: Layout, rows: int, by_token: Tensor | None) -> Visits:
+    """Means over the valid tokens (5, T) of each visit, weighted `by_token` (T,); `rows` of the table, -1 without."""
     entries = where.ids.shape[0]
     slot = torch.where(where.visit < 0, entries, where.visit)
 
@@ -72,15 +74,20 @@ def visit_means(tokens: Tensor, where: Layout, rows: int) -> Visits:
         return sums.index_add_(0, slot, values)[:-1]
 
     num_tokens = per_visit(where.valid.long())
-    wide = tokens.to(sum_dtype(tokens.device))
+    wide, items = tokens.to(sum_dtype(tokens.device)), num_tokens
+    if by_token is not None:
+        by_token = by_token.to(wide.dtype)
+        wide, items = wide * by_token, per_visit(torch.where(where.valid, by_token, 0))
+    divisor = torch.where(num_tokens > 0, items, 1)
     sums = [per_visit(torch.where(where.valid, wide[i], 0)) for i in (0, 3, 4)]
-    loss, sure, accuracy = ((part / num_tokens.clamp(min=1)).to(tokens.dtype) for part in sums)
+    loss, sure, accuracy = ((part / divisor).to(tokens.dtype) for part in sums)
     loss_sum = sums[0].to(tokens.dtype)
     counted = num_tokens > 0
     finite = counted & loss.float().isfinite() & sure.isfinite()
     row = where.ids.clamp(0, max(rows - 1, 0))
     in_table = (where.ids >= 0) & (where.ids < rows)
-    return Visits(where.ids, row, in_table, num_tokens, counted, finite, loss_sum, loss, sure, accuracy)
+    means = (loss_sum, loss, sure, accuracy)
+    return Visits(where.ids, row, in_table, num_tokens, items, divisor, counted, finite, *means)
 
 
 def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:

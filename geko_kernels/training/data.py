@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from geko_kernels.training.weights import add_weights, split_weights
+
 Collator = Callable[[list[Any]], Any]
 IGNORED = -100
 
@@ -54,8 +56,12 @@ class IdCollator:
     Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it; the labels
     are the first of `label_names` that the batch has.
 
+    The columns `weights`, `token_weights` (as long as the labels) and `sample_weights` (a number) or one of them, leave
+    the items before `collator` sees them, and join the batch as `weighted_loss` takes them, 0 where it padded.
+
     Raises:
-        ValueError: no labels in the batch, or no telling which token belongs to which item.
+        ValueError: no labels in the batch, no telling which token belongs to which item, or a weight that is no finite
+            number of 0 or more.
     """
 
     def __init__(
@@ -63,13 +69,19 @@ class IdCollator:
         collator: Collator,
         prepare: Callable[[Any], Any] | None = None,
         label_names: Sequence[str] = ("labels",),
+        weights: Sequence[str] = (),
     ) -> None:
+        self.weights = tuple(weights)
         self.collator, self.prepare, self.label_names = collator, prepare, tuple(label_names)
         self.passes_ids = takes_ids(collator)
 
     def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
         ids = [feature.sample_id for feature in features]
-        items = [feature.item if self.prepare is None else self.prepare(feature.item) for feature in features]
+        items = [feature.item for feature in features]
+        weights: dict[str, list[Any]] = {}
+        if self.weights:
+            items, weights = split_weights(items, ids, self.weights)
+        items = items if self.prepare is None else [self.prepare(item) for item in items]
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
@@ -86,6 +98,8 @@ class IdCollator:
             if "sample_ids" in batch:
                 raise ValueError("the batch already has 'sample_ids', which is added to it; rename that column")
             batch["sample_ids"] = _ids_of(ids, items, labels)
+        if weights:
+            add_weights(batch, labels, items, ids, weights, self.label_names, self.passes_ids)
         if -1 in ids:
             batch[name] = _without_repeats(labels, batch["sample_ids"])
             if batch.get("shift_labels") is not None:

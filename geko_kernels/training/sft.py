@@ -142,6 +142,11 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     kind = getattr(args, "loss_type", "nll")
     if kind != "nll":
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
+    if "token_weights" in (getattr(data, "column_names", None) or ()):
+        raise ValueError(
+            "GEKOSFTTrainer does not take token_weights, as SFTTrainer makes and cuts the tokens itself: train items "
+            "with input_ids and labels by GEKOTrainer, or drop the column"
+        )
     if data is not None and not isinstance(data, Dataset):
         raise ValueError(
             f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: "

@@ -31,6 +31,7 @@ from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.summary import run_summary
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
+from geko_kernels.training.weights import columns_beside
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
@@ -47,6 +48,8 @@ class GEKOMixin(EvaluationMixin):
     """
 
     _loss_shifts_labels: bool
+    _signature_columns: list[str]
+    _weight_columns: tuple[str, ...]  # of the training data
     label_names: list[str]
     _fuses_head = True  # the loss may be computed with the head inside, without all logits
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
@@ -125,13 +128,22 @@ class GEKOMixin(EvaluationMixin):
     def _id_dataloader(self, batch_size: int, sampler_fn: Any) -> DataLoader:
         dataset = self.train_dataset
         if hasattr(dataset, "remove_columns"):  # a datasets.Dataset: columns that nobody reads are not decoded
-            dataset = self._remove_unused_columns(dataset, description="training")
+            dataset = self._without_unused_columns(dataset)
         return self._get_dataloader(IdDataset(dataset), _TRAINING, batch_size, sampler_fn, is_training=True)
+
+    def _without_unused_columns(self, dataset: Any) -> Any:
+        self._set_signature_columns_if_needed()
+        before = self._signature_columns
+        self._signature_columns = [*before, *(name for name in self._weight_columns if name in dataset.column_names)]
+        try:
+            return self._remove_unused_columns(dataset, description="training")
+        finally:
+            self._signature_columns = before
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         remover = super()._get_collator_with_removed_columns(data_collator, description)
         return (
-            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names)
+            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names, self._weight_columns)
             if description == _TRAINING
             else remover
         )
@@ -207,6 +219,7 @@ class GEKOMixin(EvaluationMixin):
         """What was found out about the model, which may be another one from now on."""
         self._found, self._evaluates_itself = None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
+        self._weight_columns = columns_beside(self._base())
 
     def _check_labels_given(self, found: FoundLoss) -> None:
         if found.form.shift or not isinstance(self.data_collator, CausalCollator):
@@ -223,7 +236,8 @@ class GEKOMixin(EvaluationMixin):
         name = label_of(batch_samples[0], self.label_names)
         self._loss_shifts_labels = self._counts_shifted
         if "sample_ids" in batch_samples[0] or (name and not computes_loss(self._base(), name)):
-            form = self._find_loss(self.model_wrapped, self._prepare_inputs(dict(batch_samples[0]))).form
+            first = {key: value for key, value in batch_samples[0].items() if key not in self._weight_columns}
+            form = self._find_loss(self.model_wrapped, self._prepare_inputs(first)).form
             if not form.counts:
                 self._loss_shifts_labels = form.shift
                 if name and form.masks:
@@ -233,7 +247,20 @@ class GEKOMixin(EvaluationMixin):
                     ]
         if name is not None and name != "labels":
             batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
+        weighed = "token_weights" in self._weight_columns and "token_weights" in batch_samples[0]
+        if weighed and "sample_ids" in batch_samples[0]:
+            return self._sum_of_weights(batch_samples, device)
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _sum_of_weights(self, batches: list, device: torch.device) -> Tensor:
+        """What `_get_num_items_in_batch` counts, each label by its token weight."""
+        behind = int(self._loss_shifts_labels)
+        pairs = [(batch["labels"][..., behind:], batch["token_weights"][..., behind:]) for batch in batches]
+        total = torch.stack([torch.where(labels != -100, weights, 0).sum() for labels, weights in pairs]).sum()
+        total = total.to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
 
     def compute_loss(
         self,
@@ -265,6 +292,9 @@ class GEKOMixin(EvaluationMixin):
     ) -> ModelLoss:
         inputs = dict(inputs)
         name = label_of(inputs, self.label_names) or "labels"
+        weights = {}
+        if "sample_ids" in inputs:
+            weights = {column: inputs.pop(column) for column in self._weight_columns if column in inputs}
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
         labels = found.form.counted(labels, inputs.get("attention_mask"))
@@ -281,6 +311,7 @@ class GEKOMixin(EvaluationMixin):
             label_name=name,
             shifted=shifted,
             num_items=num_items,
+            weights=weights,
             forward_only=probe,
         )
         if sample_ids is not None:
@@ -380,6 +411,10 @@ class GEKOTrainer(GEKOMixin, Trainer):
     - with gradient accumulation or several processes the loss is that of one big batch, also of a model that ignores
       `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or takes their
       mean, by the signature of its forward.
+    - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of training
+      data leave the items before the data collator and weigh as in `weighted_loss`. The divisor is the sum of the token
+      weights of the labels that count. A sample of weight 0 is planned and trained all the same, and moves nothing.
+      Evaluation stays plain. A column that the model's forward takes itself is the model's, as with Trainer.
     - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
       a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
       epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
@@ -405,8 +440,10 @@ class GEKOTrainer(GEKOMixin, Trainer):
 
     Raises:
         ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
-            without length, DataParallel, sequence or tensor parallelism), by name; at the first training batch a model
-            whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both figures.
+            without length, DataParallel, sequence or tensor parallelism), by name; token weights with one label a row,
+            prompt tuning, or a collator that cuts, shifts or packs the labels itself; at the first training batch a
+            model whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both
+            figures.
         RuntimeError: by `train`, see above.
     """
 

@@ -133,21 +133,27 @@ def test_a_step_never_waits_for_the_device():
     try:
         for reduction in ("mean", "token_mean", "sum", "none"):
             step(logits, labels, ids, state, reduction=reduction)
+            weights = {"token_weights": torch.ones_like(labels, dtype=torch.float32), "sample_weights": ids.float()}
+            step(logits, labels, ids, state, reduction=reduction, **weights)
         state.bucket_weights = (5, 2, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("form", ["row", "packed"])
-def test_a_captured_step_replays_as_eager(form):
+def test_a_captured_step_replays_as_eager(form, weighted):
     logits, labels = batch(8, 64, 32000)
     ids = torch.arange(8, device="cuda") if form == "row" else packed_ids(8, 64, 100)
+    by_token = torch.rand(8, 64, device="cuda")
+    by_sample = by_token[:, 0].clone() if form == "row" else by_token + 1
+    weights = {"token_weights": by_token, "sample_weights": by_sample} if weighted else {}
     eager, captured = gk.SampleState(100, device="cuda"), gk.SampleState(100, device="cuda")
     leaf = logits.clone().requires_grad_()
 
     def run(state):
         leaf.grad = None
-        loss = gk.weighted_loss(leaf, labels, ids, state)
+        loss = gk.weighted_loss(leaf, labels, ids, state, **weights)
         loss.backward()
         return loss.detach()
 

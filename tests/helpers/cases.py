@@ -121,3 +121,25 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfl
     strides = draw(st.sampled_from(["contiguous", "padded", "sliced", "transposed", "vocab_first"]))
     logits = _strided(values.to(draw(st.sampled_from(dtypes))), strides)
     return Case(logits, labels, sample_ids, state, options, draw(st.sampled_from([1.0, -0.7, 1024.0])))
+
+
+def _some_weights(draw: Any, shape: torch.Size, random: torch.Generator) -> Tensor:
+    """Between 0 and 2 or 0.001, some of them 0."""
+    values = torch.rand(shape, generator=random) * draw(st.sampled_from([2.0, 2.0, 1e-3]))
+    values[torch.rand(shape, generator=random) < draw(st.sampled_from([0.0, 0.3]))] = 0
+    return values.to(draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])))
+
+
+@st.composite
+def weighted_cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> Case:
+    """`cases` with token weights, sample weights or both among the options."""
+    case = draw(cases(dtypes))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    given = draw(st.sampled_from(["token", "sample", "both"]))
+    packed = case.sample_ids is not None and case.sample_ids.dim() == 2
+    if given != "sample":
+        case.options["token_weights"] = _some_weights(draw, case.labels.shape, random)
+    if given != "token":
+        shape = case.labels.shape if packed else case.labels.shape[:1]
+        case.options["sample_weights"] = _some_weights(draw, shape, random)
+    return case

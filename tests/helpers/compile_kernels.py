@@ -56,8 +56,8 @@ def call(form: str, table: bool, dtype: torch.dtype, vocab: int, strided: bool, 
     """One forward and backward of (2, 1000, vocab) logits, memory untouched."""
     from geko_kernels import SampleState, kernels
 
-    reduction, shift, softcap, update, num_items = (
-        options[k] for k in ("reduction", "shift", "softcap", "update", "num_items")
+    reduction, shift, softcap, update, num_items, weighted = (
+        options[k] for k in ("reduction", "shift", "softcap", "update", "num_items", "weighted")
     )
     rows, length = 2, 1000
     logits = torch.empty(rows, length, vocab * (2 if strided else 1), dtype=dtype)[..., :: 2 if strided else 1]
@@ -67,9 +67,10 @@ def call(form: str, table: bool, dtype: torch.dtype, vocab: int, strided: bool, 
     columns = (state.columns, state.error) if table else ([], None)
     items = torch.ones(()) if num_items else None
     head = (labels, ids, state.rules, state.weights, items, *columns)
-    out = kernels.loss_forward_(logits, *head, reduction, -100, shift, softcap, update)
+    weights = (torch.ones(rows, length), torch.ones(rows, length if form == "packed" else 1)) if weighted else ()
+    out = kernels.loss_forward_(logits, *head, reduction, -100, shift, softcap, update, *weights)
     loss, scale, coeff, token_visit, *_, tokens = out
-    kernels.sample_update_(tokens, *head, vocab, reduction, -100, shift, update)
+    kernels.sample_update_(tokens, *head, vocab, reduction, -100, shift, update, *weights)
     kernels.token_stats(logits, labels, ids, -100, shift, softcap)
     upstream = torch.ones(loss.shape)
     kernels.logits_grad(upstream, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
@@ -132,19 +133,20 @@ def resources(kernel: Any) -> tuple[int, int]:
 
 def main(everything: bool) -> None:
     compile_only()
-    names = ("reduction", "shift", "softcap", "update", "num_items")
+    names = ("reduction", "shift", "softcap", "update", "num_items", "weighted")
     if everything:
-        product = itertools.product(range(4), (False, True), (0.0, 30.0), (False, True), (False, True))
+        product = itertools.product(range(4), (False, True), (0.0, 30.0), (False, True), (False, True), (False, True))
         settings = [dict(zip(names, values, strict=True)) for values in product]
     else:
         rows = [
-            (0, True, 0.0, True, False),
-            (1, False, 30.0, True, True),
-            (2, True, 0.0, False, True),
-            (3, True, 0.0, True, False),
+            (0, True, 0.0, True, False, False),
+            (1, False, 30.0, True, True, True),
+            (2, True, 0.0, False, True, False),
+            (3, True, 0.0, True, False, True),
+            (2, True, 0.0, True, False, True),
         ]
         settings = [dict(zip(names, values, strict=True)) for values in rows]
-    shapes = [(32000, False), (50257, False), (1000, False), (2000, True)]
+    shapes = [(32000, False), (50257, False), (1000, False), (2000, True), (32000, False)]
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     forms = [("none", False), ("row", True), ("packed", True)]
     if everything:

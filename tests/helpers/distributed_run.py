@@ -73,6 +73,19 @@ def accumulation(out: Path) -> dict[str, Any]:
     return geko_result(trainer)
 
 
+def weighed(out: Path) -> dict[str, Any]:
+    """`accumulation` with token and sample weights: one divisor for all micro-batches of all processes."""
+    data = sentences(27, ragged=True)
+    for i, item in enumerate(data):
+        item["token_weights"] = [0.5 * ((i + k) % 4) for k in range(len(item["labels"]))]
+        item["sample_weights"] = 0.5 + i % 3
+    fields = options(num_train_epochs=3, gradient_accumulation_steps=2, per_device_train_batch_size=2 // WORLD)
+    args = arguments(out / "weighed", **fields)
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=learnable())
+    trainer.train()
+    return geko_result(trainer)
+
+
 def resumed(out: Path) -> dict[str, Any]:
     """`selection`, saved in the middle of an epoch and gone on with from there."""
     fields = options(num_train_epochs=8, save_strategy="steps", save_steps=11)
@@ -157,7 +170,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, resumed, packed, packed_rows, uniform, sync, fsdp2):
+    for scenario in (selection, accumulation, weighed, resumed, packed, packed_rows, uniform, sync, fsdp2):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():

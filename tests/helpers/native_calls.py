@@ -69,8 +69,12 @@ class Calls:
             rest = {"vocab": vocab, **rest}
         else:
             rest |= softcap
-        update = {"update": self.draw.random() < 0.8}
-        return name, {**head, **table, "num_items": items, "columns": columns, "error": error, **rest, **update}
+        last: Arguments = {"update": self.draw.random() < 0.8, "token_weights": None, "sample_weights": None}
+        if self.draw.random() < 0.3:
+            last["token_weights"] = self._floats((batch, length))
+        if self.draw.random() < 0.3:
+            last["sample_weights"] = self._floats((batch, length) if form == "token" else (batch,))
+        return name, {**head, **table, "num_items": items, "columns": columns, "error": error, **rest, **last}
 
     def _gradient(
         self, logits: Tensor, labels: Tensor, count: int, packed: bool, shift: bool, softcap: Arguments
@@ -143,7 +147,7 @@ class Calls:
         elif isinstance(value, float):
             arguments[name] = self.draw.choice(FLOATS)
         elif value is None:
-            if name in ("error", "num_items"):
+            if name in ("error", "num_items", "token_weights", "sample_weights"):
                 arguments[name] = self._floats((2,))
         elif isinstance(value, list):
             self._spoil_columns(value)

@@ -40,6 +40,7 @@ class Visit:
     q_value: float = 0.5
     bucket: int = FOCUS
     weight: float = 0.0
+    start: tuple[int, int] = (0, 0)  # row and position of its first token
 
 
 def find_visits(labels: Tensor, sample_ids: Tensor | None, shift: bool, ignore_index: int) -> list[Visit]:
@@ -54,11 +55,11 @@ def find_visits(labels: Tensor, sample_ids: Tensor | None, shift: bool, ignore_i
         else:
             ids = sample_ids[row].tolist()
         if sample_ids is None or sample_ids.dim() == 1:
-            visits.append(Visit(row if sample_ids is None else int(sample_ids[row]), []))
+            visits.append(Visit(row if sample_ids is None else int(sample_ids[row]), [], start=(row, 0)))
         for position in range(length):
             new_run = position == 0 or ids[position] != ids[position - 1]
             if sample_ids is not None and sample_ids.dim() == 2 and new_run and ids[position] != -1:
-                visits.append(Visit(ids[position], []))
+                visits.append(Visit(ids[position], [], start=(row, position)))
             if ids[position] == -1:
                 continue
             if shift:
@@ -106,6 +107,8 @@ def weighted_loss(
     num_items: float | None = None,
     softcap: float | None = None,
     update: bool = True,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     bucket_weights: tuple[float, float, float] | None = None,
 ) -> tuple[Tensor, list[Visit]]:
     """The loss, differentiable in `logits` (B, S, V) float64, and what each visit saw; changes `table` if `update`."""
@@ -115,7 +118,12 @@ def weighted_loss(
     nothing = logits[:0].sum()  # 0, tied to the logits
     losses: list[Tensor] = []
     after: dict[int, Row] = {}
+    items = 0.0
     for visit in visits:
+        shares = [1.0 if token_weights is None else float(token_weights[r, p + shift]) for r, p, _ in visit.tokens]
+        visit.tokens = [token for token, share in zip(visit.tokens, shares, strict=True) if share > 0]
+        shares = [share for share in shares if share > 0]
+        total = sum(shares)
         before = Row() if table is None or visit.sample_id == -1 else table[visit.sample_id]
         visit.q_value, visit.bucket = before.q_value, before.bucket
         visit.quality = quality(before.history, config.quality)
@@ -123,15 +131,16 @@ def weighted_loss(
             losses.append(nothing)
             visit.tokens = []
             continue
+        items += total
         token_losses = []
-        for row, position, target in visit.tokens:
+        for (row, position, target), share in zip(visit.tokens, shares, strict=True):
             z = logits[row, position]
             if softcap:
                 z = softcap * torch.tanh(z / softcap)
-            token_losses.append(torch.logsumexp(z, 0) - z[target])
-            visit.confidence += float(torch.softmax(z.detach(), 0).max()) / len(visit.tokens)
-            visit.accuracy += float(z[target] == z.max()) / len(visit.tokens)
-        mean = sum(token_losses) / len(token_losses)
+            token_losses.append(share * (torch.logsumexp(z, 0) - z[target]))
+            visit.confidence += share * float(torch.softmax(z.detach(), 0).max()) / total
+            visit.accuracy += share * float(z[target] == z.max()) / total
+        mean = sum(token_losses) / total
         visit.loss = float(mean.detach())
         history = [*before.history, visit.loss][-5:]
         visit.quality = quality(history, config.quality)
@@ -143,6 +152,8 @@ def weighted_loss(
             visit.correct = visit.accuracy >= config.correct_accuracy
         visit.bucket = classify(visit, config)
         visit.weight = 1.0 if table is None else 0.0 if before.quarantined else by_bucket[visit.bucket]
+        if sample_weights is not None:
+            visit.weight *= float(sample_weights[visit.start[: sample_weights.dim()]])
         losses.append(visit.weight * (sum(token_losses) if reduction == "token_mean" else mean))
         streak = 0 if visit.correct else min(before.wrong_streak + 1, 255)
         after[visit.sample_id] = Row(
@@ -156,5 +167,5 @@ def weighted_loss(
         return stacked, visits
     if reduction == "sum":
         return stacked.sum(), visits
-    counted = sum(bool(v.tokens) for v in visits) if reduction == "mean" else sum(len(v.tokens) for v in visits)
-    return stacked.sum() / (num_items or max(counted, 1)), visits
+    counted = sum(bool(v.tokens) for v in visits) if reduction == "mean" else items
+    return stacked.sum() / (num_items or counted or 1), visits

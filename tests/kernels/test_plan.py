@@ -75,7 +75,7 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
         seen.append([*plan.statistics.pointers, *plan.update.pointers, *gradient.pointers])
     planning._plans.clear()
     tensors, addresses = seen
-    assert len(tensors) == 4 + len(prepared_of(NAMES)) + 2 + 6 + len(NAMES) + 8 + 8
+    assert len(tensors) == 4 + len(prepared_of(NAMES)) + 2 + 6 + len(NAMES) + 2 + 8 + 8
     for tensor, pointer in zip(tensors, addresses, strict=True):
         assert pointer is None or isinstance(pointer, int)
         assert address(tensor) in (pointer, "empty") or tensor is weights

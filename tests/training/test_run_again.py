@@ -98,7 +98,7 @@ def test_a_resized_model_trains_again_as_a_new_trainer_would(tmp_path):
     fresh = gk.GEKOTrainer(copied, args, train_dataset=sentences(24))
     fresh.train()
     assert curve(trainer) == pytest.approx(curve(fresh), rel=1e-5)
-    assert trainer._found.head is trainer.model.lm_head and trainer._found.head.out_features == 40
+    assert trainer._found.head.layer is trainer.model.lm_head and trainer.model.lm_head.out_features == 40
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -218,3 +218,23 @@ def test_missing_trl_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "geko_kernels.training.sft", raising=False)
     with pytest.raises(ImportError, match="pip install trl"):
         _ = gk.GEKOSFTTrainer
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt"])
+def test_sample_weights_of_the_rows(tmp_path, kind):
+    """The divisor does not see them: of weight 2 all have twice the loss."""
+    uniform = gk.GEKOConfig.uniform()
+    data = rows(kind, 8)
+    ones, twos = (data.add_column("sample_weights", [value] * 8) for value in (1.0, 2.0))
+    losses = []
+    for name, some in (("plain", data), ("ones", ones), ("twos", twos)):
+        trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path / name, some, config=uniform, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == losses[0] and losses[2] == pytest.approx(2 * losses[0], rel=1e-5)
+
+
+def test_token_weights_are_refused(tmp_path):
+    data = rows("text").add_column("token_weights", [[1.0]] * 12)
+    with pytest.raises(ValueError, match="GEKOSFTTrainer does not take token_weights"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, data)

@@ -73,7 +73,7 @@ class PredictedPlan(Plan):
         known = (*prepared_of(table), table[QUARANTINED], error, scratch)
         self.predict(labels, sample_ids, weights, *known, target, coeff, counts)
         self.rows(logits, grad, target, coeff, counts, num_items, upstream, tokens, factor)
-        self.update(tokens, labels, sample_ids, *rules, *table, scratch, *outputs, *entries)
+        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def correct(
         self,

@@ -32,7 +32,7 @@ def _finite_visit(
         first = slot
         length = run_length(batch, slot, sample, BLOCK)
     one = tl.zeros([1], tl.int32)
-    _, items, loss, sure, _ = visit_means(
+    _, items, _, loss, sure, _ = visit_means(
         batch, token_stats, one + first, one + length, length, one == 0, SHIFT, PACKED, 1, BLOCK
     )
     return tl.max(((items > 0) & is_finite(loss, sure)).to(tl.int32), 0)

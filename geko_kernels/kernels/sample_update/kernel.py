@@ -67,10 +67,10 @@ def _update_visits(
 ):
     """ROWS visits from their tokens to their entries; returns what each adds to the loss and to the divisor."""
     entries, slot, entry, live, sample, first, lengths, longest = where
-    rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows = table
+    rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows, sample_weights_ptr = table
     HAS_TABLE: tl.constexpr = columns[0] is not None
     known = live & (sample >= 0) & (sample < table_rows) if HAS_TABLE else live
-    loss_sum, items, loss, sure, accuracy = visit_means(
+    loss_sum, items, divisor, loss, sure, accuracy = visit_means(
         batch, token_stats, first, lengths, longest, known, SHIFT, PACKED, ROWS, BLOCK
     )
     means = (items, loss, sure, accuracy)
@@ -81,14 +81,17 @@ def _update_visits(
     if quarantined_ptr is not None:
         shut_out = tl.load(quarantined_ptr + sample, mask=known, other=0)
         weight = tl.where(shut_out != 0, 0.0, weight)
+    if sample_weights_ptr is not None:
+        weight = tl.where(counted, weight * tl.load(sample_weights_ptr + slot, mask=live, other=0.0), 0.0)
     judged = (q_value, quality, correct, bucket, weight)
     if HAS_TABLE and UPDATE:
         writes = writers(batch, token_stats, claim_ptr, slot, sample, known, finite, entries, SHIFT, PACKED, ROWS)
         write_rows(columns, sample, writes, old, means, judged)
     if REDUCTION == TOKEN_MEAN:
-        coefficient, contribution, divided_by = weight, weight * loss_sum, items
+        coefficient, contribution = weight, weight * loss_sum
+        divided_by = items if token_stats[3] is None else tl.where(counted, divisor, 0.0)
     else:
-        coefficient = tl.div_rn(weight, tl.maximum(items, 1).to(tl.float32))
+        coefficient = tl.div_rn(weight, divisor)
         contribution, divided_by = weight * loss, counted.to(tl.int32)
     contribution = tl.where(counted, contribution, 0.0)
     coefficient = tl.where(counted, coefficient, 0.0)
@@ -114,6 +117,8 @@ def _sample_update_kernel(
     changed_ptr,
     claim_ptr,
     quarantined_ptr,
+    token_weights_ptr,
+    sample_weights_ptr,
     scratch_ptr,
     value_ptr,
     scale_ptr,
@@ -142,13 +147,15 @@ def _sample_update_kernel(
 ):
     """One program a tile of ROWS rows; or packed one a GROUP of tokens, for the visits that start in it, one by one."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    token_stats = (tokens_ptr, token_count, vocab)
+    token_stats = (tokens_ptr, token_count, vocab, token_weights_ptr)
     columns = (q_value_ptr, confidence_ptr, history_ptr, seen_ptr, bucket_ptr, streak_ptr, changed_ptr)
-    table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows)
+    table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows, sample_weights_ptr)
     outputs = (value_ptr, floats_ptr, ints_ptr, flags_ptr, coeff_ptr, token_visit_ptr)
+    WHOLE: tl.constexpr = token_weights_ptr is None or REDUCTION != TOKEN_MEAN
     loss = tl.zeros([ROWS], tl.float32)
     lost = tl.zeros([ROWS], tl.float32)
-    items = tl.zeros([ROWS], tl.int32)
+    items = tl.zeros([ROWS], tl.int32 if WHOLE else tl.float32)
+    items_lost = tl.zeros([ROWS], tl.float32)
     if PACKED:
         entries = token_count
         t, samples, starts, entry, visits = _locate_packed(batch, scratch_ptr, entries, TILE, GROUP)
@@ -164,7 +171,10 @@ def _sample_update_kernel(
                 batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
             )
             loss, lost = add_exactly(loss, lost, one_loss)
-            items += one_items
+            if WHOLE:
+                items += one_items
+            else:
+                items, items_lost = add_exactly(items, items_lost, one_items)
             entry += 1
             token = tl.min(tl.where(starts & (t > token), t, entries), 0)
     else:
@@ -178,7 +188,9 @@ def _sample_update_kernel(
             batch, token_stats, where, table, outputs, scratch_ptr, REDUCTION, SHIFT, PACKED, UPDATE, ROWS, BLOCK
         )
     loss = tl.sum(joined(loss, lost), 0)
-    finish(scratch_ptr, entries, loss, tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION)
+    if not WHOLE:
+        items = joined(items, items_lost)
+    finish(scratch_ptr, entries, loss, tl.sum(items, 0), num_items_ptr, value_ptr, scale_ptr, REDUCTION, WHOLE)
 
 
 def update_launch(
@@ -193,8 +205,8 @@ def update_launch(
 ) -> Launch:
     """The update proper, after `prepare_visits` has filled scratch.
 
-    Pointers: tokens, labels, sample_ids, rules, weights, num_items, those of `pointers`, scratch, and the returns of
-    `reference.sample_update_`.
+    Pointers: tokens, labels, sample_ids, rules, weights, num_items, those of `pointers`, token_weights,
+    sample_weights, scratch, and the returns of `reference.sample_update_`.
     """
     rows, length = labels.shape
     count = labels.numel()
@@ -249,18 +261,21 @@ def sample_update_(
     ignore_index: int,
     shift: bool,
     update: bool,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample_update_`. Two launches: preparation and update."""
     rest = (reduction, ignore_index, shift, update)
     if not labels.numel():
         head = (tokens, labels, sample_ids, rules, weights, num_items)
-        return reference.sample_update_(*head, columns, error, vocab, *rest)
+        return reference.sample_update_(*head, columns, error, vocab, *rest, token_weights, sample_weights)
     packed = sample_ids is not None and sample_ids.dim() == 2
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
     table_rows, table = rows_of(columns), pointers(columns)
     prepared = (labels, sample_ids, *prepared_of(table), error, scratch)
-    updated = (tokens, labels, sample_ids, rules, weights, num_items, *table, scratch)
+    weighing = (token_weights, sample_weights)
+    updated = (tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch)
     places = [None if pointer is None else pointer.data_ptr() % 16 for pointer in (error, *updated)]
     ids = None if sample_ids is None else sample_ids.stride()
     # all that the binaries, the grids and the numbers depend on

@@ -31,6 +31,13 @@ def joined(total, lost):
 
 
 @triton.jit
+def token_weight(token_weights_ptr, t, scored, SHIFT: tl.constexpr):
+    """The weight of what token(s) t predict, which lies beside its label; 0 where nothing is scored."""
+    at = t + 1 if SHIFT else t
+    return tl.load(token_weights_ptr + at, mask=scored, other=0.0)
+
+
+@triton.jit
 def visit_means(
     batch,
     token_stats,
@@ -43,16 +50,19 @@ def visit_means(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss sum, valid tokens and the means of loss, confidence and hit of ROWS visits.
+    """Loss sum, valid tokens, divisor of the means, and the means of loss, confidence and hit of ROWS visits.
 
     Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False where its id is bad, which leaves it out.
     """
-    tokens_ptr, token_count, vocab = token_stats
+    tokens_ptr, token_count, vocab, token_weights_ptr = token_stats
     loss = tl.zeros([ROWS, BLOCK], tl.float32)
     loss_lost = tl.zeros([ROWS, BLOCK], tl.float32)
     sure = tl.zeros([ROWS, BLOCK], tl.float32)
     sure_lost = tl.zeros([ROWS, BLOCK], tl.float32)
-    hits = tl.zeros([ROWS, BLOCK], tl.float32)  # whole numbers, exact
+    hits = tl.zeros([ROWS, BLOCK], tl.float32)  # whole numbers, exact, where there are no weights
+    hits_lost = tl.zeros([ROWS, BLOCK], tl.float32)
+    weighed = tl.zeros([ROWS, BLOCK], tl.float32)
+    weighed_lost = tl.zeros([ROWS, BLOCK], tl.float32)
     count = tl.zeros([ROWS, BLOCK], tl.int32)
     bad = tl.zeros([ROWS, BLOCK], tl.int32)
     stride = token_count.to(tl.int64)
@@ -62,18 +72,32 @@ def visit_means(
         inside = offset < lengths[:, None]
         scored, wrong = scored_tokens(batch, t, inside, vocab, SHIFT, PACKED)
         # 0 where not scored; not masked by it, so that these loads do not wait for the labels
-        loss, loss_lost = add_exactly(loss, loss_lost, tl.load(tokens_ptr + t, mask=inside, other=0.0))
-        sure, sure_lost = add_exactly(sure, sure_lost, tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0))
-        hits += tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+        if token_weights_ptr is None:
+            loss, loss_lost = add_exactly(loss, loss_lost, tl.load(tokens_ptr + t, mask=inside, other=0.0))
+            sure, sure_lost = add_exactly(sure, sure_lost, tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0))
+            hits += tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+        else:
+            weight = token_weight(token_weights_ptr, t, scored, SHIFT)
+            one_loss = tl.load(tokens_ptr + t, mask=inside, other=0.0)
+            one_sure = tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0)
+            one_hit = tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+            loss, loss_lost = add_exactly(loss, loss_lost, weight * one_loss)
+            sure, sure_lost = add_exactly(sure, sure_lost, weight * one_sure)
+            hits, hits_lost = add_exactly(hits, hits_lost, weight * one_hit)
+            weighed, weighed_lost = add_exactly(weighed, weighed_lost, weight)
         count += scored.to(tl.int32)
         bad += wrong.to(tl.int32)
     kept = known & (tl.sum(bad, 1) == 0)
     items = tl.where(kept, tl.sum(count, 1), 0)
-    divisor = tl.maximum(items, 1).to(tl.float32)
+    if token_weights_ptr is None:
+        divisor = tl.maximum(items, 1).to(tl.float32)
+    else:
+        hits = joined(hits, hits_lost)
+        divisor = tl.where(items > 0, tl.sum(joined(weighed, weighed_lost), 1), 1.0)
     loss_sum = tl.where(kept, tl.sum(joined(loss, loss_lost), 1), 0.0)
     sure_mean = tl.div_rn(tl.where(kept, tl.sum(joined(sure, sure_lost), 1), 0.0), divisor)
     accuracy = tl.div_rn(tl.where(kept, tl.sum(hits, 1), 0.0), divisor)
-    return loss_sum, items, tl.div_rn(loss_sum, divisor), sure_mean, accuracy
+    return loss_sum, items, divisor, tl.div_rn(loss_sum, divisor), sure_mean, accuracy
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from geko_kernels.kernels.sample_update.means import add_exactly, joined, scored_tokens
+from geko_kernels.kernels.sample_update.means import add_exactly, joined, scored_tokens, token_weight
 from geko_kernels.kernels.sample_update.prepare import ITEMS_PLANE, LOSS_PLANE, plane
 from geko_kernels.reference.ops import Reduction
 
@@ -49,14 +49,17 @@ def store_coefficients(
     BLOCK: tl.constexpr,
 ):
     """Token by token: the visit's coefficient where the token has a loss, else 0; packed also its entry."""
-    _, _, vocab = token_stats
+    _, _, vocab, token_weights_ptr = token_stats
     _, _, _, _, coeff_ptr, token_visit_ptr = outputs
     for start in range(0, longest, BLOCK):
         offset = start + tl.arange(0, BLOCK)[None, :]
         t = first[:, None] + offset
         inside = offset < lengths[:, None]
         scored, _wrong = scored_tokens(batch, t, inside, vocab, SHIFT, PACKED)
-        tl.store(coeff_ptr + t, tl.where(scored, coefficient[:, None], 0.0), mask=inside)
+        by_token = coefficient[:, None]
+        if token_weights_ptr is not None:
+            by_token *= token_weight(token_weights_ptr, t, scored, SHIFT)
+        tl.store(coeff_ptr + t, tl.where(scored, by_token, 0.0), mask=inside)
         if PACKED:
             tl.store(token_visit_ptr + t, entry[:, None] + tl.zeros_like(t), mask=inside)
 
@@ -77,24 +80,41 @@ def store_padding(outputs, entries, t, samples, visits, REDUCTION: tl.constexpr)
 
 
 @triton.jit
-def _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, REDUCTION: tl.constexpr):
+def _total(
+    scratch_ptr,
+    entries,
+    partials,
+    num_items_ptr,
+    value_ptr,
+    scale_ptr,
+    REDUCTION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """The last program to arrive: all partial sums in a fixed order, then the divisor."""
     loss = tl.zeros([1024], tl.float32)
     lost = tl.zeros([1024], tl.float32)
     items = tl.zeros([1024], tl.int32)
+    weighed = tl.zeros([1024], tl.float32)
+    weighed_lost = tl.zeros([1024], tl.float32)
     for start in range(0, partials, 1024):
         i = start + tl.arange(0, 1024)
         inside = i < partials
         bits = tl.load(plane(scratch_ptr, LOSS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
         loss, lost = add_exactly(loss, lost, bits.to(tl.float32, bitcast=True))
-        items += tl.load(plane(scratch_ptr, ITEMS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
+        part = tl.load(plane(scratch_ptr, ITEMS_PLANE, entries) + i, mask=inside, other=0, cache_modifier=".cg")
+        if WHOLE:
+            items += part
+        else:
+            weighed, weighed_lost = add_exactly(weighed, weighed_lost, part.to(tl.float32, bitcast=True))
     value = tl.sum(joined(loss, lost), 0)
     scale = 1.0
     if REDUCTION != SUM:  # MEAN, TOKEN_MEAN
-        if num_items_ptr is None:
+        if num_items_ptr is not None:
+            divisor = tl.load(num_items_ptr).to(tl.float32)
+        elif WHOLE:
             divisor = tl.sum(items, 0).to(tl.float32)
         else:
-            divisor = tl.load(num_items_ptr).to(tl.float32)
+            divisor = tl.sum(joined(weighed, weighed_lost), 0)
         scale = tl.where(divisor > 0, tl.div_rn(1.0, divisor), 0.0)
         value = tl.where(divisor > 0, tl.div_rn(value, divisor), value * 0.0)
     tl.store(scale_ptr, scale)
@@ -102,8 +122,18 @@ def _total(scratch_ptr, entries, partials, num_items_ptr, value_ptr, scale_ptr, 
 
 
 @triton.jit
-def finish(scratch_ptr, entries, loss, items, num_items_ptr, value_ptr, scale_ptr, REDUCTION: tl.constexpr):
-    """Hand in this program's part of the loss; the last program to do so adds all up."""
+def finish(
+    scratch_ptr,
+    entries,
+    loss,
+    items,
+    num_items_ptr,
+    value_ptr,
+    scale_ptr,
+    REDUCTION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Hand in this program's part of the loss and of the divisor (int32 if WHOLE); the last program adds all up."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if REDUCTION == NONE:
@@ -111,7 +141,10 @@ def finish(scratch_ptr, entries, loss, items, num_items_ptr, value_ptr, scale_pt
             tl.store(scale_ptr, 1.0)
     else:
         tl.store(plane(scratch_ptr, LOSS_PLANE, entries) + program, loss.to(tl.int32, bitcast=True))
-        tl.store(plane(scratch_ptr, ITEMS_PLANE, entries) + program, items)
+        if WHOLE:
+            tl.store(plane(scratch_ptr, ITEMS_PLANE, entries) + program, items)
+        else:
+            tl.store(plane(scratch_ptr, ITEMS_PLANE, entries) + program, items.to(tl.int32, bitcast=True))
         tl.debug_barrier()
         if tl.atomic_add(scratch_ptr, 1, sem="acq_rel") == programs - 1:
-            _total(scratch_ptr, entries, programs, num_items_ptr, value_ptr, scale_ptr, REDUCTION)
+            _total(scratch_ptr, entries, programs, num_items_ptr, value_ptr, scale_ptr, REDUCTION, WHOLE)

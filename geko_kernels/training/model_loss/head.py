@@ -125,7 +125,7 @@ class LossHead:
     """
 
     def __init__(self, head: nn.Linear) -> None:
-        self.head = head
+        self.layer = head
         self._forward = torch.compiler.disable(self._loss_of)  # the host has to see the row counts
         self._call: tuple[Any, ...] = ()
 
@@ -141,13 +141,13 @@ class LossHead:
         """Within, the head returns `weighted_linear_loss`; yields a list that gets its statistics."""
         found: list[SampleStats] = []
         self._call = labels, sample_ids, state, prompt, options, found
-        with _forward_of(self.head, self._forward):
+        with _forward_of(self.layer, self._forward):
             yield found
         self._call = ()
 
     def _loss_of(self, hidden: Tensor) -> Tensor:
         labels, sample_ids, state, prompt, options, found = self._call
-        arguments = (hidden, self.head.weight, fit_labels(labels, hidden, prompt), sample_ids, state)
-        loss, stats = weighted_linear_loss(*arguments, bias=self.head.bias, reduction="token_mean", **options)
+        arguments = (hidden, self.layer.weight, fit_labels(labels, hidden, prompt), sample_ids, state)
+        loss, stats = weighted_linear_loss(*arguments, bias=self.layer.bias, reduction="token_mean", **options)
         found.append(stats)
         return loss

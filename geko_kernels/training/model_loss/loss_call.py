@@ -38,6 +38,7 @@ def forward_loss(
     label_name: str = "labels",
     shifted: Tensor | None = None,
     num_items: Tensor | int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     forward_only: bool = False,
 ) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
@@ -48,12 +49,16 @@ def forward_loss(
         base: `model` without any wrapper; `form` and `head`: what was found for it.
         inputs: neither labels nor sample_ids.
         shifted: labels that a collator has shifted already, in the place of `labels`.
+        weights: `token_weights` beside the labels and `sample_weights`, or either.
         forward_only: a probe: no graph, and the state counts the visits all the same.
     """
     shift = form.shift and shifted is None
     if num_items is not None:  # 0 where a step has no label at all
-        num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
-    options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
+        num_items = torch.where(num_items > 0, num_items, 1) if isinstance(num_items, Tensor) else num_items or 1
+    options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True, **(weights or {})}
+    if weights and "token_weights" in weights and (form.prompt or shifted is not None):
+        what = "prompt tuning, whose logits have more positions" if form.prompt else "a collator's shift_labels"
+        raise ValueError(f"token_weights lie beside the labels and do not combine with {what}: leave out either")
     if forward_only:
         options["update"] = True
     targets = labels if shifted is None else shifted

@@ -1,0 +1,160 @@
+"""`token_weights` and `sample_weights` as columns of the training data: out of the items, into the batch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT_COLUMNS = ("token_weights", "sample_weights")
+
+
+def columns_beside(model: nn.Module) -> tuple[str, ...]:
+    """Those of `WEIGHT_COLUMNS` that `model` does not take itself; what it takes is its own, as with Trainer."""
+    own = inspect.signature(model.forward).parameters
+    return tuple(name for name in WEIGHT_COLUMNS if name not in own)
+
+
+def split_weights(
+    items: Sequence[Any], ids: Sequence[int], columns: Sequence[str]
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The items without `columns`, and the weights by column; a column that no item has is left out.
+
+    Raises:
+        ValueError: some items of the batch have a column and others have not; names one.
+    """
+    weights: dict[str, list[Any]] = {}
+    for name in columns:
+        has = [isinstance(item, Mapping) and item.get(name) is not None for item in items]
+        if not any(has):
+            continue
+        if not all(has):
+            raise ValueError(
+                f"{name} must be in every item of train_dataset or in none: sample {ids[has.index(True)]} has some, "
+                f"sample {ids[has.index(False)]} none"
+            )
+        weights[name] = [item[name] for item in items]
+    bare = [
+        {key: value for key, value in item.items() if key not in columns}
+        if isinstance(item, Mapping) and any(name in item for name in columns)
+        else item
+        for item in items
+    ]
+    return bare, weights
+
+
+def add_weights(
+    batch: MutableMapping[str, Any],
+    labels: Tensor,
+    items: Sequence[Any],
+    ids: Sequence[int],
+    weights: Mapping[str, Sequence[Any]],
+    label_names: Sequence[str],
+    packed_by_collator: bool,
+) -> None:
+    """Add `weights` to a batch with sample_ids, as `weighted_loss` takes them: token weights padded with 0.
+
+    Args: labels: those of the batch, as the collator made them; items, ids: what it made them of; packed_by_collator:
+        it joined rows in a way of its own.
+    Raises:
+        ValueError: values that are no finite numbers of 0 or more, or no telling which token a weight belongs to.
+    """
+    taken = [name for name in weights if name in batch]
+    if taken:
+        raise ValueError(f"the data collator returns {taken}, which the items have as well: give them once")
+    sample_ids = batch["sample_ids"]
+    if "sample_weights" in weights:
+        values = torch.tensor([_number(value, i) for value, i in zip(weights["sample_weights"], ids, strict=True)])
+        if sample_ids.dim() > 1:
+            values = _by_token(values, ids, sample_ids)
+        batch["sample_weights"] = values
+    if "token_weights" in weights:
+        rows = [_numbers(row, i) for row, i in zip(weights["token_weights"], ids, strict=True)]
+        if labels.dim() != 2 or packed_by_collator:
+            why = "packs rows in a way of its own" if packed_by_collator else f"made labels {tuple(labels.shape)}"
+            raise ValueError(
+                f"token_weights weigh labels of one a token, (B, S), and the data collator {why}: give sample_weights, "
+                "one number a sample"
+            )
+        batch["token_weights"] = _placed(rows, batch, labels, items, ids, label_names)
+
+
+def _number(value: Any, sample: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sample_weights must be one number an item, sample {sample} has {value!r}") from error
+    if not 0 <= number < math.inf:
+        raise ValueError(f"sample_weights must be finite numbers of 0 or more, sample {sample} has {number}")
+    return number
+
+
+def _numbers(values: Any, sample: int) -> Tensor:
+    """(L,) float32."""
+    row = torch.as_tensor(values, dtype=torch.float32)
+    if row.dim() != 1:
+        raise ValueError(f"token_weights must be a list of numbers an item, sample {sample} has shape {(*row.shape,)}")
+    bad = ~((row >= 0) & (row < math.inf))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"token_weights must be finite numbers of 0 or more, sample {sample} has {float(row[at])} at {at}"
+        )
+    return row
+
+
+def _by_token(values: Tensor, ids: Sequence[int], sample_ids: Tensor) -> Tensor:
+    """(B, S): the value of each token's sample, 0 for padding."""
+    spread = torch.zeros(sample_ids.shape)
+    for value, i in zip(values, ids, strict=True):
+        spread[sample_ids == i] = value
+    return spread
+
+
+def _placed(
+    rows: Sequence[Tensor],
+    batch: Mapping[str, Any],
+    labels: Tensor,
+    items: Sequence[Any],
+    ids: Sequence[int],
+    label_names: Sequence[str],
+) -> Tensor:
+    """(B, S), each item's weights where its labels are."""
+    joined = labels.shape[0] != len(items)  # end to end, by their input_ids as the sample ids are
+    name = next((name for name in label_names if items[0].get(name) is not None and not joined), "input_ids")
+    lacking = next((i for item, i in zip(items, ids, strict=True) if item.get(name) is None), None)
+    if lacking is not None:
+        raise ValueError(f"token_weights must be as long as {name}, which sample {lacking} has not")
+    own = [torch.as_tensor(item[name]) for item in items]
+    for row, tokens, i in zip(rows, own, ids, strict=True):
+        if row.shape != tokens.shape:
+            raise ValueError(
+                f"token_weights must be as long as {name}: sample {i} has {len(row)} of them and {name} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+    placed = torch.zeros(labels.shape)
+    if joined:
+        end_to_end = torch.cat(list(rows))
+        placed[0, : len(end_to_end)] = end_to_end
+        return placed
+    made = labels if name in label_names else torch.as_tensor(batch[name])
+    for left in (False, True):
+        spans = [_span(len(row), labels.shape[1], left) for row in rows]
+        if made.shape == labels.shape and all(
+            made[k, span].equal(tokens) for k, (span, tokens) in enumerate(zip(spans, own, strict=True))
+        ):
+            for k, (span, row) in enumerate(zip(spans, rows, strict=True)):
+                placed[k, span] = row
+            return placed
+    raise ValueError(
+        f"the data collator made {name} of shape {tuple(made.shape)} that are not the items' own with padding on one "
+        "side, so it is unknown which token a weight of token_weights belongs to: let it leave them as they are"
+    )
+
+
+def _span(length: int, room: int, left: bool) -> slice:
+    return slice(room - length, room) if left else slice(length)
