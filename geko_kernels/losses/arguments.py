@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from geko_kernels.reference.layout import layout
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState, raise_flagged
 
+ReductionName = Literal["none", "mean", "token_mean", "sum"]
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
 _FLOAT32 = torch.finfo(torch.float32)
 _IN_RANGE = f"in float32's range, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from geko_kernels import ops
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    ReductionName,
     check_batch,
     check_flag,
     check_head,
@@ -23,7 +24,7 @@ from geko_kernels.losses.arguments import (
 from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, link, once
 from geko_kernels.losses.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import Visits, table_of
+from geko_kernels.losses.logits import SampleStats, Visits, table_of
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
@@ -180,6 +181,50 @@ def _unpadded(gradients: HeadGradients, head: Head) -> Gradients:
     )
 
 
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    reduction: ReductionName = ...,
+    shift: bool = ...,
+    ignore_index: int = ...,
+    num_items: int | float | Tensor | None = ...,
+    softcap: float | None = ...,
+    token_weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    update: bool | None = ...,
+    return_stats: Literal[False] = ...,
+    chunk_mib: int | float | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    reduction: ReductionName = ...,
+    shift: bool = ...,
+    ignore_index: int = ...,
+    num_items: int | float | Tensor | None = ...,
+    softcap: float | None = ...,
+    token_weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    update: bool | None = ...,
+    return_stats: Literal[True],
+    chunk_mib: int | float | None = ...,
+) -> tuple[Tensor, SampleStats]: ...
+
+
 @torch.compiler.disable
 def weighted_linear_loss(
     hidden: Tensor,
@@ -189,7 +234,7 @@ def weighted_linear_loss(
     state: SampleState | None = None,
     *,
     bias: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     shift: bool = False,
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
@@ -199,7 +244,7 @@ def weighted_linear_loss(
     update: bool | None = None,
     return_stats: bool = False,
     chunk_mib: int | float | None = None,
-) -> Any:  # as `weighted_loss`
+) -> Tensor | tuple[Tensor, SampleStats]:
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from geko_kernels import ops
 from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    ReductionName,
     check_batch,
     check_flag,
     check_inplace,
@@ -160,13 +161,53 @@ def _check_single(grad_output: Tensor) -> None:
         )
 
 
+@overload
+def weighted_loss(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    reduction: ReductionName = ...,
+    shift: bool = ...,
+    ignore_index: int = ...,
+    num_items: int | float | Tensor | None = ...,
+    softcap: float | None = ...,
+    token_weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    update: bool | None = ...,
+    return_stats: Literal[False] = ...,
+    inplace: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_loss(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    reduction: ReductionName = ...,
+    shift: bool = ...,
+    ignore_index: int = ...,
+    num_items: int | float | Tensor | None = ...,
+    softcap: float | None = ...,
+    token_weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    update: bool | None = ...,
+    return_stats: Literal[True],
+    inplace: bool = ...,
+) -> tuple[Tensor, SampleStats]: ...
+
+
 def weighted_loss(
     logits: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None = None,
     state: SampleState | None = None,
     *,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     shift: bool = False,
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
@@ -176,7 +217,7 @@ def weighted_loss(
     update: bool | None = None,
     return_stats: bool = False,
     inplace: bool = False,
-) -> Any:  # a union would make every typed caller narrow it before backward()
+) -> Tensor | tuple[Tensor, SampleStats]:
     """Cross-entropy of each sample times the weight of its bucket; updates `state` as a side effect.
 
     With `l = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(B, S)`, `l_i` the
