@@ -51,6 +51,11 @@ class GEKOConfig:
             mislabelled. Below 3,600 samples the threshold grows by sqrt(3600 / N); at three times the threshold a third
             of the margin suffices.
         noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
+        auto_stop: the run finds its own length, `num_train_epochs` (or `max_steps`) being the most: a constant rate
+            after the warm-up, samples held back and looked at with averaged weights, and at the end those of the best
+            point; see docs/length.md. Not with `use_curriculum` nor `spend_saved`, which need to know the length.
+        auto_measure: what is best there: "loss", or "accuracy", the share of the held-back samples whose every token
+            is right.
 
     Raises:
         ValueError, TypeError: a field outside its range or of the wrong kind, by name.
@@ -79,6 +84,8 @@ class GEKOConfig:
     noise_guard_margin: float = 3.0
     noise_guard_min_share: float = 0.05
     noise_guard_share: float = 0.4
+    auto_stop: bool = False
+    auto_measure: str = "loss"
 
     def __post_init__(self) -> None:
         for name in ("freeze_confidence", "freeze_quality", "focus_confidence", "correct_accuracy", "q_value_lr"):
@@ -98,12 +105,19 @@ class GEKOConfig:
             )
         self._check_choice("correctness", ("loss", "accuracy"))
         self._check_choice("quality", ("rise", "std"))
-        for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard"):
+        for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard", "auto_stop"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_integer("noise_guard_visits", 2, 5, "from 2 to 5 (the losses kept per sample)")
         self._check_integer("light_interval", 1, 64, "from 1 to 64")
         self._check_weights()
+        self._check_choice("auto_measure", ("loss", "accuracy"))
+        for name in ("use_curriculum", "spend_saved"):
+            if self.auto_stop and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be False with auto_stop=True, got True: it goes by the run's length, which such a "
+                    "run finds only at its end"
+                )
 
     def _check_integer(self, name: str, low: int, high: int, allowed: str) -> None:
         value = getattr(self, name)
@@ -150,6 +164,11 @@ class GEKOConfig:
             use_curriculum=False,
             uniform_finish=0.0,
         )
+
+    @classmethod
+    def auto(cls, **changes: Any) -> GEKOConfig:
+        """`recommended()` with `auto_stop`: the run finds its own length, and ends with the averaged weights of it."""
+        return cls.recommended(**{"auto_stop": True, **changes})
 
     @classmethod
     def original(cls, **changes: Any) -> GEKOConfig:

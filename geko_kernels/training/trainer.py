@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
 from geko_kernels.config import GEKOConfig
+from geko_kernels.losses.logits import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
@@ -80,6 +81,7 @@ class GEKOMixin(EvaluationMixin):
         self._forget_model()
 
     def _check_arguments(self) -> None:
+        self._check_stopping()
         if self.compute_loss_func is not None:
             raise ValueError("GEKOTrainer computes the loss itself: compute_loss_func cannot be used with it")
         if self.label_smoother is not None:
@@ -112,10 +114,9 @@ class GEKOMixin(EvaluationMixin):
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
-        return self._id_dataloader(self._train_batch_size, self._get_train_sampler)
+        return self._id_dataloader(self._train_batch_size, self._get_train_sampler, self.train_dataset)
 
-    def _id_dataloader(self, batch_size: int, sampler_fn: Any) -> DataLoader:
-        dataset = self.train_dataset
+    def _id_dataloader(self, batch_size: int, sampler_fn: Any, dataset: Any) -> DataLoader:
         if hasattr(dataset, "remove_columns"):  # a datasets.Dataset: columns that nobody reads are not decoded
             dataset = self._remove_unused_columns(dataset, description="training")
         return self._get_dataloader(IdDataset(dataset), _TRAINING, batch_size, sampler_fn, is_training=True)
@@ -241,7 +242,12 @@ class GEKOMixin(EvaluationMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _forward_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        probe: bool = False,
+        update: bool = True,
     ) -> ModelLoss:
         inputs = dict(inputs)
         name = label_of(inputs, self.label_names) or "labels"
@@ -257,7 +263,7 @@ class GEKOMixin(EvaluationMixin):
             inputs,
             labels,
             sample_ids,
-            None if sample_ids is None else self.sample_state,
+            self.sample_state if sample_ids is not None and update else None,
             label_name=name,
             shifted=shifted,
             num_items=num_items,
@@ -269,12 +275,18 @@ class GEKOMixin(EvaluationMixin):
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
+        for _ in self._forwards(model, ids, self.train_dataset):
+            pass
+
+    def _forwards(self, model: nn.Module, ids: Tensor, dataset: Any, update: bool = True) -> Iterator[SampleStats]:
+        """What each forward-only batch of the items `ids` of `dataset` gave; without `update` no state counts it."""
         batch = getattr(self.args, "probe_batch_size", None) or 4 * self._train_batch_size
-        loader = self._id_dataloader(batch, lambda _: PaddedIds(ids, batch * self.args.world_size))
+        loader = self._id_dataloader(batch, lambda _: PaddedIds(ids, batch * self.args.world_size), dataset)
         model.eval()
         for inputs in loader:
             with self.compute_loss_context_manager():
-                self._forward_loss(model, self._prepare_inputs(inputs), None, probe=True)
+                outcome = self._forward_loss(model, self._prepare_inputs(inputs), None, probe=True, update=update)
+            yield outcome.stats
         self.accelerator._dataloaders.remove(loader)
 
     # Figures
@@ -324,6 +336,7 @@ class GEKOMixin(EvaluationMixin):
         sampler = self._planned()
         skipped = getattr(self.train_dataset, "skipped_rows", ())
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
+        summary.update(self._stopping_report(skipped))
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, summary)

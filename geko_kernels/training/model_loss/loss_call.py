@@ -39,6 +39,7 @@ def forward_loss(
     shifted: Tensor | None = None,
     num_items: Tensor | int | None = None,
     forward_only: bool = False,
+    update: bool = True,
 ) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
 
@@ -48,14 +49,14 @@ def forward_loss(
         base: `model` without any wrapper; `form` and `head`: what was found for it.
         inputs: neither labels nor sample_ids.
         shifted: labels that a collator has shifted already, in the place of `labels`.
-        forward_only: a probe: no graph, and the state counts the visits all the same.
+        forward_only: a probe: no graph, and the state counts the visits all the same, if `update`.
     """
     shift = form.shift and shifted is None
     if num_items is not None:  # 0 where a step has no label at all
         num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True}
     if forward_only:
-        options["update"] = True
+        options["update"] = update and state is not None
     targets = labels if shifted is None else shifted
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:

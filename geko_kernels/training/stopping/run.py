@@ -1,0 +1,78 @@
+"""Where a run that finds its own length stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from geko_kernels.training.report.summary import row_of
+from geko_kernels.training.stopping.average import WeightAverage
+from geko_kernels.training.stopping.looked_at import LookedAt
+from geko_kernels.training.stopping.rule import StopRule
+
+LOOKS = 4  # an epoch
+_COOLDOWN = 0.25  # last share of a run that learns by heart, over which its rate falls
+_PLAIN = ("quarters", "stepped", "looked", "ended", "by_heart")
+
+
+@dataclass
+class StoppingRun:
+    """The average, the rule and what is looked at."""
+
+    average: WeightAverage | None  # None once the run is known to learn by heart, and after its end
+    rule: StopRule
+    held: Tensor  # (n,) int64: held back from training
+    at: LookedAt | None
+    quarters: int = 0  # of an epoch that have passed
+    stepped: int = 0  # the last step that the average has taken in
+    looked: int = -1  # and the last one looked at
+    ended: bool = False  # by the rule
+    by_heart: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, beside the average."""
+        return {"rule": self.rule.state_dict(), "held": self.held.tolist(), **{n: getattr(self, n) for n in _PLAIN}}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.rule.load_state_dict(values["rule"])
+        for name in _PLAIN:
+            setattr(self, name, values[name])
+        if self.by_heart:
+            self.average = None
+
+    def report(self, skipped_rows: Sequence[int]) -> dict[str, Any]:
+        """What `geko_report.json` says of it."""
+        rule = self.rule
+        return {
+            "why": self.why(),
+            "ended": self.ended,
+            "by_heart": self.by_heart,
+            "measure": rule.measure,
+            "kept": None if self.by_heart else rule.kept,
+            "curve": [dict(zip(("epoch", "loss", "accuracy"), point, strict=True)) for point in rule.curve],
+            "looked_at": None if self.at is None else self.at.source,
+            "swap_test": self.at is not None and self.at.swapped is not None,
+            "held_back": [row_of(sample, skipped_rows) for sample in self.held.tolist()],
+        }
+
+    def why(self) -> str:
+        if self.at is None:
+            return "There was nothing to look at, so the run went to its end; the weights are its average there."
+        if self.by_heart:
+            return f"{self.rule.why()} The samples held back were trained too, and the weights are those of the end."
+        return self.rule.why()
+
+
+def constant_rate(optimizer: Optimizer, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]) -> Any:
+    """A rate that rises over `warmup` steps and stays; where `falls()`, it is 0 at the end of the run's last quarter."""
+
+    def factor(step: int) -> float:
+        rises = min(1.0, step / warmup) if warmup else 1.0
+        return rises * min(1.0, (1 - progress()) / _COOLDOWN) if falls() else rises
+
+    return LambdaLR(optimizer, factor)
