@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from geko_kernels.losses.logits import SampleStats
 from geko_kernels.training.model_loss.untouched import RandomNumbers
+from geko_kernels.training.checkpoint import STATE_NAME
 from geko_kernels.training.planned import PlannedMixin
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping.average import WeightAverage
@@ -51,7 +52,7 @@ class StoppingMixin(PlannedMixin):
 
     def _load(self, checkpoint: str) -> None:
         written = is_of_auto_stop(checkpoint)
-        if written != self.config.auto_stop:
+        if written != self.config.auto_stop and (Path(checkpoint) / STATE_NAME).is_file():
             raise ResumeError(
                 f"{checkpoint} was written with auto_stop={written}, this run has auto_stop={not written}: resume with "
                 "the setting that the run was started with, or load the model from the checkpoint and start a new run"
@@ -169,13 +170,14 @@ class StoppingMixin(PlannedMixin):
         return super()._finalize_training(*args, **named)
 
     def _take_kept(self, run: StoppingRun) -> None:
-        """The kept weights become the model's, those of the end where nothing was looked at."""
+        """The kept weights become the model's; the average of the end where no look can be believed."""
         average = run.average
         assert average is not None
         values = average.values
-        if run.rule.kept is not None and self._writes:
+        if run.kept is not None and self._writes:
             values = [value.to(own.device) for value, own in zip(load_values(self._kept, average), values, strict=True)]
-            self._kept.unlink()
+        if self._writes:
+            self._kept.unlink(missing_ok=True)
         if self._several and self._shard is None:
             for value in values:
                 dist.broadcast(value, 0)

@@ -34,6 +34,11 @@ class StoppingRun:
     ended: bool = False  # by the rule
     by_heart: bool = False
 
+    @property
+    def kept(self) -> int | None:
+        """The number of the look whose weights the run ends with; None: those of its end."""
+        return self.rule.kept if self.rule.armed and not self.by_heart else None
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON, beside the average."""
         return {"rule": self.rule.state_dict(), "held": self.held.tolist(), **{n: getattr(self, n) for n in _PLAIN}}
@@ -53,7 +58,7 @@ class StoppingRun:
             "ended": self.ended,
             "by_heart": self.by_heart,
             "measure": rule.measure,
-            "kept": None if self.by_heart else rule.kept,
+            "kept": self.kept,
             "curve": [dict(zip(("epoch", "loss", "accuracy"), point, strict=True)) for point in rule.curve],
             "looked_at": None if self.at is None else self.at.source,
             "swap_test": self.at is not None and self.at.swapped is not None,
@@ -65,7 +70,7 @@ class StoppingRun:
             return "There was nothing to look at, so the run went to its end; the weights are its average there."
         if self.by_heart:
             return f"{self.rule.why()} The samples held back were trained too, and the weights are those of the end."
-        return self.rule.why()
+        return self.rule.why() if self.rule.armed else f"{self.rule.why()} The weights are its average there."
 
 
 def constant_rate(optimizer: Optimizer, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]) -> Any:
