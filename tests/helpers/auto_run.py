@@ -90,12 +90,15 @@ def report_of(trainer: gk.GEKOTrainer) -> dict[str, Any]:
 def train_and_tell(out: Path, name: str, shard: bool = False, **fields: Any) -> None:
     """Train on noisy samples with plain SGD, whose rounding stays small, and write what has come of it."""
     options = {"optim": "sgd", "learning_rate": 1.0, "per_device_train_batch_size": 10 // WORLD, "max_steps": 60}
+    options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
     several = {"ddp_backend": "gloo"} if WORLD > 1 else {}
     if shard and WORLD > 1:
         wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         several |= {"fsdp": True, "fsdp_config": {**wrap, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-        AcceleratorState._reset_state(True)  # as in distributed_run.py
-        _ = arguments(out / name, **several).device
+        AcceleratorState._reset_state(True)
+    args = arguments(out / name, **{**options, **several, **fields})
+    if shard and WORLD > 1:  # as in distributed_run.py
+        _ = args.device
         PartialState().distributed_type = DistributedType.MULTI_GPU
     looks: list[list[float]] = []
     add = StopRule.add
@@ -107,7 +110,8 @@ def train_and_tell(out: Path, name: str, shard: bool = False, **fields: Any) -> 
 
     StopRule.add = remembered  # type: ignore[method-assign]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    trainer = auto_trainer(out / name, noisy(400), tiny_llama(**sizes), **{**options, **several, **fields})
+    config = gk.GEKOConfig.uniform(auto_stop=True)
+    trainer = gk.GEKOTrainer(tiny_llama(**sizes), args, train_dataset=noisy(400), config=config)
     trainer.train()
     StopRule.add = add  # type: ignore[method-assign]
     run = trainer._stopping
@@ -119,9 +123,9 @@ def train_and_tell(out: Path, name: str, shard: bool = False, **fields: Any) -> 
         "ended": run.ended,
         "held": run.held.tolist(),
         "steps": trainer.state.global_step,
+        "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": weights(trainer.model).tolist(),
         "evaluated": trainer.evaluate(noisy(40, seed=1))["eval_loss"],
-        "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "files": sorted(path.name for path in (out / name).glob("geko_kept*")),
     }
     (out / f"{name}-{RANK}.json").write_text(json.dumps(values))
@@ -133,8 +137,8 @@ def main() -> None:
     with few_samples():
         train_and_tell(Path(sys.argv[1]), "swaps")
         looked_at._FEW_PAIRS, rule.EARLIEST, rule.PATIENCE = 1000, 0.5, 0.25  # no swap test, and hardly any patience
-        train_and_tell(Path(sys.argv[1]), "stops")
-        train_and_tell(Path(sys.argv[1]), "fsdp2", shard=True)
+        train_and_tell(Path(sys.argv[1]), "stops", learning_rate=2.0)
+        train_and_tell(Path(sys.argv[1]), "fsdp2", shard=True, learning_rate=2.0)
     if dist.is_initialized():
         dist.barrier()
         os._exit(0)  # as in distributed_run.py
