@@ -87,7 +87,7 @@ def report_of(trainer: gk.GEKOTrainer) -> dict[str, Any]:
     return json.loads(Path(trainer.args.output_dir, "geko_report.json").read_text())
 
 
-def train_and_tell(out: Path, name: str, shard: bool = False, **fields: Any) -> None:
+def train_and_tell(out: Path, name: str, shard: bool = False, resume: str | None = None, **fields: Any) -> None:
     """Train on noisy samples with plain SGD, whose rounding stays small, and write what has come of it."""
     options = {"optim": "sgd", "learning_rate": 1.0, "per_device_train_batch_size": 10 // WORLD, "max_steps": 60}
     options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
@@ -112,7 +112,7 @@ def train_and_tell(out: Path, name: str, shard: bool = False, **fields: Any) -> 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = gk.GEKOConfig.uniform(auto_stop=True)
     trainer = gk.GEKOTrainer(tiny_llama(**sizes), args, train_dataset=noisy(400), config=config)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     StopRule.add = add  # type: ignore[method-assign]
     run = trainer._stopping
     assert run is not None
@@ -139,6 +139,10 @@ def main() -> None:
         looked_at._FEW_PAIRS, rule.EARLIEST, rule.PATIENCE = 1000, 0.5, 0.25  # no swap test, and hardly any patience
         train_and_tell(Path(sys.argv[1]), "stops", learning_rate=2.0)
         train_and_tell(Path(sys.argv[1]), "fsdp2", shard=True, learning_rate=2.0)
+        saved = {"optim": "adamw_torch", "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 23}
+        checkpoint = str(Path(sys.argv[1], "saved", "checkpoint-23"))
+        train_and_tell(Path(sys.argv[1]), "saved", shard=True, **saved)
+        train_and_tell(Path(sys.argv[1]), "resumed", shard=True, resume=checkpoint, **saved)
     if dist.is_initialized():
         dist.barrier()
         os._exit(0)  # as in distributed_run.py

@@ -159,6 +159,9 @@ def test_only_with_the_setting_that_it_was_started_with(whole, tmp_path):
         auto_trainer(tmp_path, config=gk.GEKOConfig.uniform()).train(resume_from_checkpoint=checkpoint)
     plain = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(), max_steps=2, save_strategy="steps", save_steps=2)
     plain.train()
+    other = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(auto_stop=True, auto_measure="accuracy"))
+    with pytest.raises(ResumeError, match="auto_measure was 'loss', is 'accuracy': the kept weights are the best by"):
+        other.train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ResumeError, match="written with auto_stop=False, this run has auto_stop=True"):
         auto_trainer(tmp_path).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
 
@@ -188,6 +191,8 @@ def test_evaluation_sees_the_averaged_weights_and_the_best_is_loaded(tmp_path):
         torch.testing.assert_close(values.double(), raw.averaged(9 * number), rtol=1e-4, atol=1e-5)
     step = trainer.state.best_global_step
     torch.testing.assert_close(weights(trainer.model).double(), raw.averaged(step), rtol=1e-4, atol=1e-5)
+    report = report_of(trainer)["stopping"]
+    assert report["kept"] is None and "load_best_model_at_end put the best checkpoint's weights" in report["why"]
     assert trainer.evaluate(held)["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 

@@ -32,6 +32,7 @@ def one_thread(reference):
         ({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, ("row", [5, 6], [7])),
         ({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, ("row", [], [5, 6])),
         ({"input_ids": [5, 6], "label": 3}, ("label", [5, 6], [3])),
+        ({"input_ids": [5, 6], "label": "cat"}, ("label", [5, 6], ["cat"])),
         ({"input_ids": [5, 6], "labels": torch.tensor(3)}, ("label", [5, 6], [3])),
         ({"input_ids": [5, 6], "labels": [8, 9, -100]}, ("label", [5, 6], [8, 9])),
         ({"input_ids": [5, 6], "labels": [1, -100]}, ("aligned", [5, 6], [1, -100])),

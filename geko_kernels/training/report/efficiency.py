@@ -48,9 +48,9 @@ JSON: NaN and infinity are null. A dict of:
     most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
-    stopping           only with `auto_stop`: {"why": a sentence, "ended": by the rule, "by_heart", "measure", "kept": the
-                       number of the look whose weights the model has, None for those of the end, "curve": a dict a
-                       look of "epoch", "loss" and "accuracy" of the averaged weights, "looked_at": "held_back",
+    stopping           only with `auto_stop`: {"why": a sentence, "ended": by the rule, "by_heart", "measure", "kept":
+                       the number of the look whose weights the model has, None for those of the end, "curve": a dict
+                       a look of "epoch", "loss" and "accuracy" of the averaged weights, "looked_at": "held_back",
                        "eval_dataset" or None, "swap_test": could it be made, "held_back": ids}
     num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
 """

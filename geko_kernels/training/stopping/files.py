@@ -54,7 +54,13 @@ def load_run(folder: Path, shard: int | None, average: WeightAverage, kept: Path
     Raises:
         ValueError, FileNotFoundError: a file is missing or damaged, or of other parameters; names it.
     """
-    columns, about = load_tensors(path_of(folder, AVERAGE, shard), _FORMAT, "GEKOTrainer")
+    path = path_of(folder, AVERAGE, shard)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {path.name}: with auto_stop a sharded run goes on with as many processes as it was "
+            "started with, sharded alike"
+        )
+    columns, about = load_tensors(path, _FORMAT, "GEKOTrainer")
     rest = json.loads(about["rest"])
     if rest["by_heart"]:
         return rest

@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
     kind: str  # "row": the labels are the row's own tokens; "label": they are apart; "aligned": one for each token
     prompt: list[int]  # tokens before the first trained one; all where the labels are not the row's tokens
-    answer: list[int]  # trained tokens, or the label
+    answer: list[Any]  # trained tokens, or the label
 
 
 class Beginning(NamedTuple):
@@ -30,7 +30,7 @@ class Beginning(NamedTuple):
 
     kind: str  # of `Parts`, "" for an item without tokens
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answer: tuple[Any, ...]
     group: Hashable
 
 
@@ -51,7 +51,8 @@ def parts_of(item: Any, label_names: Sequence[str] = ()) -> Parts | None:
     else:
         labels = _as_list(item[name])
         if labels is None:
-            return Parts("label", tokens, [int(item[name])])
+            label = item[name].tolist() if isinstance(item[name], (Tensor, np.generic)) else item[name]
+            return Parts("label", tokens, [label if isinstance(label, int) else str(label)])
     assert labels is not None
     if len(labels) != len(tokens):
         return Parts("label", tokens, [label for label in labels if label != IGNORED])
@@ -77,6 +78,7 @@ def with_answer(item: Mapping[str, Any], other: Mapping[str, Any], label_names: 
         return None
     name = label_key(item, label_names)
     if mine.kind == "label":
+        assert name is not None
         apart = {key: value for key, value in other.items() if key.startswith("decoder_")}
         return {**item, **apart, name: other[name]}
     rows = item["input_ids"], other["input_ids"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
     if total < FEWEST:
         return torch.empty(0, dtype=torch.int64)
     first = dataset[0]
-    if parts_of(first, args.label_names or ()) is None and not (isinstance(first, dict) and GROUPS in first):
+    if parts_of(first, args.label_names or ()) is None and not (isinstance(first, Mapping) and GROUPS in first):
         return hold_back(range(total), how_many(total), seed)  # reading images would take long and tell nothing
     rows = list(read(dataset, range(total), args, BeginningOf(args.label_names or ())))
     prompts = [row.prompt if row.kind else ("item", number) for number, row in enumerate(rows)]

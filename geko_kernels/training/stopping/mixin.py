@@ -10,16 +10,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 from geko_kernels.losses.logits import SampleStats
-from geko_kernels.training.model_loss.untouched import RandomNumbers
 from geko_kernels.training.checkpoint import STATE_NAME
+from geko_kernels.training.model_loss.untouched import RandomNumbers
 from geko_kernels.training.planned import PlannedMixin
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping.average import WeightAverage
-from geko_kernels.training.stopping.files import KEPT, is_of_auto_stop, load_run, load_values, path_of
-from geko_kernels.training.stopping.files import save_run, save_values
+from geko_kernels.training.stopping.files import (
+    KEPT,
+    is_of_auto_stop,
+    load_run,
+    load_values,
+    path_of,
+    save_run,
+    save_values,
+)
 from geko_kernels.training.stopping.items import WithoutGroups
 from geko_kernels.training.stopping.looked_at import FEWEST, Swapped, looked_at, sentinels
 from geko_kernels.training.stopping.rule import Look, StopRule
@@ -68,9 +76,10 @@ class StoppingMixin(PlannedMixin):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`; with `auto_stop` the rate is constant after the warm-up."""
         args = self.args
-        if self.config.auto_stop and self.lr_scheduler is not None:
+        given: Any = self.lr_scheduler
+        if self.config.auto_stop and given is not None:
             logger.warning(
-                f"auto_stop: the {type(self.lr_scheduler).__name__} that was given is kept. A rate that falls by a "
+                f"auto_stop: the {type(given).__name__} that was given is kept. A rate that falls by a "
                 "horizon ends with the run's most, which auto_stop may not reach."
             )
         elif self.config.auto_stop:
@@ -289,11 +298,17 @@ class StoppingMixin(PlannedMixin):
         return path_of(self._get_output_dir(trial=self._trial), KEPT, self._shard)
 
     def _stopping_report(self, skipped_rows: Sequence[int]) -> dict[str, Any]:
-        return {} if self._stopping is None else {"stopping": self._stopping.report(skipped_rows)}
+        if self._stopping is None:
+            return {}
+        report = self._stopping.report(skipped_rows)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            report["why"] += " Then load_best_model_at_end put the best checkpoint's weights in their place."
+            report["kept"] = None
+        return {"stopping": report}
 
 
 def _reshard(model: nn.Module) -> None:
     """Let FSDP2 forget the parameters that it has gathered, so that it gathers them anew from what the shards hold."""
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from geko_kernels.training.report.summary import row_of
+from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.looked_at import LookedAt
 from geko_kernels.training.stopping.rule import StopRule
@@ -44,6 +45,12 @@ class StoppingRun:
         return {"rule": self.rule.state_dict(), "held": self.held.tolist(), **{n: getattr(self, n) for n in _PLAIN}}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        before = values["rule"]["measure"]
+        if before != self.rule.measure:
+            raise ResumeError(
+                f"auto_measure was {before!r}, is {self.rule.measure!r}: the kept weights are the best by the first, "
+                "so resume with that"
+            )
         self.rule.load_state_dict(values["rule"])
         for name in _PLAIN:
             setattr(self, name, values[name])
@@ -73,11 +80,14 @@ class StoppingRun:
         return self.rule.why() if self.rule.armed else f"{self.rule.why()} The weights are its average there."
 
 
-def constant_rate(optimizer: Optimizer, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]) -> Any:
-    """A rate that rises over `warmup` steps and stays; where `falls()`, it is 0 at the end of the run's last quarter."""
+def constant_rate(
+    optimizer: Optimizer | None, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]
+) -> LambdaLR:
+    """A rate that rises over `warmup` steps and stays; where `falls()`, it falls to 0 over the run's last quarter."""
 
     def factor(step: int) -> float:
         rises = min(1.0, step / warmup) if warmup else 1.0
         return rises * min(1.0, (1 - progress()) / _COOLDOWN) if falls() else rises
 
+    assert optimizer is not None
     return LambdaLR(optimizer, factor)
