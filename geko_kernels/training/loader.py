@@ -85,6 +85,8 @@ class GEKOLoader:
         _check_int("num_workers", num_workers, 0)
         if config is not None and not isinstance(config, GEKOConfig):
             raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        if config is not None and config.auto_stop:
+            raise ValueError("config.auto_stop must be False, got True: GEKOLoader cannot end a loop, use GEKOTrainer")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__name__}")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

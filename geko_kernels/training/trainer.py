@@ -375,6 +375,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
       in a warning, with what they change.
     - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
+    - `GEKOConfig.auto()`: the run finds its own length and ends with averaged weights, see docs/length.md.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
