@@ -90,7 +90,8 @@ class StoppingMixin(PlannedMixin):
                     "replaced by 'constant_with_warmup'."
                 )
             warmup = 0 if kind == "constant" else args.get_warmup_steps(self._standard.epoch_steps)
-            self.lr_scheduler = constant_rate(optimizer or self.optimizer, warmup, self._cools_down, self._progress)
+            given = constant_rate(optimizer or self.optimizer, warmup, self._cools_down, self._progress)
+            self.lr_scheduler = given
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -125,9 +126,9 @@ class StoppingMixin(PlannedMixin):
         numbers.restore()
         if run.at is None:
             logger.warning(
-                f"auto_stop: train_dataset has {len(self.train_dataset)} samples, of fewer than {FEWEST:,} none are "
-                "held back, and there is no eval_dataset with a length to look at: the run trains to its end, and "
-                "ends with the averaged weights."
+                f"auto_stop: of the {len(self.train_dataset):,} samples of train_dataset none is held back (that takes "
+                f"{FEWEST:,}, in groups of less than a twentieth), and there is no eval_dataset with a length to look "
+                "at: the run trains to its end, and ends with the averaged weights."
             )
         elif run.at.swapped is None:
             run.rule.armed = True
