@@ -240,10 +240,8 @@ def test_few_samples_without_evaluation_data_train_to_the_end(tmp_path, caplog):
     assert report["why"] == (
         "There was nothing to look at, so the run went to its end; the weights are its average there."
     )
-    told = (
-        "auto_stop: of the 90 samples of train_dataset none is held back (that takes 2,000, in groups of less than a "
-    )
-    assert caplog.text.count(told + "twentieth), and there is no eval_dataset with a length to look at: the run") == 1
+    told = "auto_stop: of the 90 samples of train_dataset none is held back (that takes 2,000, in groups of less than "
+    assert caplog.text.count(told + "a twentieth), and there is no eval_dataset with a length to look at: the run") == 1
 
 
 def test_what_is_learnt_by_heart_is_trained_to_its_end_and_cooled_down(tmp_path):
