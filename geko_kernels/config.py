@@ -59,6 +59,11 @@ class GEKOConfig:
             that is longer is refused. None counts samples.
         probe_batch_size: samples in one forward-only probe batch of a device, with packing packed rows; None means 4
             times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many.
+        auto_stop: the run finds its own length, `num_train_epochs` (or `max_steps`) being the most: a constant rate
+            after the warm-up, samples held back and looked at with averaged weights, and at the end those of the best
+            point; see docs/length.md. Not with `use_curriculum` nor `spend_saved`, which need to know the length.
+        auto_measure: what is best there: "loss", or "accuracy", the share of the held-back samples whose every token
+            is right.
 
     Raises:
         ValueError, TypeError: a field outside its range or of the wrong kind, by name.
@@ -89,6 +94,8 @@ class GEKOConfig:
     noise_guard_share: float = 0.4
     batch_tokens: int | None = None
     probe_batch_size: int | None = None
+    auto_stop: bool = False
+    auto_measure: str = "loss"
 
     def __post_init__(self) -> None:
         for name in ("freeze_confidence", "freeze_quality", "focus_confidence", "correct_accuracy", "q_value_lr"):
@@ -108,13 +115,20 @@ class GEKOConfig:
             )
         self._check_choice("correctness", ("loss", "accuracy"))
         self._check_choice("quality", ("rise", "std"))
-        for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard"):
+        for name in ("use_curriculum", "selection", "probes", "spend_saved", "noise_guard", "auto_stop"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_integer("noise_guard_visits", 2, 5, "from 2 to 5 (the losses kept per sample)")
         self._check_integer("light_interval", 1, 64, "from 1 to 64")
         self._check_batches()
         self._check_weights()
+        self._check_choice("auto_measure", ("loss", "accuracy"))
+        for name in ("use_curriculum", "spend_saved"):
+            if self.auto_stop and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be False with auto_stop=True, got True: it goes by the run's length, which such a "
+                    "run finds only at its end"
+                )
 
     def _check_batches(self) -> None:
         for name in ("batch_tokens", "probe_batch_size"):
@@ -175,6 +189,11 @@ class GEKOConfig:
             use_curriculum=False,
             uniform_finish=0.0,
         )
+
+    @classmethod
+    def auto(cls, **changes: Any) -> GEKOConfig:
+        """`recommended()` with `auto_stop`: the run finds its own length, and ends with the averaged weights of it."""
+        return cls.recommended(**{"auto_stop": True, **changes})
 
     @classmethod
     def original(cls, **changes: Any) -> GEKOConfig:

@@ -47,6 +47,7 @@ class TrainOptions:
     output_dir: str = _option("", "directory for checkpoints, the model and the report (required)")
     loss: str = _option("geko", "standard: every sample weighs 1 and none is left out", choices=("geko", "standard"))
     preset: str = _option("recommended", "GEKOConfig preset for --loss geko", choices=PRESETS)
+    auto: bool = _option(False, "stop where held-back samples are best; --epochs is then the most", bool)
     epochs: float = _option(3.0, "length of the run, in epochs of the standard run", float)
     batch_size: int = _option(8, "samples per device and forward pass", int)
     gradient_accumulation_steps: int = _option(1, "forward passes per optimizer step", int)

@@ -33,9 +33,10 @@ def make_config(options: TrainOptions) -> GEKOConfig:
     if options.loss == "standard":
         if options.geko or options.preset != "recommended":
             raise UsageError("`geko` settings and --preset need --loss geko; the standard loss has no use for them")
-        return GEKOConfig.uniform()
-    preset = getattr(GEKOConfig, options.preset)()
-    known = preset.to_dict()
+        return GEKOConfig.uniform(auto_stop=options.auto)
+    known = getattr(GEKOConfig, options.preset)().to_dict()
+    if options.auto:
+        known["auto_stop"] = True
     unknown = sorted(str(name) for name in options.geko if name not in known)
     if unknown:
         raise UsageError(f"geko: unknown {', '.join(unknown)}; GEKOConfig has {', '.join(known)}")

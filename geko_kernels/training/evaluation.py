@@ -11,10 +11,10 @@ from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss
 from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.model_loss.own_loss import find_loss
 from geko_kernels.training.model_loss.untouched import untouched
-from geko_kernels.training.planned import PlannedMixin
+from geko_kernels.training.stopping.mixin import StoppingMixin
 
 
-class EvaluationMixin(PlannedMixin):
+class EvaluationMixin(StoppingMixin):
     """`Trainer`'s evaluation. Where the loss alone is wanted and training computes it with the head, so does this."""
 
     model_accepts_loss_kwargs: bool
@@ -83,6 +83,11 @@ class EvaluationMixin(PlannedMixin):
         raise NotImplementedError
 
     def _forward_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        probe: bool = False,
+        update: bool = True,
     ) -> ModelLoss:
         raise NotImplementedError

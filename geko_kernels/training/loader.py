@@ -95,6 +95,8 @@ class GEKOLoader:
         for name in ("batch_tokens", "probe_batch_size"):
             if getattr(config, name, None) is not None:
                 raise ValueError(f"config.{name} is for GEKOTrainer: GEKOLoader's batches have batch_size samples")
+        if config is not None and config.auto_stop:
+            raise ValueError("config.auto_stop must be False, got True: GEKOLoader cannot end a loop, use GEKOTrainer")
         self.dataset, self.batch_size, self.num_epochs = dataset, batch_size, num_epochs
         self.seed, self.num_workers = seed, num_workers
         self.device = torch.get_default_device() if device is None else torch.device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
 from geko_kernels.config import Bucket, GEKOConfig
+from geko_kernels.losses.logits import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
@@ -88,6 +89,7 @@ class GEKOMixin(EvaluationMixin):
         self._forget_model()
 
     def _check_arguments(self) -> None:
+        self._check_stopping()
         if self.compute_loss_func is not None:
             raise ValueError("GEKOTrainer computes the loss itself: compute_loss_func cannot be used with it")
         if self.label_smoother is not None:
@@ -123,10 +125,9 @@ class GEKOMixin(EvaluationMixin):
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
         batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # of packs
-        return self._id_dataloader(batch_size, self._get_train_sampler)
+        return self._id_dataloader(batch_size, self._get_train_sampler, self.train_dataset)
 
-    def _id_dataloader(self, batch_size: int, sampler_fn: Any) -> DataLoader:
-        dataset = self.train_dataset
+    def _id_dataloader(self, batch_size: int, sampler_fn: Any, dataset: Any) -> DataLoader:
         if hasattr(dataset, "remove_columns"):  # a datasets.Dataset: columns that nobody reads are not decoded
             dataset = self._without_unused_columns(dataset)
         return self._get_dataloader(IdDataset(dataset), _TRAINING, batch_size, sampler_fn, is_training=True)
@@ -288,7 +289,12 @@ class GEKOMixin(EvaluationMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _forward_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, probe: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        probe: bool = False,
+        update: bool = True,
     ) -> ModelLoss:
         inputs = dict(inputs)
         name = label_of(inputs, self.label_names) or "labels"
@@ -307,7 +313,7 @@ class GEKOMixin(EvaluationMixin):
             inputs,
             labels,
             sample_ids,
-            None if sample_ids is None else self.sample_state,
+            self.sample_state if sample_ids is not None and update else None,
             label_name=name,
             shifted=shifted,
             num_items=num_items,
@@ -320,17 +326,23 @@ class GEKOMixin(EvaluationMixin):
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
+        for _ in self._forwards(model, ids, self.train_dataset):
+            pass
+
+    def _forwards(self, model: nn.Module, ids: Tensor, dataset: Any, update: bool = True) -> Iterator[SampleStats]:
+        """What each forward-only batch of the items `ids` of `dataset` gave; without `update` no state counts it."""
         batch = self.config.probe_batch_size or getattr(self.args, "probe_batch_size", None)
         batch, packer = batch or 4 * self._train_batch_size, self._planned().packer
         sampler: Any = PaddedIds(ids, batch * self.args.world_size)
-        if packer is not None:  # one pack a batch
+        if packer is not None and dataset is self.train_dataset:  # one pack a batch; of other items no length is known
             wider = packer._replace(tokens=packer.tokens * (4 if self.config.batch_tokens else batch))
             batch, sampler = 1, PackedIds(*wider.pack(ids), self.args.world_size)
-        loader = self._id_dataloader(batch, lambda _: sampler)
+        loader = self._id_dataloader(batch, lambda _: sampler, dataset)
         model.eval()
         for inputs in loader:
             with self.compute_loss_context_manager():
-                self._forward_loss(model, self._prepare_inputs(inputs), None, probe=True)
+                outcome = self._forward_loss(model, self._prepare_inputs(inputs), None, probe=True, update=update)
+            yield outcome.stats
         self.accelerator._dataloaders.remove(loader)
 
     # Figures
@@ -381,6 +393,7 @@ class GEKOMixin(EvaluationMixin):
         sampler = self._planned()
         skipped = getattr(self.train_dataset, "skipped_rows", ())
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
+        summary.update(self._stopping_report(skipped))
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, summary)
@@ -425,6 +438,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
     - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples; so an epoch has as many as its plan
       takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
+    - `GEKOConfig.auto()`: the run finds its own length and ends with averaged weights, see docs/length.md.
     - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a

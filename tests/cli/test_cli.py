@@ -234,3 +234,14 @@ class TestWrongInput:
         assert "'tree' is not in the training data" in self.refuse(
             capsys, tmp_path, "--eval-data", new, model=model, data=classes
         )
+
+
+def test_auto_finds_the_run_s_length(model, prompts, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(model, prompts, output, "--auto", "--eval-data", prompts) == 0
+    report = figures(output)
+    assert report["config"]["auto_stop"] and report["stopping"]["looked_at"] == "eval_dataset"
+    told = refused(
+        capsys, "train", "--model", "m", "--data", "d", "--output-dir", "o", "--auto", "--preset", "original"
+    )
+    assert "geko: use_curriculum must be False with auto_stop=True, got True" in told

@@ -292,3 +292,8 @@ def test_refuses_a_damaged_state(damage, message):
     loader = gk.GEKOLoader(Toy(), device="cpu")
     with pytest.raises(ValueError, match=message):
         loader.load_state_dict({**loader.state_dict(), **damage})
+
+
+def test_a_loader_does_not_find_the_run_s_length():
+    with pytest.raises(ValueError, match="config.auto_stop must be False, got True: GEKOLoader cannot end a loop"):
+        gk.GEKOLoader([0] * 8, 2, 1, config=gk.GEKOConfig.auto())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
+from auto_run import few_samples
 from training import tiny_llama, weights
 
 import geko_kernels as gk
@@ -238,3 +240,17 @@ def test_token_weights_are_refused(tmp_path):
     data = rows("text").add_column("token_weights", [[1.0]] * 12)
     with pytest.raises(ValueError, match="GEKOSFTTrainer does not take token_weights"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, data)
+
+
+def test_a_run_that_finds_its_own_length(tmp_path):
+    """120 rows in clusters of like texts, of which 40 are held back: questions are swapped by their prompts."""
+    data = rows("prompt", 120)
+    with few_samples():
+        trainer = trainer_of(
+            gk.GEKOSFTTrainer, tmp_path, data, config=gk.GEKOConfig.auto(), max_steps=-1, num_train_epochs=2
+        )
+        trainer.train()
+    report = json.loads((tmp_path / "geko_report.json").read_text())["stopping"]
+    seen = trainer.sample_state.times_seen
+    assert 0 < len(report["held_back"]) <= 40 and (seen[report["held_back"]] == 0).all()
+    assert report["looked_at"] == "held_back" and report["swap_test"] and len(report["curve"]) >= 5

@@ -40,6 +40,7 @@ def forward_loss(
     num_items: Tensor | int | None = None,
     weights: Mapping[str, Tensor] | None = None,
     forward_only: bool = False,
+    update: bool = True,
 ) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
 
@@ -50,7 +51,7 @@ def forward_loss(
         inputs: neither labels nor sample_ids.
         shifted: labels that a collator has shifted already, in the place of `labels`.
         weights: `token_weights` beside the labels and `sample_weights`, or either.
-        forward_only: a probe: no graph, and the state counts the visits all the same.
+        forward_only: a probe: no graph, and the state counts the visits all the same, if `update`.
     """
     shift = form.shift and shifted is None
     if num_items is not None:  # 0 where a step has no label at all
@@ -60,7 +61,7 @@ def forward_loss(
         what = "prompt tuning, whose logits have more positions" if form.prompt else "a collator's shift_labels"
         raise ValueError(f"token_weights lie beside the labels and do not combine with {what}: leave out either")
     if forward_only:
-        options["update"] = True
+        options["update"] = update and state is not None
     targets = labels if shifted is None else shifted
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:

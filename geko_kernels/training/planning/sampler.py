@@ -129,6 +129,7 @@ class GEKOSampler(Sampler[int]):
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8, device=state.device)  # times, up to 255
         self.doubtful = 0  # the most that `update_quarantine_` returned
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
+        self.held_back: Tensor | None = None  # (N,) bool on the state's device: samples that no plan and no probe has
         self._looked = -1  # the epoch before which `probed` was last called
         self._hurried = -1  # when all left-out samples were last made due
         self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
@@ -196,7 +197,7 @@ class GEKOSampler(Sampler[int]):
     def _keep(self, epoch: int, start: float | None) -> Tensor:
         """(N,) bool: samples that the part of the epoch before the uniform finish trains."""
         state, config = self.state, self.state.config
-        keep = ~state.quarantined
+        keep = ~self._barred()
         if config.selection:
             begin, end = self._span(epoch, start)
             row = self._weights_at((begin + end) / 2)
@@ -208,6 +209,10 @@ class GEKOSampler(Sampler[int]):
             if config.light_interval > 1:
                 keep &= in_turn(len(state), config.light_interval, epoch, state.device) | (state.bucket != Bucket.LIGHT)
         return keep
+
+    def _barred(self) -> Tensor:
+        """(N,) bool: samples that may not be trained now."""
+        return self.state.quarantined if self.held_back is None else self.state.quarantined | self.held_back
 
     def _draw(self, epoch: int, start: float | None) -> Plan:
         state, total = self.state, self.total
@@ -225,10 +230,13 @@ class GEKOSampler(Sampler[int]):
             slots = total
             cut = cut_after(kept, round((finish - begin) * self.num_epochs * total))
         if cut < slots:
-            kept[cut:] = (~state.quarantined).cpu().index_select(0, perm[cut:])
+            kept[cut:] = (~self._barred()).cpu().index_select(0, perm[cut:])
         ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
         head = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
-        self.probes.follow_(~keep if cut else state.quarantined, self._clock(epoch, start))
+        left_out = ~keep if cut else state.quarantined
+        if self.held_back is not None:
+            left_out = left_out & ~self.held_back
+        self.probes.follow_(left_out, self._clock(epoch, start))
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         ids, packs = self._packed(ids, head)
@@ -260,7 +268,7 @@ class GEKOSampler(Sampler[int]):
         """
         assert self.plan is not None
         ids, head, packs = self.plan.ids, self.plan.head, self.plan.packs
-        others = ~self.state.quarantined.cpu()
+        others = ~self._barred().cpu()
         others[ids.long()] = False
         order = self._order(self.epoch)
         more, ends = self._packed(order[others[order.long()]][: max(size - len(ids), 0)], 0)
@@ -331,6 +339,8 @@ class GEKOSampler(Sampler[int]):
         due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
         if self._guards() and self._looked < epoch:
             due = torch.cat([due, nearly_suspects(self.state)])
+        if self.held_back is not None:
+            due = due[~self.held_back[due]]
         self.probes.hand_out_(due, self.state.times_seen)
         return due.cpu()
 

@@ -22,7 +22,7 @@
         epoch          counted from 0
         end            the `epoch` of `log_history` at its end
         samples        samples trained (forward and backward)
-        probes         left-out samples re-checked forward-only before it
+        probes         samples looked at forward-only: left-out ones before it, and those of `auto_stop` in it
         steps          optimizer steps
         loss           mean unweighted token loss over the training samples, nats; None where none was trained, NaN
                        where one was not finite
@@ -48,6 +48,10 @@ JSON: NaN and infinity are null. A dict of:
     most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
+    stopping           only with `auto_stop`: {"why": a sentence, "ended": by the rule, "by_heart", "measure", "kept":
+                       the number of the look whose weights the model has, None for those of the end, "curve": a dict
+                       a look of "epoch", "loss" and "accuracy" of the averaged weights, "looked_at": "held_back",
+                       "eval_dataset" or None, "swap_test": could it be made, "held_back": ids}
     num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
 """
 

@@ -50,6 +50,10 @@ class WeightAverage:
         for parameter, value in zip(self._parameters, self.values if values is None else values, strict=True):
             _local(parameter).copy_(value)
 
+    def own(self) -> dict[str, Tensor]:
+        """The parameters themselves, by name."""
+        return {name: _local(parameter) for name, parameter in zip(self.names, self._parameters, strict=True)}
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the model has the averaged weights; afterwards its own again, bit for bit."""

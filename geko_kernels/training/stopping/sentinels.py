@@ -17,10 +17,13 @@ def how_many(samples: int) -> int:
     return min(max(round(SHARE * samples), LEAST), int(MOST * samples))
 
 
-def near_duplicates(inputs: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[int]:
+def near_duplicates(
+    inputs: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None
+) -> list[int]:
     """A group number a sample: the same for samples whose input, or whose answer, begins with the same 24 tokens.
 
-    Shorter ones count only whole inputs: a class name is an answer of many samples that are no duplicates.
+    Shorter ones count only whole inputs: a class name is an answer of many samples that are no duplicates. `groups`
+    joins those with the same value, however many they are; None joins nobody.
     """
     keys: list[tuple[Hashable, ...]] = []
     for given, answer in zip(inputs, answers, strict=True):
@@ -28,13 +31,13 @@ def near_duplicates(inputs: Sequence[Sequence[int]], answers: Sequence[Sequence[
         if len(answer) >= _BEGINNING:
             mine.append(("answer", *answer[:_BEGINNING]))
         keys.append(tuple(mine))
-    return joined(keys)
+    return joined(keys, groups)
 
 
-def joined(keys: Sequence[Sequence[Hashable]]) -> list[int]:
-    """A group number a sample, the same for samples that share a key, directly or through others.
+def joined(keys: Sequence[Sequence[Hashable]], groups: Sequence[Hashable] | None = None) -> list[int]:
+    """A group number a sample, the same for samples that share a key or a group, directly or through others.
 
-    A key that more than 1 % of the samples have (and more than 8) joins nobody.
+    A key that more than 1 % of the samples have (and more than 8) joins nobody; a group, unless None, always does.
     """
     counts: dict[Hashable, int] = {}
     for mine in keys:
@@ -54,6 +57,10 @@ def joined(keys: Sequence[Sequence[Hashable]]) -> list[int]:
         for key in mine:
             if counts[key] <= most:
                 parent[root(i)] = root(first.setdefault(key, i))
+    first = {}
+    for i, group in enumerate(groups or ()):
+        if group is not None:
+            parent[root(i)] = root(first.setdefault(group, i))
     return [root(i) for i in range(len(keys))]
 
 

@@ -1,0 +1,85 @@
+"""The files of a run that finds its own length: in its folder the kept weights, in a checkpoint the exact run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from geko_kernels._files import load_tensors, save_tensors, write_whole
+from geko_kernels.training.stopping.average import WeightAverage
+
+_FORMAT = "geko_kernels.WeightAverage"
+RAW, AVERAGE, KEPT = "geko_raw", "geko_average", "geko_kept"
+
+
+def path_of(folder: str | os.PathLike[str], name: str, shard: int | None) -> Path:
+    """Of a sharded model every process has files of its own."""
+    return Path(folder) / f"{name}{'' if shard is None else f'-{shard}'}.safetensors"
+
+
+def is_of_auto_stop(checkpoint: str | os.PathLike[str]) -> bool:
+    return any(Path(checkpoint).glob(f"{AVERAGE}*.safetensors"))
+
+
+def save_values(path: Path, average: WeightAverage) -> None:
+    """Write the averaged weights alone: the point that is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, _FORMAT, dict(zip(average.names, average.values, strict=True)), {})
+
+
+def load_values(path: Path, average: WeightAverage) -> list[Tensor]:
+    columns, _ = load_tensors(path, _FORMAT, "GEKOTrainer")
+    return [columns[name] for name in average.names]
+
+
+def save_run(folder: Path, shard: int | None, average: WeightAverage | None, rest: dict[str, Any], kept: Path) -> None:
+    """Into a checkpoint: the raw weights, the average and where the rule stands, and the kept weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if average is not None:
+        save_tensors(path_of(folder, RAW, shard), _FORMAT, average.own(), {})
+        if kept.is_file():
+            copy(kept, path_of(folder, KEPT, shard))
+    columns = {} if average is None else average.state_dict()
+    save_tensors(path_of(folder, AVERAGE, shard), _FORMAT, columns, {"rest": json.dumps(rest)})
+
+
+def load_run(folder: Path, shard: int | None, average: WeightAverage, kept: Path | None) -> dict[str, Any]:
+    """What `save_run` wrote: into the model and `average`, and to `kept`, if any; returns `rest`.
+
+    Raises:
+        ValueError, FileNotFoundError: a file is missing or damaged, or of other parameters; names it.
+    """
+    path = path_of(folder, AVERAGE, shard)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {path.name}: with auto_stop a sharded run goes on with as many processes as it was "
+            "started with, sharded alike"
+        )
+    columns, about = load_tensors(path, _FORMAT, "GEKOTrainer")
+    rest = json.loads(about["rest"])
+    if rest["by_heart"]:
+        return rest
+    average.load_state_dict(columns)
+    average.copy_to_model(load_values(path_of(folder, RAW, shard), average))
+    if kept is not None and path_of(folder, KEPT, shard).is_file():
+        copy(path_of(folder, KEPT, shard), kept)
+    return rest
+
+
+def copy(source: Path, target: Path) -> None:
+    """A second name of the file where the disk has such; these files are replaced, never written into."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, link)
