@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
@@ -57,6 +58,7 @@ class Observation(TrainerCallback):
         self.state = SampleState(len(trainer.train_dataset), config, device=trainer.args.device)
         self._trainer, self._records = trainer, list[Tensor]()  # each (3, N)
         self._shift: bool | None = None
+        self._called = False  # has the trainer asked for a loss of training?
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -99,6 +101,13 @@ class Observation(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self._records.append(torch.full((3, len(self.state)), math.nan, device=args.device))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if not self._called:
+            raise RuntimeError(
+                f"observe: a step was trained without compute_loss, by which it sees the samples: "
+                f"{type(self._trainer).__name__}.training_step has to call it (Transformers {transformers.__version__})"
+            )
+
     def _stacked(self) -> Tensor:
         return torch.stack(self._records).cpu() if self._records else torch.empty(0, 3, len(self.state))
 
@@ -137,6 +146,7 @@ class Observation(TrainerCallback):
             if model.training and self._trainer.is_in_train:
                 raise ValueError("observe: the training batch has no sample_ids; the trainer makes its own dataloader")
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        self._called = True
         if ids.dim() != 1:
             raise ValueError("observe needs one row a sample: the data collator joined several samples in one row")
         name = label_of(inputs, self._trainer.label_names or ["labels"])

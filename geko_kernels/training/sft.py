@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
+from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.trainer import GEKOMixin
 
@@ -38,7 +39,11 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
         given = arguments_of(SFTTrainer, args, named)
         _check_given(given)
         self._given_rows: Any = given.get("train_dataset")
+        self._prepared = False
         super().__init__(**given, config=config)
+        skips = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+        if self._given_rows is not None and not (self._prepared or skips):
+            raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
         if self._is_vlm:
             raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
         if self.aux_loss_enabled:
@@ -49,6 +54,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any, **named: Any) -> Any:
         if dataset is not self._given_rows:  # of evaluation
             return super()._prepare_dataset(dataset, *args, **named)
+        self._prepared = True
         marked = dataset.add_column(_ROW, list(range(len(dataset))))
         prepared = super()._prepare_dataset(marked, *args, **named)
         rows = torch.tensor(prepared[_ROW][:], dtype=torch.long)

@@ -177,7 +177,14 @@ class Logs(gk.GEKOTrainer):
         return loss
 
 
-@pytest.mark.parametrize("cls", [Penalty, Twice, Wrapped, Ordered, Logs])
+class OwnCount(gk.GEKOTrainer):
+    """Counts the items of a loss itself, which is its own affair."""
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batch_samples)
+
+
+@pytest.mark.parametrize("cls", [Penalty, Twice, Wrapped, Ordered, Logs, OwnCount])
 def test_a_subclass_that_calls_the_hooks_trains(tmp_path, cls):
     trainer = train(tmp_path, cls, num_train_epochs=1)
     assert trainer.state.global_step == 6 and len(curve(trainer, "geko_loss")) == 6

@@ -190,3 +190,11 @@ def test_missing_trl_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "geko_kernels.training.sft", raising=False)
     with pytest.raises(ImportError, match="pip install trl"):
         _ = gk.GEKOSFTTrainer
+
+
+def test_rows_that_trl_prepares_by_another_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gk.GEKOSFTTrainer, "_prepare_dataset", trl.SFTTrainer._prepare_dataset)
+    with pytest.raises(
+        RuntimeError, match="rows .* were not kept as they were given. _prepare_dataset is not replaced"
+    ):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"))
