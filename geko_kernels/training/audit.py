@@ -27,7 +27,7 @@ def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
     return RuntimeError(f"GEKOTrainer: {what}. {'; '.join(reasons)}")
 
 
-def _answered_elsewhere(cls: type, hook: str) -> bool:
+def _is_users(cls: type, hook: str) -> bool:
     """Whether a class of the user's, before GEKO's part or behind it, has a `hook` of its own."""
     owners = [base for base in cls.__mro__ if hook in vars(base)]
     return any(base.__module__.split(".")[0] not in ("geko_kernels", "transformers", "trl") for base in owners)
@@ -44,6 +44,7 @@ def _replaced_by(cls: type, hook: str) -> type | None:
 class Audit:
     """Follows one run: every epoch has to be planned, and the visits of every training batch counted.
 
+    Hooks report themselves by `saw`, and what comes after them asks by `need`: Trainer may have stopped calling one.
     `check` tells within a step. It costs nothing on the device.
     """
 
@@ -57,10 +58,13 @@ class Audit:
         self.called.update(hooks)
 
     def need(self, hook: str, otherwise: str, caller: str | None = None) -> None:
-        """Raise, saying `otherwise`, where Trainer has not called `hook`, unless the user's own `caller` may not."""
-        if hook not in self.called and not (
-            caller and any(_answered_elsewhere(type(self.trainer), each) for each in (hook, caller))
-        ):
+        """Raise, saying `otherwise`, where `hook` was not called.
+
+        With `caller`, the hook whose part it is: not where the user's own `hook` or `caller` does without it.
+        """
+        if hook in self.called:
+            return
+        if caller is None or not any(_is_users(type(self.trainer), each) for each in (hook, caller)):
             raise bypassed(self.trainer, otherwise, (hook,))
 
     def planned(self) -> None:

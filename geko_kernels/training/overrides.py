@@ -59,7 +59,7 @@ REPLACED = {
     "create_scheduler": Method(
         ("num_training_steps", "optimizer"),
         "makes the learning rate follow the plans",
-        "has to call super().create_scheduler()",
+        "has to call super().create_scheduler(), which keeps a self.lr_scheduler that is set",
     ),
     "_run_epoch": Method(
         (
@@ -142,8 +142,6 @@ ELSEWHERE = {  # attributes of objects that a trainer holds
     "_dataloaders": "of accelerate's Accelerator: the loaders it has prepared, that of a probe to be taken out",
     "_remove_columns": "of RemoveColumnsCollator: what it does to one item",
 }
-
-
 METHODS = {**SFT_REPLACED, **REPLACED, **CALLED}
 
 
