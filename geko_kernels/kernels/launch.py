@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from triton import knobs
-from triton.runtime import driver
+from geko_kernels.kernels.triton_private import start_of, watched
 
 MOST = 1024  # launches remembered a kind; varying sequence lengths would fill memory otherwise
 
@@ -27,32 +26,24 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._warps = kernel, (programs, 1, 1), warps
         self._arguments, self._constants = numbers, constants
-        self.ready = False  # for good under the interpreter
+        self.ready = False  # for good under the interpreter, and where this Triton starts kernels in an unknown way
 
     def __call__(self, *pointers: Any) -> None:
         if not self.ready:
             self._first(pointers)
-        elif _watched():
+        elif watched():
             self._binary[self._grid](*pointers, *self._arguments)
         else:
-            run, device, about = self._again
-            run(*self._grid, driver.active.get_current_stream(device), *about, *pointers, *self._arguments)
+            run, stream_of, device, about = self._again
+            run(*self._grid, stream_of(device), *about, *pointers, *self._arguments)
 
     def _first(self, pointers: tuple[Any, ...]) -> None:
         binary = self._kernel[self._grid](*pointers, *self._arguments, **self._constants, num_warps=self._warps)
-        if binary is not None:
-            self._binary = binary
-            # what `binary[grid]` would pass, without metadata and hooks for a profiler
-            device = driver.active.get_current_device()
-            self._again = binary.run, device, (binary.function, binary.packed_metadata, None, None, None)
+        again = start_of(binary)
+        if again is not None:
+            self._binary, self._again = binary, again
             self._arguments = (*self._arguments, *self._constants.values())
             self.ready = True
-
-
-def _watched() -> bool:
-    """Whether a profiler (Proton) wants to know of launches: an empty chain of hooks would cost a call each."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def cdiv(size: int, step: int) -> int:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from geko_kernels.reference.layout import layout
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState, raise_flagged
+from geko_kernels.torch_private import base_of, is_fake
 
 ReductionName = Literal["none", "mean", "token_mean", "sum"]
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
@@ -81,7 +81,7 @@ def check_switches(name: str, tokens: Tensor, shift: bool, update: bool | None, 
 
 def check_inplace(logits: Tensor) -> None:
     """Raise where `inplace=True` would overwrite a parameter, or several logits with one gradient."""
-    leaf = logits._base if logits._is_view() else logits
+    leaf = base_of(logits)
     if logits.requires_grad and leaf is not None and leaf.is_leaf and leaf.requires_grad:
         what = "a leaf tensor" if leaf is logits else "the leaf tensor that the logits are a view of"
         raise ValueError(f"inplace=True would write the gradient over {what}; pass the output of a model")
@@ -206,7 +206,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be {tuple(weight.shape[:1])} for this weight, got {tuple(bias.shape)}")
-    if hidden.is_meta or isinstance(hidden, FakeTensor):
+    if hidden.is_meta or is_fake(hidden):
         raise NotImplementedError(
             "weighted_linear_loss needs values, which tensors on the meta device and fake ones do not have: the host "
             "has to learn how many rows are kept; use weighted_loss of the logits for shapes"

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
+
+from geko_kernels import torch_private
 
 _PLAIN = {
     "weighted_loss": "F.cross_entropy",
@@ -18,32 +18,28 @@ _PLAIN = {
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:
     """Raise `NotImplementedError` where a transform around the call of `name` would get no or a wrong derivative."""
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+    if torch_private.forward_mode() and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, jacfwd, hessian); use "
             f"{_PLAIN[name]} for one"
         )
-    if not torch._C._are_functorch_transforms_active():
+    if not torch_private.transformed():
         return
     if name == "weighted_linear_loss":
         raise NotImplementedError(
             "weighted_linear_loss does not run under the transforms of torch.func (grad, vjp, jacrev, vmap, jvp); use "
             "weighted_loss(F.linear(hidden, weight, bias), ...) there, or backward()"
         )
-    if _levels(TransformType.Functionalize):
+    if torch_private.levels("Functionalize"):
         raise NotImplementedError(
             "weighted_loss does not run under torch.func.functionalize: its state is updated in place; use "
             "torch.compile, which functionalizes what it can"
         )
-    if _levels(TransformType.Vmap):
+    if torch_private.levels("Vmap"):
         raise NotImplementedError(
             "weighted_loss does not run under torch.vmap: its state is updated in place, a batch at a time. Give it "
             "the whole batch; reduction='none' returns the loss of each visit"
         )
-
-
-def _levels(transform: TransformType) -> list[int]:
-    return [each.level() for each in retrieve_all_functorch_interpreters() if each.key() == transform]
 
 
 def _has_tangent(tensor: Any) -> bool:
@@ -51,17 +47,17 @@ def _has_tangent(tensor: Any) -> bool:
         return False
     if forward_ad.unpack_dual(tensor).tangent is not None:
         return True
-    levels = _levels(TransformType.Jvp)
-    while levels and is_functorch_wrapped_tensor(tensor):
-        if maybe_get_level(tensor) in levels:
+    levels = torch_private.levels("Jvp")
+    while levels and torch_private.is_wrapped(tensor):
+        if torch_private.level_of(tensor) in levels:
             return True
-        tensor = get_unwrapped(tensor)
+        tensor = torch_private.get_unwrapped(tensor)
     return False
 
 
 def check_upstream(name: str, grad_output: Tensor) -> None:
     """Raise `NotImplementedError` where `grad_output` of a backward of `name` has a tangent, which would be lost."""
-    if forward_ad._current_level >= 0 and _has_tangent(grad_output):
+    if torch_private.forward_mode() and _has_tangent(grad_output):
         raise NotImplementedError(
             f"the gradient of {name} has no forward-mode derivative (forward_ad or torch.func.jvp around a backward); "
             f"use {_PLAIN[name]} for one"

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from geko_kernels import ops
+from geko_kernels import ops, torch_private
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
     ReductionName,
@@ -119,7 +119,7 @@ def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
     """The gradients of the forward times the upstream one, given away unless the graph is kept."""
     if ctx.gradients is None:
         raise RuntimeError("weighted_linear_loss: a second backward needs retain_graph=True at the first")
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch_private.keeps_graph():
         hidden, weight, bias = (grad * grad_output if grad is not None else None for grad in ctx.gradients)
         return hidden, weight, bias
     gradients, ctx.gradients = ctx.gradients, None

@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from geko_kernels import ops
+from geko_kernels import ops, torch_private
 from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
@@ -148,7 +147,7 @@ def _batch_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _apply(*args: Any) -> Tensor:
     """`_LogitsLoss.apply(*args)`, without its look at the signature for torch.func, half of a call's host time."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch_private.transformed():
         return _LogitsLoss.apply(*args)
     return super(torch.autograd.Function, _LogitsLoss).apply(*args)
 
@@ -276,7 +275,7 @@ def weighted_loss(
 
     Source: the GEKO document's weighted loss; see `reference/ops.py` for every op in plain PyTorch.
     """
-    eager = not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor)
+    eager = not torch.compiler.is_compiling() and not torch_private.is_fake(labels)
     if eager:
         check_transforms("weighted_loss", logits, token_weights, sample_weights)
     ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
@@ -340,7 +339,7 @@ def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tens
     pair = _plain_prediction.get(device)
     if pair is None:
         pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        if not torch._C._are_functorch_transforms_active():  # it wraps what is made within
+        if not torch_private.transformed():  # it wraps what is made within
             _plain_prediction[device] = pair
     return pair
 
@@ -354,6 +353,6 @@ def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
     if eager and device in _plain:
         return _plain[device]
     pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
-    if eager and not torch._C._are_functorch_transforms_active():
+    if eager and not torch_private.transformed():
         _plain[device] = pair
     return pair

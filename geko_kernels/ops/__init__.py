@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geko_kernels import torch_private
 from geko_kernels.losses.derivatives import batched
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
@@ -85,8 +86,7 @@ def recomputing() -> bool:
     Non-reentrant: the repeat runs inside the backward, under saved-tensor hooks. Reentrant: there are no hooks, and
     the first forward ran under no_grad, uncounted.
     """
-    in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch_private.graph_task_id() != -1 and torch_private.saves_by_hooks()
 
 
 def counts(update: bool | None) -> bool:
@@ -97,12 +97,12 @@ def counts(update: bool | None) -> bool:
     """
     if update is None:
         return torch.is_grad_enabled()
-    return update and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+    return update and (torch.compiler.is_compiling() or torch_private.graph_task_id() == -1)
 
 
 def _implement(op: str) -> Callable[..., Any]:
     """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
-    arguments = getattr(torch.ops.geko, op).default._schema.arguments
+    arguments = torch_private.arguments_of(getattr(torch.ops.geko, op).default)
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
     names = [argument.name for argument in arguments]
     update = names.index("update") if "update" in names else None
@@ -249,7 +249,7 @@ def _direct(op: str) -> Callable[..., Any]:
 
     For the linear loss, which is never traced, and whose arguments are made here.
     """
-    names = [argument.name for argument in getattr(torch.ops.geko, op).default._schema.arguments]
+    names = [argument.name for argument in torch_private.arguments_of(getattr(torch.ops.geko, op).default)]
     probe = names.index(next(name for name in _PROBES if name in names))
 
     def run(*args: Any) -> Any:
@@ -276,11 +276,7 @@ def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleTyp
         or (other is not None and type(other) is not Tensor)
         or logits.is_neg()
         or logits.is_meta
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch_private.watched()
     ):
         return None
     name = backend_name(logits.device, logits.dtype)
@@ -309,7 +305,7 @@ def planned_loss_forward(
     update = options[-1]
     if update and recomputing():
         update, options = False, (*options[:-1], False)
-    if _override or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if _override or torch_private.saves_by_hooks():
         upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)

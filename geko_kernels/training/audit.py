@@ -7,19 +7,8 @@ from typing import Any
 
 import transformers
 
-_ADVICE = {
-    "get_train_dataloader": "has to hand on the batches of super().get_train_dataloader(), 'sample_ids' included",
-    "_get_train_sampler": "has to return the sampler of super()._get_train_sampler()",
-    "_get_dataloader": "has to call super()._get_dataloader()",
-    "_get_collator_with_removed_columns": "has to call super()._get_collator_with_removed_columns()",
-    "compute_loss": "has to call super().compute_loss(model, inputs, ...) with the batch as it came, and may add to it",
-    "training_step": "has to call super().training_step()",
-    "_prepare_inputs": "has to leave 'sample_ids' in the batch",
-    "get_batch_samples": "has to call super().get_batch_samples()",
-    "_inner_training_loop": "has to call super()._inner_training_loop()",
-    "_run_epoch": "has to call super()._run_epoch()",
-    "set_initial_training_values": "has to call super().set_initial_training_values()",
-}
+from geko_kernels.training.overrides import METHODS
+
 _MAKE_BATCHES = ("get_train_dataloader", "_get_train_sampler", "_get_dataloader", "_get_collator_with_removed_columns")
 _TRAIN_BATCHES = ("compute_loss", "training_step", "_prepare_inputs")
 
@@ -27,14 +16,21 @@ _TRAIN_BATCHES = ("compute_loss", "training_step", "_prepare_inputs")
 def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
     """The error for `what` went wrong; it names those of `hooks` that a subclass replaces, and what they have to do."""
     own = [(_replaced_by(type(trainer), hook), hook) for hook in hooks]
-    reasons = [f"{cls.__name__}.{hook} {_ADVICE[hook]}" for cls, hook in own if cls is not None]
+    reasons = [f"{cls.__name__}.{hook} {METHODS[hook].advice}" for cls, hook in own if cls is not None]
     if not reasons:
-        hooked = ", ".join(hooks)
+        one = len(hooks) == 1
+        hooked, them = (f"{hooks[0]} is not", "it") if one else (f"none of {', '.join(hooks)} is", "them")
         reasons = [
-            f"none of {hooked} is replaced by a subclass, so this Trainer (Transformers {transformers.__version__}) "
-            "does not call them as geko_kernels knows it: install the release of Transformers that it was tested with"
+            f"{hooked} replaced by a subclass, so this Trainer (Transformers {transformers.__version__}) does not call "
+            f"{them} as geko_kernels knows it: install the release of Transformers that it was tested with"
         ]
     return RuntimeError(f"GEKOTrainer: {what}. {'; '.join(reasons)}")
+
+
+def _is_users(cls: type, hook: str) -> bool:
+    """Whether a class of the user's, before GEKO's part or behind it, has a `hook` of its own."""
+    owners = [base for base in cls.__mro__ if hook in vars(base)]
+    return any(base.__module__.split(".")[0] not in ("geko_kernels", "transformers", "trl") for base in owners)
 
 
 def _replaced_by(cls: type, hook: str) -> type | None:
@@ -48,17 +44,36 @@ def _replaced_by(cls: type, hook: str) -> type | None:
 class Audit:
     """Follows one run: every epoch has to be planned, and the visits of every training batch counted.
 
+    Hooks report themselves by `saw`, and what comes after them asks by `need`: Trainer may have stopped calling one.
     `check` tells within a step. It costs nothing on the device.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.fetched = 0  # training batches
+        self.called: set[str] = set()  # hooks that Trainer has called in this run
+
+    def saw(self, *hooks: str) -> None:
+        """Trainer has called `hooks`."""
+        self.called.update(hooks)
+
+    def need(self, hook: str, otherwise: str, caller: str | None = None) -> None:
+        """Raise, saying `otherwise`, where `hook` was not called.
+
+        With `caller`, the hook whose part it is: not where the user's own `hook` or `caller` does without it.
+        """
+        if hook in self.called:
+            return
+        if caller is None or not any(_is_users(type(self.trainer), each) for each in (hook, caller)):
+            raise bypassed(self.trainer, otherwise, (hook,))
 
     def planned(self) -> None:
         """The run is about to begin: the loader has been made."""
         if self.trainer.sampler is None:
             raise bypassed(self.trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
+        self.need("_inner_training_loop", "the run did not begin by it")
+        self.need("get_train_dataloader", "training batches are not those of its dataset")
+        self.need("_get_collator_with_removed_columns", "no collator of its own was made: a batch has no 'sample_ids'")
 
     def fetch(self, batches: list[Any]) -> None:
         """`batches` are about to be trained."""
@@ -66,6 +81,7 @@ class Audit:
         self.fetched += len(batches)
         if trainer.efficiency.open_epoch is None:
             raise bypassed(trainer, "the epoch was not planned", ("_run_epoch", "set_initial_training_values"))
+        self.need("_run_epoch", "the epoch was not planned")
         for batch in batches:
             if not isinstance(batch, Mapping) or "sample_ids" not in batch:
                 raise bypassed(trainer, "a training batch has no 'sample_ids'", _MAKE_BATCHES)

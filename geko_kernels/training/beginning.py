@@ -56,6 +56,7 @@ class BeginningMixin(ProgressMixin):
         self._known: tuple[nn.Module | None, SampleState | None] = model, self.sample_state
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
+        self._audit.need("train", "the run was not begun by it")
         assert self.sample_state is not None
         if self.args.auto_find_batch_size:  # is called again after running out of memory
             if self._beginning is None:
@@ -65,6 +66,7 @@ class BeginningMixin(ProgressMixin):
                 self.current_flos, self._saved = 0, None
                 self._forget_model()
         self._begin_run()
+        self._audit.saw("train", "_inner_training_loop")
         return super()._inner_training_loop(*args, **named)
 
     def _new_state(self) -> SampleState | None:

@@ -36,11 +36,26 @@ class BucketBar(ProgressCallback):
 class RunEpoch(TrainerCallback):
     """Sets `state.epoch` to `epoch()` after each step, before other callbacks and the log see it.
 
-    Trainer takes each of its epochs for one whole pass over the data.
+    Trainer takes each of its epochs for one whole pass over the data. Log steps and saves that did not go by GEKO's
+    part are told to `need(hook, otherwise)`.
     """
 
-    def __init__(self, epoch: Callable[[], float]) -> None:
-        self.epoch = epoch
+    def __init__(self, epoch: Callable[[], float], need: Callable[[str, str], None]) -> None:
+        self.epoch, self.need = epoch, need
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.need("log", "its figures are not in the log")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.need("_save_checkpoint", "the checkpoint has no learning state")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         state.epoch = self.epoch()

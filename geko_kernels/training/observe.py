@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
@@ -82,6 +83,7 @@ class Observation(TrainerCallback):
         self._trainer, self._records = trainer, list[Tensor]()  # each (5, N)
         self._shift: bool | None = None
         self._fused: bool | None = None  # has the model a head that makes no logits?
+        self._called = False  # has the trainer asked for a loss of training?
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -172,6 +174,13 @@ class Observation(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.counts.switch(None)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if not self._called:
+            raise RuntimeError(
+                f"observe: a step was trained without compute_loss, by which it sees the samples: "
+                f"{type(self._trainer).__name__}.training_step has to call it (Transformers {transformers.__version__})"
+            )
+
     def _stacked(self) -> Tensor:
         records = [record.cpu() for record in self._records]  # the open epoch's is on the device
         return torch.stack(records) if records else torch.empty(0, len(QUANTITIES), len(self.state))
@@ -198,6 +207,7 @@ class Observation(TrainerCallback):
             if model.training and self._trainer.is_in_train:
                 raise ValueError("observe: the training batch has no sample_ids; the trainer makes its own dataloader")
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        self._called = True
         name = label_of(inputs, self._trainer.label_names or ["labels"])
         assert name is not None  # IdCollator has seen to it
         labels, seen = inputs[name], list[Any]()

@@ -25,6 +25,7 @@ from geko_kernels.training.checkpoint import (
     set_aside,
 )
 from geko_kernels.training.fingerprint import fingerprint
+from geko_kernels.training.overrides import check_trainer
 from geko_kernels.training.planning.schedule import read_progress_
 from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
@@ -55,6 +56,7 @@ class PlannedMixin(BeginningMixin):
         A resumed run equals the one that never stopped, to the bit, where items and batches do not depend on random
         numbers: Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead.
         """
+        check_trainer()
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
                 raise ValueError(
@@ -76,6 +78,7 @@ class PlannedMixin(BeginningMixin):
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         self._begin_run()
+        self._audit.saw("train")
         self.efficiency.predictions = self.sample_state.predictions
         self.efficiency.switch("other")
         output = super().train(resume_from_checkpoint, *rest, **named)
@@ -114,6 +117,8 @@ class PlannedMixin(BeginningMixin):
     def _init_training_state(
         self, max_steps: int, num_update_steps: int, num_train_epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
+        self._audit.saw("_init_training_state")
+        self._audit.need("set_initial_training_values", "the run's length is not known")
         epochs, batches = super()._init_training_state(max_steps, num_update_steps, num_train_epochs, checkpoint, trial)
         self.state.num_train_epochs = self._num_epochs
         if self._resume is not None and checkpoint is not None:
@@ -163,6 +168,9 @@ class PlannedMixin(BeginningMixin):
         steps_trained_in_current_epoch: int,
         **rest: Any,
     ) -> None:
+        self._audit.saw("_run_epoch")
+        self._audit.need("_init_training_state", "it is not known where the run begins")
+        self._audit.need("create_scheduler", "the learning rate does not follow its epochs")
         resumed = resume_from_checkpoint is not None and epoch == epochs_trained
         done = steps_trained_in_current_epoch if resumed else 0
         if self.counts_steps and self.state.global_step >= self._run_steps:
@@ -284,6 +292,8 @@ class PlannedMixin(BeginningMixin):
         self._audit.check()
         self._planned().advance(self._consumed())
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        told = "the labels of the batches were not counted as its loss counts them"
+        self._audit.need("_get_num_items_in_batch", told, caller="get_batch_samples")
         if self._rng_to_keep is not None:
             torch.set_rng_state(self._rng_to_keep)
             self._rng_to_keep = None
@@ -300,6 +310,7 @@ class PlannedMixin(BeginningMixin):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._audit.saw("_save_checkpoint")
         sampler = self._planned()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self._epoch_batches == 0 and self._saved == folder.resolve():

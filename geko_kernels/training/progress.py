@@ -39,8 +39,12 @@ class ProgressMixin(_Base):
     _num_epochs: int  # of a run counted in epochs
 
     def __init__(self, *args: Any, **named: Any) -> None:
+        self._audit = Audit(self)
         super().__init__(*args, **named)
-        self.callback_handler.callbacks.insert(0, RunEpoch(self._epoch))
+        self.callback_handler.callbacks.insert(0, RunEpoch(self._epoch, self._need))
+
+    def _need(self, hook: str, otherwise: str) -> None:
+        self._audit.need(hook, otherwise)
 
     @property
     def counts_steps(self) -> bool:
@@ -59,6 +63,7 @@ class ProgressMixin(_Base):
         self._batches, self._epoch_batches, self._epoch_steps, self._first_step = 0, 1, 1, 0
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        self._audit.saw("set_initial_training_values")
         self._audit.planned()
         sampler, batches = self._planned(), len(dataloader) if has_length(dataloader) else 1
         if batches == 0 and args.max_steps <= 0:
@@ -129,6 +134,7 @@ class ProgressMixin(_Base):
         return sampler.epoch * standard.epoch_samples + round(self._share() * this)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self._audit.saw("create_scheduler")
         given = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._follows = not given

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
+from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.trainer import GEKOMixin
@@ -52,6 +53,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             self._row_tokens = own.max_length
         self._given_rows: Any = given.get("train_dataset")
         super().__init__(**given, config=config)
+        if self._given_rows is not None and prepares:
+            raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
         if self._is_vlm:
             raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
         if self.aux_loss_enabled:

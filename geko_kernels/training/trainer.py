@@ -122,6 +122,7 @@ class GEKOMixin(EvaluationMixin):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
+        self._audit.saw("get_train_dataloader")
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
         batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # of packs
@@ -142,6 +143,8 @@ class GEKOMixin(EvaluationMixin):
             self._signature_columns = before
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if description == _TRAINING:
+            self._audit.saw("_get_collator_with_removed_columns")
         remover = super()._get_collator_with_removed_columns(data_collator, description)
         return (
             IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names, self._weight_columns)
@@ -232,6 +235,7 @@ class GEKOMixin(EvaluationMixin):
             )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        self._audit.saw("_get_num_items_in_batch")
         if not batch_samples or not self.model_accepts_loss_kwargs:
             return super()._get_num_items_in_batch(batch_samples, device)
         name = label_of(batch_samples[0], self.label_names)
@@ -349,6 +353,7 @@ class GEKOMixin(EvaluationMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; the entries of training steps also get the keys that `efficiency.py` lists."""
+        self._audit.saw("log")
         if self.is_in_train and "loss" in logs and self.sampler is not None:
             logs.update(self._measures())
         super().log(logs, start_time)

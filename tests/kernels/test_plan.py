@@ -17,6 +17,7 @@ from geko_kernels.columns import NAMES
 pytest.importorskip("geko_kernels.kernels", exc_type=ImportError)
 from geko_kernels.kernels import launch as launching
 from geko_kernels.kernels import plan as planning
+from geko_kernels.kernels import triton_private
 from geko_kernels.kernels.table import prepared_of
 
 pytestmark = pytest.mark.no_cover
@@ -203,17 +204,17 @@ def test_a_launch_finds_its_binary_once_and_lets_profilers_hear(monkeypatch):
             return lambda *arguments, **constants: (compiled.append((grid, arguments, constants)), binary)[1]
 
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _device: 77)
-    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton_private, "driver", SimpleNamespace(active=active))
     launch = launching.Launch(Kernel(), 6, (5, 8), {"BLOCK": 16, "UNIT": True}, 4)
     assert not launch.ready
     launch("x", "y")
     assert launch.ready and compiled == [((6, 1, 1), ("x", "y", 5, 8), {"BLOCK": 16, "UNIT": True, "num_warps": 4})]
     launch(1, 2)
     assert binary.calls == [(6, 1, 1, 77, "function", "metadata", None, None, None, 1, 2, 5, 8, 16, True)]
-    runtime = launching.knobs.runtime
+    runtime = triton_private.knobs.runtime
     hook = SimpleNamespace(calls=[print])
     monkeypatch.setattr(
-        launching, "knobs", SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=None))
+        triton_private, "knobs", SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=None))
     )
     launch(3, 4)
     assert binary.calls[1:] == [((6, 1, 1), 3, 4, 5, 8, 16, True)] and len(compiled) == 1

@@ -87,7 +87,23 @@ class OwnEpoch(gk.GEKOTrainer):
         super(gk.training.planned.PlannedMixin, self)._run_epoch(**rest)
 
 
+class OwnSchedule(gk.GEKOTrainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        return self.lr_scheduler
+
+
+class OwnState(gk.GEKOTrainer):
+    def _init_training_state(self, *args):
+        return Trainer._init_training_state(self, *args)
+
+
 WRONG = [
+    (
+        OwnSchedule,
+        r"rate does not follow its epochs. OwnSchedule.create_scheduler has to call super\(\).create_scheduler",
+    ),
+    (OwnState, r"it is not known where the run begins. OwnState._init_training_state has to call super\(\)._init"),
     (OwnLoss, r"1 of 1 training batches were trained without its loss. OwnLoss.compute_loss has to call super\(\)"),
     (WholeBatch, r"trained without its loss. WholeBatch.compute_loss has to call super\(\).compute_loss"),
     (OwnStep, r"trained without its loss. OwnStep.training_step has to call super\(\).training_step"),
@@ -177,7 +193,14 @@ class Logs(gk.GEKOTrainer):
         return loss
 
 
-@pytest.mark.parametrize("cls", [Penalty, Twice, Wrapped, Ordered, Logs])
+class OwnCount(gk.GEKOTrainer):
+    """Counts the items of a loss itself, which is its own affair."""
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batch_samples)
+
+
+@pytest.mark.parametrize("cls", [Penalty, Twice, Wrapped, Ordered, Logs, OwnCount])
 def test_a_subclass_that_calls_the_hooks_trains(tmp_path, cls):
     trainer = train(tmp_path, cls, num_train_epochs=1)
     assert trainer.state.global_step == 6 and len(curve(trainer, "geko_loss")) == 6
@@ -186,6 +209,30 @@ def test_a_subclass_that_calls_the_hooks_trains(tmp_path, cls):
         assert trainer.get_efficiency_report()["saved_compute"] == 0
     if cls is not Ordered:
         assert curve(trainer) == pytest.approx(curve(train(tmp_path, gk.GEKOTrainer, num_train_epochs=1)), rel=1e-4)
+
+
+def test_a_save_without_the_learning_state_is_named(tmp_path):
+    class OwnSave(gk.GEKOTrainer):
+        def _save_checkpoint(self, model, trial):
+            Trainer._save_checkpoint(self, model, trial)
+
+    with pytest.raises(
+        RuntimeError, match="the checkpoint has no learning state. OwnSave._save_checkpoint has to call"
+    ):
+        train(tmp_path, OwnSave, save_strategy="epoch")
+
+
+class OwnRate(gk.GEKOTrainer):
+    """Brings a scheduler of its own, as the message for `OwnSchedule` says."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=0.5, total_iters=100)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+def test_a_scheduler_of_a_subclass_stays_as_it_is(tmp_path):
+    trainer = train(tmp_path, OwnRate, num_train_epochs=1)
+    assert curve(trainer, "learning_rate") == [0.005] * 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])

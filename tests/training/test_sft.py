@@ -254,3 +254,11 @@ def test_a_run_that_finds_its_own_length(tmp_path):
     seen = trainer.sample_state.times_seen
     assert 0 < len(report["held_back"]) <= 40 and (seen[report["held_back"]] == 0).all()
     assert report["looked_at"] == "held_back" and report["swap_test"] and len(report["curve"]) >= 5
+
+
+def test_rows_that_trl_prepares_by_another_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gk.GEKOSFTTrainer, "_prepare_dataset", trl.SFTTrainer._prepare_dataset)
+    with pytest.raises(
+        RuntimeError, match="rows .* were not kept as they were given. _prepare_dataset is not replaced"
+    ):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"))

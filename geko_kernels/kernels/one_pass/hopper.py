@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from geko_kernels.torch_private import stream_address
+
 CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 227 * 1024  # shared memory that one block may have, of 228 KiB a multiprocessor
@@ -132,7 +134,7 @@ class RowsLaunch:
         """On the current stream. Pointers: logits, grad, target, coeff, counts, num_items, upstream, tokens, factor."""
         at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
         arguments = _ARGUMENTS.pack(*at, *self._numbers)
-        error = self._launch(self._shape_at, arguments, torch._C._cuda_getCurrentRawStream(self._device))
+        error = self._launch(self._shape_at, arguments, stream_address(self._device))
         if error:
             self._check(error)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geko_kernels.torch_private import version_of
 from geko_kernels.training.model_loss.few_rows import HIDDEN
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 from geko_kernels.training.model_loss.untouched import RandomNumbers
@@ -114,7 +115,7 @@ class Question:
         Raises:
             ValueError: its forward writes to a parameter, which cannot be put back without a copy of all of them.
         """
-        before = [(name, value, value._version) for name, value in self.model.named_parameters()]
+        before = [(name, value, version_of(value)) for name, value in self.model.named_parameters()]
         self.model.train()
         try:
             with warnings.catch_warnings():  # of activation checkpointing without gradients
@@ -123,7 +124,7 @@ class Question:
         finally:
             self.model.eval()
         for name, value, version in before:
-            if value._version != version:
+            if version_of(value) != version:
                 raise ValueError(
                     f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss "
                     f"would change it: make it a buffer, or {WAY_OUT}"

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geko_kernels.torch_private import set_buffer
+
 _PLAIN = (int, float, str, type(None), Tensor)
 
 
@@ -56,7 +58,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             yield
             for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
+                set_buffer(module, name, buffer.copy_(value))
     finally:
         for module, values in plain:  # `training` is one of them
             vars(module).update(values)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geko_kernels.torch_private import version_of
+
 MAX_INTERVAL = 64  # epochs
 STAGGER = 8  # epochs that the first probes of a crowd are spread over
 
@@ -70,4 +72,4 @@ class ProbeSchedule:
 
 def _version(tensor: Tensor) -> int:
     """How often `tensor` was written; 0 for one made in inference mode, where nobody counts."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_of(tensor)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from geko_kernels.torch_private import set_last_rates
+
 Factor = Callable[[Any], float]
 
 
@@ -35,7 +37,7 @@ def read_progress_(scheduler: LRScheduler | None) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    scheduler._last_lr = rates
+    set_last_rates(scheduler, rates)
 
 
 def _at_progress(factor: Factor, progress: Callable[[], float], num_steps: int) -> Factor:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 from geko_kernels.losses.logits import SampleStats
+from geko_kernels.training.audit import bypassed
 from geko_kernels.training.checkpoint import STATE_NAME
 from geko_kernels.training.model_loss.untouched import RandomNumbers
 from geko_kernels.training.planned import PlannedMixin
@@ -145,6 +146,17 @@ class StoppingMixin(PlannedMixin):
             self.control.should_training_stop = True  # resumed after its end
             return
         super()._run_epoch(**named)
+        if self.config.auto_stop and self._stopping is None:
+            raise bypassed(self, "no weights are averaged", ("_prepare_for_training",))
+        if self._stopping is not None and self._stopping.stepped != self.state.global_step > 0:
+            raise bypassed(self, "the average misses the last step", ("_maybe_log_save_evaluate",))
+
+    def train(self, *args: Any, **named: Any) -> Any:
+        """As `Trainer.train`."""
+        output = super().train(*args, **named)
+        if self._stopping is not None and self._stopping.average is not None:
+            raise bypassed(self, "the run did not end with the averaged weights", ("_finalize_training",))
+        return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
         run = self._stopping

@@ -1,0 +1,92 @@
+"""Every internal of Triton that geko_kernels uses: how a compiled kernel starts without a look at its arguments.
+
+No other file of the package names one. Where the installed Triton starts its kernels in another way than is known
+here, `start_of` finds none, and each launch goes by `kernel[grid](...)`, which is right but slower for the host.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any, NamedTuple
+
+import triton
+
+try:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+except ImportError:  # `missing` says so
+    knobs = CompiledKernel = driver = None
+
+# what a `CompiledKernel`, asked by `binary[grid]`, passes to its `run`
+STARTS_WITH = (
+    "grid[0]",
+    "grid[1]",
+    "grid[2]",
+    "stream",
+    "self.function",
+    "self.packed_metadata",
+    "launch_metadata",
+    "knobs.runtime.launch_enter_hook",
+    "knobs.runtime.launch_exit_hook",
+    "*args",
+)
+
+
+class Start(NamedTuple):
+    """How one binary starts: `run(*grid, stream_of(device), *about, *arguments)`, without metadata and hooks."""
+
+    run: Any
+    stream_of: Any
+    device: int
+    about: tuple[Any, ...]
+
+
+@functools.cache
+def missing() -> list[str]:
+    """One sentence for each thing that the installed Triton does not have, or does in another way."""
+    says = f"Triton {triton.__version__}"
+    absent = [
+        f"{says} has no {name}, by which geko_kernels {why}"
+        for holder, name, why in (
+            (triton, "knobs", "learns whether a profiler watches launches"),
+            (getattr(knobs, "runtime", None), "launch_enter_hook", "learns whether a profiler watches launches"),
+            (getattr(knobs, "runtime", None), "launch_exit_hook", "learns whether a profiler watches launches"),
+            (driver, "active", "learns the device and its stream"),
+        )
+        if name not in dir(holder)  # a look at `driver.active` would need a device
+    ]
+    found = _run_arguments()
+    if found != STARTS_WITH:
+        absent.append(
+            f"{says} starts a compiled kernel by run({', '.join(found)}), and geko_kernels knows "
+            f"run({', '.join(STARTS_WITH)})"
+        )
+    return absent
+
+
+def _run_arguments() -> tuple[str, ...]:
+    """What `CompiledKernel.__getitem__` passes to `self.run`; () where it cannot be read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(CompiledKernel.__getitem__)))
+    except (AttributeError, OSError, SyntaxError, TypeError):
+        return ()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.run"]
+    return tuple(ast.unparse(argument) for argument in calls[0].args) if len(calls) == 1 else ()
+
+
+def start_of(binary: Any) -> Start | None:
+    """How `binary` starts on the current device; None where that is not known, as under the interpreter."""
+    if binary is None or missing():
+        return None
+    about = (binary.function, binary.packed_metadata, None, None, None)
+    return Start(binary.run, driver.active.get_current_stream, driver.active.get_current_device(), about)
+
+
+def watched() -> bool:
+    """Whether a profiler (Proton) wants to know of launches: an empty chain of hooks would cost a call each."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
