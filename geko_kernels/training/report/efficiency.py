@@ -49,6 +49,7 @@ JSON: NaN and infinity are null. A dict of:
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
     num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
+    forecast           what longer and shorter runs would save: the dict of `forecast.py`; null where that is unknown
 """
 
 from __future__ import annotations

@@ -42,6 +42,10 @@ _SHAPE = {
     "num_quarantined": int,
     "quarantined": [int],
 }
+_OPTIONAL = {  # older runs lack them
+    "forecast": {"after_epoch": int, "text": str, "runs": [{"epochs": int, "saved": _NUMBER}]},
+    "run": dict,
+}
 
 
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], str]:
@@ -78,6 +82,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {missing}")
     _check_shape(run, _SHAPE, str(path), "")
+    for name, shape in _OPTIONAL.items():
+        if run.get(name) is not None:
+            _check_shape(run[name], shape, str(path), name)
     return run
 
 
