@@ -82,6 +82,7 @@ def summary_of(
     told: Any = SimpleNamespace(forgotten=counts.forgotten.to(state.device), doubtful=0)
     summary = run_summary(state, told, counts.report(), log_history)
     summary["forecast"] = forecast(summary["efficiency"]["epochs"], state.config, observed=True)
+    summary["observed"] = True
     if fused:  # the learning state is empty
         for sample in summary["most_forgotten"]:
             losses = records[:, 0, sample["id"]]

@@ -29,6 +29,7 @@ from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
+from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.summary import run_summary
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 
@@ -352,7 +353,7 @@ class GEKOMixin(EvaluationMixin):
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
-        write_json(Path(folder) / REPORT_NAME, summary)
+        write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})
 
 
 def _is_causal(base: nn.Module) -> bool:
