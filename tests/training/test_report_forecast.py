@@ -28,7 +28,7 @@ def test_first_epoch_is_taken_to_stay_as_it_is():
     assert saved(told)[10] == pytest.approx(1 - (1 + 9 * (0.6 + 0.2)) / 10) and max(saved(told)) == LONGEST
     assert told["pays_from"] == 2 and saved(told)[2] == pytest.approx(0.1)
     assert told["text"] == (
-        "After epoch 1, 40% of the samples are right. Were that to stay so, a run of 10 epochs with "
+        "After epoch 1, 40% of the samples are right (loss below 0.5). Were that to stay so, a run of 10 epochs with "
         "GEKOConfig.recommended() would do 18% less work than uniform training, one of 2 epochs 10%. Take uniform "
         "training if you mean to train one epoch. Mostly more is saved: after a second epoch it can be told better."
     )
@@ -48,7 +48,7 @@ def test_held_back_samples_stay_out():
     second = epoch(1, 0, 400, 300, 300, samples=700, quarantined=300)
     told = forecast([FIRST, second], RECOMMENDED)
     assert (told["wrong"], told["held"], told["wrong_factor"]) == (0.3, 0.3, 0.5)
-    assert "and 30% are held back as probably mislabelled" in told["text"]
+    assert "after epoch 1 40%; 30% are held back as probably mislabelled" in told["text"]
     assert "may do as well" not in told["text"]  # uniform training would learn the wrong labels
 
 
@@ -77,9 +77,11 @@ def test_uniform_training_where_little_is_left_out():
     assert "Up to 20 epochs that is less than 10%: take uniform training." in told["text"]
     none_right = forecast([epoch(0, 0, 20, 980, 0)], RECOMMENDED)
     assert none_right["runs"] == [] and none_right["text"] == (
-        "After epoch 1, 2% of the samples are right: too few to tell what a longer run would leave out. Look again "
-        "when a tenth of them is right."
+        "After epoch 1, 2% of the samples are right (loss below 0.5). That is too few to tell what a longer run would "
+        "leave out: look again at a tenth."
     )
+    accurate = forecast([epoch(0, 0, 20, 980, 0)], GEKOConfig(correctness="accuracy", correct_accuracy=0.9))
+    assert "2% of the samples are right (accuracy of at least 0.9)." in accurate["text"]
     one_epoch = forecast([epoch(0, 0, 120, 880, 0)], RECOMMENDED)["text"]
     assert "That does not pay. Mostly more is saved" in one_epoch
 

@@ -107,14 +107,15 @@ def work_chart(work: Mapping[str, Mapping[str, float]], narrow: bool = False) ->
 
 
 def data_map(points: Sequence[tuple[float, float, str]], narrow: bool = False) -> Figure:
-    """Samples by mean probability of their label over the visits and its deviation; points (mean, deviation, bucket)."""
+    """Samples by the mean of p(label) over their visits and its deviation; points (mean, deviation, bucket)."""
     figure, axes = _axes("Data map", narrow, height=4.2)
     shown: dict[str, Patch] = {}
     size, opacity = (14, 0.7) if len(points) < 1000 else (6, 0.4)
     for name, colour in [*BUCKET_COLOURS.items(), ("", GREY)]:
-        placed = [(spread, mean) for mean, spread, bucket in points if bucket == name]
+        placed = [(mean, spread) for mean, spread, bucket in points if bucket == name]
         if placed:
-            axes.scatter(*zip(*placed, strict=True), s=size, alpha=opacity, color=colour, linewidths=0)
+            means, spreads = zip(*placed, strict=True)
+            axes.scatter(spreads, means, s=size, alpha=opacity, color=colour, linewidths=0)
             shown[name or "bucket unknown"] = Patch(color=colour)
     axes.set(xlim=(0, 0.52), ylim=(-0.02, 1.02), xlabel="its standard deviation over the visits")
     axes.set_ylabel("mean probability of the label")

@@ -24,7 +24,7 @@ def trainer_facts(trainer: Any) -> Facts:
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else " and ".join(sorted(kinds))
     steps = args.gradient_accumulation_steps
-    batch = f"{args.per_device_train_batch_size} a device"
+    batch = f"{args.per_device_train_batch_size} samples a device"
     batch += f", {steps} batches a step" if steps > 1 else ""
     batch += f", {args.world_size} processes" if args.world_size > 1 else ""
     tokens = getattr(getattr(trainer, "config", None), "batch_tokens", None)
@@ -45,7 +45,7 @@ def trainer_facts(trainer: Any) -> Facts:
 
 def loader_facts(loader: Any) -> Facts:
     """Of a GEKOLoader, which knows neither model nor optimizer."""
-    batch = f"{loader.batch_size} a device" + (f", {loader.world} processes" if loader.world > 1 else "")
+    batch = f"{loader.batch_size} samples a device" + (f", {loader.world} processes" if loader.world > 1 else "")
     return {
         "data": _data(loader.dataset),
         "length": f"{loader.num_epochs} epochs",

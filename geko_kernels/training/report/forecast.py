@@ -73,7 +73,7 @@ def forecast(epochs: Sequence[Mapping[str, Any]], config: GEKOConfig, observed: 
         "pays_from": next((length for length, share in saved.items() if begun and share >= _PAYS), None),
         "enough": next((e for e, row in enumerate(future, 1) if begun and row.wrong < _ENOUGH), None),
     }
-    return {**values, "text": _text(values, past, planned, observed)}
+    return {**values, "text": _text(values, past, config, planned, observed)}
 
 
 def _full(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -138,15 +138,24 @@ def _work(row: Shares, epoch: int, length: int, config: GEKOConfig) -> float:
     return (1 - finish) * chosen + finish * (1 - row.held) + probes
 
 
-def _text(values: Mapping[str, Any], past: list[Shares], planned: GEKOConfig, observed: bool) -> str:
+def rule_of_right(config: GEKOConfig) -> str:
+    """What makes a sample FREEZE or LIGHT, in words."""
+    if config.correctness == "accuracy":
+        return f"accuracy of at least {config.correct_accuracy:g}"
+    return f"loss below {config.correct_loss:g}"
+
+
+def _text(
+    values: Mapping[str, Any], past: list[Shares], config: GEKOConfig, planned: GEKOConfig, observed: bool
+) -> str:
     after, pays, enough = values["after_epoch"], values["pays_from"], values["enough"]
-    told = f"After epoch {after}, {values['right']:.0%} of the samples are right"
+    told = f"After epoch {after}, {values['right']:.0%} of the samples are right ({rule_of_right(config)})"
     if after > 1:
-        told += f" ({past[-2].frozen + past[-2].light:.0%} after epoch {after - 1})"
+        told += f", after epoch {after - 1} {past[-2].frozen + past[-2].light:.0%}"
     if values["held"]:
-        told += f" and {values['held']:.0%} are held back as probably mislabelled"
+        told += f"; {values['held']:.0%} are held back as probably mislabelled"
     if not values["runs"]:
-        return f"{told}: too few to tell what a longer run would leave out. Look again when a tenth of them is right."
+        return f"{told}. That is too few to tell what a longer run would leave out: look again at a tenth."
     saved = {run["epochs"]: run["saved"] for run in values["runs"]}
     long, short = 10 if after < 10 else LONGEST, next((length for length in (2, 3) if length > after), 5)
     rough = values["wrong_factor"] is None

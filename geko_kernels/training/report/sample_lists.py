@@ -49,7 +49,7 @@ def read_sample_lists(run_dir: Path, run: Mapping[str, Any]) -> SampleLists | No
         if sample["id"] in wanted and sample["text"]:
             lists.texts[sample["id"]] = sample["text"]
         visits = _label_probabilities(row)
-        if (sample["score"] or 0) > _LIKELY:
+        if sample["score"] > _LIKELY:
             lists.num_label_errors += 1
             _keep(errors, sample["score"], count, sample)
         elif len(visits) > 1 and not sample["held"] and _always_wrong(row, run["config"]):
@@ -67,34 +67,36 @@ def read_sample_lists(run_dir: Path, run: Mapping[str, Any]) -> SampleLists | No
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is damaged: line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get("id"), int):
+            if not isinstance(row, dict) or type(row.get("id")) is not int:
                 raise ValueError(f"{path} is damaged: line {number} has no integer id")
             yield row
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    text, losses, score = row.get("text"), _numbers(row.get("losses")), row.get("label_error")
-    if isinstance(text, str) and len(text) > _CHARACTERS:
-        text = text[:_CHARACTERS] + "…"
+    text, losses, score = row.get("text"), _numbers(row.get("losses")), _numbers([row.get("label_error")])
+    if isinstance(text, str):
+        cut = text[:_CHARACTERS] + "…" if len(text) > _CHARACTERS else text
+        text = cut.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
     return {
         "id": row["id"],
         "text": text if isinstance(text, str) else None,
         "loss": losses[-1] if losses else None,
         "bucket": row["bucket"] if isinstance(row.get("bucket"), str) else "",
         "held": row.get("quarantined") is True,
-        "score": score if isinstance(score, (int, float)) else None,
+        "score": score[0] if score else 0.0,
     }
 
 
 def _numbers(values: Any) -> list[float]:
     """Of the visits that there were: a list may have null in place of one."""
-    return [x for x in values if isinstance(x, (int, float))] if isinstance(values, list) else []
+    numbers = [x for x in values if type(x) in (int, float)] if isinstance(values, list) else []
+    return [x for x in numbers if math.isfinite(x)]
 
 
 def _label_probabilities(row: Mapping[str, Any]) -> list[float]:
