@@ -78,7 +78,7 @@ def test_uniform_training_where_little_is_left_out():
     none_right = forecast([epoch(0, 0, 20, 980, 0)], RECOMMENDED)
     assert none_right["runs"] == [] and none_right["text"] == (
         "After epoch 1, 2% of the samples are right (loss below 0.5). That is too few to tell what a longer run would "
-        "leave out: look again at a tenth."
+        "leave out: look again when a tenth is right."
     )
     accurate = forecast([epoch(0, 0, 20, 980, 0)], GEKOConfig(correctness="accuracy", correct_accuracy=0.9))
     assert "2% of the samples are right (accuracy of at least 0.9)." in accurate["text"]

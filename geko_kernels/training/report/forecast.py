@@ -155,7 +155,7 @@ def _text(
     if values["held"]:
         told += f"; {values['held']:.0%} are held back as probably mislabelled"
     if not values["runs"]:
-        return f"{told}. That is too few to tell what a longer run would leave out: look again at a tenth."
+        return f"{told}. That is too few to tell what a longer run would leave out: look again when a tenth is right."
     saved = {run["epochs"]: run["saved"] for run in values["runs"]}
     long, short = 10 if after < 10 else LONGEST, next((length for length in (2, 3) if length > after), 5)
     rough = values["wrong_factor"] is None
