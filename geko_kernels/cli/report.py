@@ -12,10 +12,11 @@ from geko_kernels.training.report.report import write_report
 def report(run_dir: str) -> str:
     """Make the report of `run_dir`; returns the lines that say where it is."""
     try:
-        _, checkpoint = read_figures(Path(run_dir))
+        run, checkpoint = read_figures(Path(run_dir))
         page = write_report(run_dir)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     images = sorted(path.name for path in Path(run_dir).glob("report_*.png"))
     unfinished = f"the run has not ended: the figures are those of {checkpoint}\n" if checkpoint else ""
-    return f"{unfinished}{page}\n{page.parent}: {', '.join(images)}"
+    told = f"{run['forecast']['text']}\n" if run.get("forecast") else ""
+    return f"{unfinished}{told}{page}\n{page.parent}: {', '.join(images)}"

@@ -22,6 +22,7 @@ from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.processes import check_alike, rank_and_world
 from geko_kernels.training.report.efficiency import bucket_names
+from geko_kernels.training.report.facts import loader_facts
 from geko_kernels.training.report.summary import run_summary
 
 _UNCOUNTED = (
@@ -281,7 +282,7 @@ class GEKOLoader:
             return Path(folder) / "report.html"
         summary = run_summary(self.state, self.sampler, counts.report(), [])
         skipped = getattr(self.dataset, "skipped_rows", ())
-        return write_run(folder, summary, counts.not_measured, skipped)
+        return write_run(folder, {**summary, "run": loader_facts(self)}, counts.not_measured, skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on; tensors are copies. Of several processes all call it.

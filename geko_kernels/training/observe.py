@@ -34,6 +34,7 @@ from geko_kernels.training.observed_tokens import (
     of_logits,
 )
 from geko_kernels.training.processes import rank_and_world
+from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.trainer import GEKOMixin
 
@@ -153,6 +154,7 @@ class Observation(TrainerCallback):
         fused = bool(self._fused)
         summary = summary_of(self.state, self.counts, self._stacked(), self._trainer.state.log_history, fused)
         skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
+        summary["run"] = trainer_facts(self._trainer)
         return write_run(folder, summary, self.counts.not_measured(fused), skipped)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:

@@ -13,6 +13,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.observed_tokens import Visits
 from geko_kernels.training.report.efficiency import Efficiency, bucket_names, count_tokens
+from geko_kernels.training.report.forecast import forecast
 from geko_kernels.training.report.summary import run_summary
 
 _MISSED = ["evaluation and checkpoints (within an epoch they are part of the steps' time)"]
@@ -80,6 +81,8 @@ def summary_of(
     """The dict of `geko_report.json`; records (epochs, 5, N)."""
     told: Any = SimpleNamespace(forgotten=counts.forgotten.to(state.device), doubtful=0)
     summary = run_summary(state, told, counts.report(), log_history)
+    summary["forecast"] = forecast(summary["efficiency"]["epochs"], state.config, observed=True)
+    summary["observed"] = True
     if fused:  # the learning state is empty
         for sample in summary["most_forgotten"]:
             losses = records[:, 0, sample["id"]]

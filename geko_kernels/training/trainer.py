@@ -30,6 +30,7 @@ from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
+from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.summary import run_summary
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 from geko_kernels.training.weights import columns_beside
@@ -401,7 +402,7 @@ class GEKOMixin(EvaluationMixin):
         summary.update(self._stopping_report(skipped))
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
-        write_json(Path(folder) / REPORT_NAME, summary)
+        write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})
 
 
 def _is_causal(base: nn.Module) -> bool:

@@ -163,7 +163,10 @@ class TestReport:
     def test_report_of_a_run(self, finished_run, tmp_path, capsys):
         shutil.copy(finished_run / "geko_report.json", tmp_path)
         assert main(["report", str(tmp_path)]) == 0
-        assert "report_buckets.png" in capsys.readouterr().out and (tmp_path / "report.html").exists()
+        told = capsys.readouterr().out
+        assert "report_buckets.png" in told and (tmp_path / "report.html").exists()
+        forecast = json.loads((tmp_path / "geko_report.json").read_text())["forecast"]["text"]
+        assert told.startswith(forecast + "\n") and "of the samples are right" in forecast
 
     def test_no_run_there(self, tmp_path, capsys):
         assert "no geko_report.json" in refused(capsys, "report", str(tmp_path))

@@ -1,4 +1,7 @@
-"""The report's charts, drawn with matplotlib from the figures that `efficiency` writes."""
+"""The report's charts, drawn with matplotlib from the figures that `efficiency` writes.
+
+Each takes `narrow`: the layout for a screen as narrow as a phone's, with the same letters on half the width.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's palette: told apart with any colour vision
@@ -15,9 +19,9 @@ BUCKET_COLOURS = {"FREEZE": BLUE, "LIGHT": GREEN, "FOCUS": ORANGE, "HARD": RED}
 _PART_COLOURS = {"steps": BLUE, "probes": ORANGE, "selection": GREEN}
 
 
-def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
+def bucket_chart(buckets: Sequence[Mapping[str, int]], narrow: bool = False) -> Figure:
     """Share of the samples in each bucket at the end of each epoch, as stacked areas; one mapping an epoch."""
-    figure, axes = _axes("Samples by bucket at the end of each epoch")
+    figure, axes = _axes("Samples by bucket" if narrow else "Samples by bucket at the end of each epoch", narrow)
     totals = [max(sum(counts.values()), 1) for counts in buckets]
     shares = [[counts[name] / n for counts, n in zip(buckets, totals, strict=True)] for name in BUCKET_COLOURS]
     epochs = list(range(1, len(buckets) + 1))
@@ -35,13 +39,19 @@ def bucket_chart(buckets: Sequence[Mapping[str, int]]) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel(f"share of {totals[-1]:,} samples")
     axes.set_xlabel("epoch")
-    _legend_right(axes, list(reversed(areas)), list(reversed(BUCKET_COLOURS)))
+    if not narrow:  # beside the chart in the order of the areas
+        areas, names = list(reversed(areas)), list(reversed(BUCKET_COLOURS))
+    else:
+        names = list(BUCKET_COLOURS)
+    _legend(axes, list(areas), names, narrow)
     return figure
 
 
-def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float]]], share: bool) -> Figure:
+def curve_chart(
+    title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float]]], share: bool, narrow: bool = False
+) -> Figure:
     """`curves` are points (epoch, value) by name; `share` shows values in [0, 1] as percent."""
-    figure, axes = _axes(title)
+    figure, axes = _axes(title, narrow)
     styles = zip(curves.items(), (BLUE, RED), ("o-", "s--"), strict=False)
     for (name, points), colour, style in styles:
         marker_size = 4 if len(points) <= 40 else 0
@@ -53,50 +63,70 @@ def curve_chart(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
-        _legend_right(axes, *axes.get_legend_handles_labels())
+        _legend(axes, *axes.get_legend_handles_labels(), narrow)
     return figure
 
 
-def time_chart(seconds: Mapping[str, Any]) -> Figure:
+def time_chart(seconds: Mapping[str, Any], narrow: bool = False) -> Figure:
     """Where the wall time of training went: one bar a part that was measured, and what no part covers as "other"."""
     parts = {name: spent for name, spent in seconds.items() if name != "total" and spent is not None}
     parts["other"] = max(seconds["total"] - sum(parts.values()), 0.0)
-    figure, axes = _axes("Wall time by part", height=2.8)
+    figure, axes = _axes("Wall time by part", narrow, height=2.8)
     bars = axes.barh(
         list(parts), list(parts.values()), color=[_PART_COLOURS.get(name, GREY) for name in parts], height=0.62
     )
     total = max(seconds["total"], 1e-9)
-    axes.bar_label(bars, [f" {_duration(s)}  ({s / total:.0%})" for s in parts.values()], fontsize=9)
-    axes.set_xlim(0, max(parts.values()) * 1.25 or 1)
+    axes.bar_label(bars, [f" {duration(s)}  ({s / total:.0%})" for s in parts.values()], fontsize=9)
+    axes.set_xlim(0, max(parts.values()) * (1.9 if narrow else 1.25) or 1)
     axes.set_xlabel("seconds")
     axes.invert_yaxis()
     return figure
 
 
-def work_chart(work: Mapping[str, Mapping[str, float]]) -> Figure:
+def work_chart(work: Mapping[str, Mapping[str, float]], narrow: bool = False) -> Figure:
     """Forward and backward passes against the standard run's; `work[unit]` has standard, forward and backward."""
-    figure, axes = _axes("Work done, against the same run with the standard loss", height=0.9 + 0.75 * len(work))
+    title = "Work, against the standard run's" if narrow else "Work done, against the same run with the standard loss"
+    figure, axes = _axes(title, narrow, height=(1.5 if narrow else 0.9) + 0.75 * len(work))
     for row, (unit, counts) in enumerate(work.items()):
         standard = max(counts["standard"], 1)
         for part, offset, colour in (("forward", -0.18, BLUE), ("backward", 0.18, ORANGE)):
             (bar,) = axes.barh(
                 row + offset, counts[part] / standard, 0.33, color=colour, label=part if row == 0 else None
             )
-            text = f" {_short(counts[part])} of {_short(counts['standard'])} {unit}"
+            text = f" {_short(counts[part])} of {_short(counts['standard'])}" + ("" if narrow else f" {unit}")
             axes.annotate(text, (max(bar.get_width(), 1), row + offset), va="center", fontsize=9)
     axes.axvline(1, color="#444444", linewidth=1, linestyle="--", label="standard run")
     axes.set_yticks(range(len(work)), list(work))
-    axes.set_xlim(0, 0.45 + max(1, axes.dataLim.xmax))
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlim(0, (0.85 if narrow else 0.45) + max(1, axes.dataLim.xmax))
+    axes.set_xticks([0, 0.5, 1] if narrow else [0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of the standard run")
     axes.invert_yaxis()
-    _legend_right(axes, *axes.get_legend_handles_labels())
+    _legend(axes, *axes.get_legend_handles_labels(), narrow)
     return figure
 
 
-def _axes(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.6, height), layout="constrained", dpi=150)
+def data_map(points: Sequence[tuple[float, float, str]], narrow: bool = False) -> Figure:
+    """Samples by the mean of p(label) over their visits and its deviation; points (mean, deviation, bucket)."""
+    figure, axes = _axes("Data map", narrow, height=4.2)
+    shown: dict[str, Patch] = {}
+    size, opacity = (14, 0.7) if len(points) < 1000 else (6, 0.4)
+    for name, colour in [*BUCKET_COLOURS.items(), ("", GREY)]:
+        placed = [(mean, spread) for mean, spread, bucket in points if bucket == name]
+        if placed:
+            means, spreads = zip(*placed, strict=True)
+            axes.scatter(spreads, means, s=size, alpha=opacity, color=colour, linewidths=0)
+            shown[name or "bucket unknown"] = Patch(color=colour)
+    axes.set(xlim=(0, 0.52), ylim=(-0.02, 1.02), xlabel="its standard deviation over the visits")
+    axes.set_ylabel("mean probability of the label")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    _legend(axes, list(shown.values()), list(shown), narrow)
+    return figure
+
+
+def _axes(title: str, narrow: bool, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.7, max(height, 2.4)) if narrow else (7.6, height), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -105,11 +135,17 @@ def _axes(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend_right(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], narrow: bool) -> None:
+    """Beside the chart, or below a narrow one."""
+    if narrow:
+        axes.get_figure().legend(  # type: ignore[union-attr]
+            handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=9
+        )
+    else:
+        axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

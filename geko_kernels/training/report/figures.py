@@ -12,6 +12,7 @@ import torch
 from geko_kernels.state import SampleState
 from geko_kernels.training.checkpoint import STATE_NAME, last_complete, load_files
 from geko_kernels.training.report.efficiency import REPORT_NAME, Efficiency
+from geko_kernels.training.report.facts import checkpoint_facts
 from geko_kernels.training.report.summary import run_summary
 
 _VERSION = 1
@@ -41,6 +42,11 @@ _SHAPE = {
     "most_forgotten": [{"id": int, "times": int, "loss": _NUMBER, "bucket": str}],
     "num_quarantined": int,
     "quarantined": [int],
+}
+_OPTIONAL = {  # older runs lack them
+    "forecast": {"after_epoch": int, "text": str, "runs": [{"epochs": int, "saved": _NUMBER}]},
+    "run": dict,
+    "observed": bool,
 }
 
 
@@ -78,6 +84,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {missing}")
     _check_shape(run, _SHAPE, str(path), "")
+    for name, shape in _OPTIONAL.items():
+        if run.get(name) is not None:
+            _check_shape(run[name], shape, str(path), name)
     return run
 
 
@@ -100,15 +109,15 @@ def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
     _check_shape(trained, {"log_history": [{"epoch": _NUMBER}]}, str(checkpoint / _TRAINER_STATE), "")
     efficiency.load_state_dict(counts)
     told: Any = SimpleNamespace(forgotten=sampler["forgotten"], doubtful=sampler.get("doubtful", 0))
-    return run_summary(
-        state, told, efficiency.report(), trained["log_history"], sampler.get("data", {}).get("skipped_rows", ())
-    )
+    skipped = sampler.get("data", {}).get("skipped_rows", ())
+    summary = run_summary(state, told, efficiency.report(), trained["log_history"], skipped)
+    return {**summary, "run": checkpoint_facts(sampler.get("run", {}))}
 
 
 def _check_shape(value: Any, shape: Any, path: str, name: str) -> None:
     """`shape` is a kind or kinds, a list of one shape for any number of items, or a dict of the keys there must be."""
     kind = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{path} is damaged: {name or 'the whole'} is {type(value).__name__}")
     if isinstance(shape, list):
         for index, item in enumerate(value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,21 @@ from matplotlib.figure import Figure
 
 from geko_kernels._files import write_whole
 from geko_kernels.training.planning.guard import few_samples_factor
-from geko_kernels.training.report.charts import BUCKET_COLOURS, bucket_chart, curve_chart, time_chart, work_chart
+from geko_kernels.training.report.charts import (
+    BUCKET_COLOURS,
+    bucket_chart,
+    curve_chart,
+    data_map,
+    duration,
+    time_chart,
+    work_chart,
+)
 from geko_kernels.training.report.figures import read_figures
+from geko_kernels.training.report.sample_lists import SampleLists, read_sample_lists
 
 _DOUBTFUL = 0.1  # share of the samples from which on the page says what to do about labels in doubt
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_FIRST = 10  # samples of a list that are shown unfolded
+_LENGTHS = (2, 3, 5, 10, 20)  # epochs of the runs whose forecast is shown
 Curve = list[tuple[float, float]]
 
 
@@ -34,15 +44,17 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     run_dir = Path(run_dir)
     run, checkpoint = read_figures(run_dir)
+    lists = None if checkpoint else read_sample_lists(run_dir, run)  # those of a run that has ended
     images = {}
-    for name, figure in _charts(run).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        picture = buffer.getvalue()
+    for name, draw in _charts(run, lists).items():
+        wide, narrow = draw(), draw(narrow=True)
+        picture = _png(wide)
         write_whole(run_dir / f"report_{name}.png", partial(Path.write_bytes, data=picture))
-        images[name] = {"title": figure.axes[0].get_title("left"), "data": base64.b64encode(picture).decode()}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        images[name] = {"title": wide.axes[0].get_title("left"), "wide": _text(picture), "narrow": _text(_png(narrow))}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["duration"] = duration
+    template = environment.get_template("report.html.j2")
     page = run_dir / "report.html"
     doubtful, total = run.get("num_doubtful", 0), run["num_samples"]  # older runs lack it
     values = {
@@ -50,23 +62,42 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         "name": run_dir.resolve().name,
         "colours": BUCKET_COLOURS,
         "doubtful": doubtful if doubtful > _DOUBTFUL * few_samples_factor(total) * total else 0,
+        "lists": lists or SampleLists(),
+        "first": _FIRST,
+        "lengths": _LENGTHS,
     }
     text = template.render(run=run, images=images, **values)
     write_whole(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return page
 
 
-def _charts(run: Mapping[str, Any]) -> dict[str, Figure]:
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _text(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def _charts(run: Mapping[str, Any], lists: SampleLists | None) -> dict[str, Callable[..., Figure]]:
+    """What draws each chart, `narrow` or not."""
     efficiency = run["efficiency"]
     loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
-    charts = {"work": work_chart(_work(efficiency)), "time": time_chart(efficiency["seconds"])}
+    charts: dict[str, Callable[..., Figure]] = {
+        "work": partial(work_chart, _work(efficiency)),
+        "time": partial(time_chart, efficiency["seconds"]),
+    }
     buckets = [epoch["buckets"] for epoch in efficiency["epochs"]]
     if buckets and None not in buckets[-1].values():
-        charts["buckets"] = bucket_chart(buckets)
+        charts["buckets"] = partial(bucket_chart, buckets)
     if loss:
-        charts["loss"] = curve_chart("Loss, before weighting", "nats per token", loss, share=False)
+        charts["loss"] = partial(curve_chart, "Loss, before weighting", "nats per token", loss, False)
     if accuracy:
-        charts["accuracy"] = curve_chart("Accuracy", "labels predicted right", accuracy, share=True)
+        charts["accuracy"] = partial(curve_chart, "Accuracy", "labels predicted right", accuracy, True)
+    if lists is not None and lists.points:
+        charts["map"] = partial(data_map, lists.points)
     return charts
 
 

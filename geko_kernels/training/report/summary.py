@@ -11,6 +11,7 @@ import torch
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.planning.sampler import GEKOSampler
+from geko_kernels.training.report.forecast import forecast
 
 MOST_FORGOTTEN, MOST_QUARANTINED = 100, 10_000
 
@@ -42,6 +43,7 @@ def run_summary(
         "num_quarantined": len(held),
         "quarantined": [row_of(sample, skipped_rows) for sample in held[by_loss[:MOST_QUARANTINED]].tolist()],
         "num_doubtful": sampler.doubtful,
+        "forecast": forecast(efficiency["epochs"], state.config),
     }
 
 
