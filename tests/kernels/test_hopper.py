@@ -33,7 +33,7 @@ class FakeLibrary:
 def test_a_launch_fills_the_arguments_of_the_kernel(monkeypatch):
     fake = FakeLibrary()
     monkeypatch.setattr(hopper, "library", lambda: fake)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
+    monkeypatch.setattr(hopper, "stream_address", lambda device: 77 + device)
     launch = hopper.RowsLaunch(torch.device("cuda", 1), torch.bfloat16, (2, 3, 50257), (7, 8), (9, 10), 4)
     launch(*range(1, 6), None, *range(7, 9), torch.empty(0))
     tiling = hopper.tiling_of(50257, 2)
