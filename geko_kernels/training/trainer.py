@@ -30,13 +30,14 @@ from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.summary import run_summary
+from geko_kernels.training.samples import SamplesMixin
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOMixin(EvaluationMixin):
+class GEKOMixin(SamplesMixin, EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
     It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
@@ -353,6 +354,7 @@ class GEKOMixin(EvaluationMixin):
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, summary)
+        self._write_samples_at_end(folder)
 
 
 def _is_causal(base: nn.Module) -> bool:
@@ -390,7 +392,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
     - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples; so an epoch has as many as its plan
       takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
-    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
+    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`, and `samples.jsonl`, see `write_samples`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
     `RuntimeError` at the first step that says which, and what it has to do.
