@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from resume_run import learnable
-from training import MapDataset, arguments, sentences, tiny_llama, trainer_of
+from training import MapDataset, arguments, sentences, standard, tiny_llama, trainer_of
 
 import geko_kernels as gk
 from geko_kernels import ops
@@ -218,3 +218,20 @@ def test_duplicates_of_each_kind_of_dataset():
     assert duplicate_groups(datasets.Dataset.from_list(items).with_format("torch"), 5) == expected
     assert duplicate_groups(MapDataset(items), 5) == [None] * 5, "made when they are read, perhaps"
     assert duplicate_groups([{"x": 1}], 1) == [None]
+
+
+def test_an_observed_run_has_scores_and_groups_too(tmp_path):
+    items = [{"input_ids": [1 + i % 4] * 6, "labels": [9 if i == 3 else 5] * 6} for i in range(20)]
+    trainer = standard(tiny_llama(), arguments(tmp_path), items)
+    observation = gk.observe(trainer)
+    trainer.train()
+    observation.write_samples(tmp_path / "samples.jsonl")
+    observation.write_samples(tmp_path / "samples.csv")
+    rows = rows_of(trainer)
+    assert [row["duplicate_group"] for row in rows] == [0, 1, 2, 3] * 5
+    mean = observation.label_probabilities.mean(0)
+    assert rows[3]["label_error"] == 0.5 and int(mean.argmin()) == 3
+    order = sorted(range(20), key=lambda i: rows[i]["label_error"])
+    assert (mean[order].diff() <= 1e-6).all() and rows[order[0]]["label_error"] == 0
+    with open(tmp_path / "samples.csv", newline="") as file:
+        assert [json.loads(row["losses"]) for row in csv.DictReader(file)] == [row["losses"] for row in rows]

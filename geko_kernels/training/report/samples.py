@@ -67,14 +67,13 @@ def rounded(values: np.ndarray) -> list[Any]:
     return np.round(values.astype(np.float64), _DIGITS).tolist()
 
 
-def duplicate_groups(dataset: Any, num_samples: int) -> list[int | None]:
+def duplicate_groups(dataset: Any, num_samples: int) -> list[Any]:
     """For each item the first one with the same `input_ids`; None where no other has them.
 
     All None of a dataset that has its items not at hand, but makes them when they are read.
     """
-    none: list[int | None] = [None] * num_samples
     first: dict[bytes, int] = {}
-    groups = none.copy()
+    groups: list[int | None] = [None] * num_samples
     for i, tokens in enumerate(_token_lists(dataset)):
         key = hashlib.blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
         group = first.setdefault(key, i)
