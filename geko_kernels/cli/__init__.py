@@ -1,4 +1,4 @@
-"""The command line: `geko env | train | report RUN_DIR`, the same as `python -m geko_kernels`."""
+"""The command line: `geko env | train | report RUN_DIR | clean RUN_DIR`, the same as `python -m geko_kernels`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,10 @@ def _run(command: str, parsed: dict[str, Any]) -> None:
         from geko_kernels.cli.report import report
 
         print(report(parsed["run_dir"]), flush=True)
+    elif command == "clean":
+        from geko_kernels.cli.clean import clean
+
+        print(clean(**parsed), flush=True)
     else:
         options = read_options(parsed, parsed.pop("config"))
         from geko_kernels.cli.train import train
@@ -109,7 +113,7 @@ def _run(command: str, parsed: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m geko_kernels", description="GEKO for PyTorch.")
     parser.add_argument("--version", action="version", version=f"geko_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="env | train | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="env | train | report | clean")
     commands.add_parser("env", help="versions, devices and backends, to paste into a bug report")
     train = commands.add_parser(
         "train",
@@ -120,4 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     add_options(train)
     report = commands.add_parser("report", help="make report.html and its PNGs from the figures of a run")
     report.add_argument("run_dir", metavar="RUN_DIR", help="output directory of a GEKOTrainer run")
+    clean = commands.add_parser("clean", help="write the data of a run without the rows whose labels look wrong")
+    clean.add_argument("run_dir", metavar="RUN_DIR", help="output directory of a `train` run that has ended")
+    clean.add_argument("--out", required=True, metavar="FILE", help="a .jsonl or .csv file, with the same columns")
+    clean.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     return parser

@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
+from geko_kernels.cli.clean import note_data
 from geko_kernels.cli.environment import check_variables
 from geko_kernels.cli.errors import UsageError
 from geko_kernels.cli.model import load_config, load_model, load_tokenizer, most_tokens
 from geko_kernels.cli.options import TrainOptions
 from geko_kernels.cli.run_folder import check_checkpoint, check_loss, check_output, find_checkpoint, newest_checkpoint
 from geko_kernels.cli.settings import check_best_metric, make_arguments, make_config
-from geko_kernels.training.formats import EncodedDataset, encode_records, find_classes, read_records
+from geko_kernels.training.formats import EncodedDataset, Records, encode_records, find_classes, read_records
 from geko_kernels.training.report.efficiency import REPORT_NAME
 from geko_kernels.training.report.report import write_report
 from geko_kernels.training.resumed import ResumeError
@@ -33,6 +34,7 @@ class _Task(NamedTuple):
 
     model: Any
     tokenizer: Any
+    records: Records
     train: EncodedDataset
     evaluation: EncodedDataset | None
     is_classification: bool
@@ -85,6 +87,7 @@ def train(options: TrainOptions) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if trainer.is_world_process_zero():
+            note_data(options.output_dir, task.records, options.label_column)
             _print_summary(trainer.get_efficiency_report(), write_report(options.output_dir))
 
 
@@ -158,7 +161,7 @@ def _make_task(options: TrainOptions) -> _Task:
     )
     assert train is not None
     notes += [*train.notes, *(evaluation.notes if evaluation else ())]
-    return _Task(model, tokenizer, train, evaluation, classes is not None, notes)
+    return _Task(model, tokenizer, records, train, evaluation, classes is not None, notes)
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from geko_kernels.state import SampleState
 from geko_kernels.training.progress import ProgressMixin
 from geko_kernels.training.report.efficiency import Efficiency
+from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +78,11 @@ class BeginningMixin(ProgressMixin):
 
     def _new_efficiency(self) -> Efficiency:
         several = dist.is_available() and dist.is_initialized() and self.args.world_size > 1
-        return Efficiency(self.args.device, dist.all_reduce if several else None)
+        visits = None
+        if self.sample_state is not None:
+            reduce_max = partial(dist.all_reduce, op=dist.ReduceOp.MAX) if several else None
+            visits = VisitLog(len(self.sample_state), self.args.device, reduce_max)
+        return Efficiency(self.args.device, dist.all_reduce if several else None, visits)
 
 
 class Beginning:
@@ -89,6 +95,7 @@ class Beginning:
         self._columns = {name: column.clone() for name, column in state.state_dict().items()}
         self._upstream = state.upstream.clone()
         self._counts = copy.deepcopy(counts.state_dict())
+        self._visits = 0 if counts.visits is None else counts.visits.mark()
         self._random = _random_states()
 
     def restore_(self, state: SampleState, counts: Efficiency) -> None:
@@ -99,6 +106,8 @@ class Beginning:
         spent = sum(counts.state_dict()["spent"].values())
         counts.load_state_dict(copy.deepcopy(self._counts))
         counts.spent["other"] += spent - sum(counts.spent.values())
+        if counts.visits is not None:
+            counts.visits.rewind(self._visits)
         _set_random_states(self._random)
 
 

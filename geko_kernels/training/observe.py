@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -35,6 +35,8 @@ from geko_kernels.training.observed_tokens import (
 )
 from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.facts import trainer_facts
+from geko_kernels.training.report.label_errors import label_error_scores
+from geko_kernels.training.report.samples import duplicate_groups, write_rows
 from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.trainer import GEKOMixin
 
@@ -121,24 +123,33 @@ class Observation(TrainerCallback):
         self._trainer.remove_callback(self)
 
     def write_samples(self, path: str | Path) -> None:
-        """One JSON line a sample: id, a list each of what was recorded (null where unseen), bucket.
+        """One row a sample, as `.jsonl`, `.csv` or `.parquet`: id, a list each of what was recorded, null where unseen.
 
         The lists are named as the arrays are; without logits there are no confidences and margins, and bucket is null.
-        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences.
+        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `bucket`,
+        `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no suspects, and no
+        groups of packed rows.
         """
+        write_rows(path, self._sample_rows())
+
+    def _sample_rows(self) -> Iterator[dict[str, Any]]:
         names = [name for name in QUANTITIES if not (self._fused and name in OF_LOGITS)]
-        columns = [values.T.tolist() for values in self._stacked()[:, : len(names)].unbind(1)]
+        records, data = self._stacked(), self._trainer.train_dataset
+        columns = [values.T.tolist() for values in records[:, : len(names)].unbind(1)]
         buckets = [None if self._fused else Bucket(bucket).name for bucket in self.state.bucket.tolist()]
         rows, parts = self.samples.places() if self.samples.first is not None else ((), ())
-        skipped = getattr(self._trainer.train_dataset, "skipped_rows", ())
-        with open(path, "w", encoding="utf-8") as file:
-            for i, bucket in enumerate(buckets):
-                lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
-                sample = i if rows else row_of(i, skipped)
-                row = {"id": sample, **dict(zip(names, lists, strict=True)), "bucket": bucket}
-                if rows:
-                    row |= {"row": row_of(rows[i], skipped), "part": parts[i]}
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+        skipped = getattr(data, "skipped_rows", ())
+        known = records[:, 1].isfinite()
+        visited, p = known.nonzero()[:, 1].numpy(), records[:, 1][known].numpy()
+        scores = label_error_scores(visited, p, np.zeros(len(buckets), bool)).tolist()
+        groups = [None] * len(buckets) if rows else duplicate_groups(data, len(buckets))
+        for i, bucket in enumerate(buckets):
+            lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
+            sample, group = i if rows else row_of(i, skipped), groups[i]
+            row = {"id": sample, **dict(zip(names, lists, strict=True)), "bucket": bucket}
+            row["label_error"] = scores[i] if math.isfinite(scores[i]) else None
+            row["duplicate_group"] = None if group is None else row_of(group, skipped)
+            yield row | ({"row": row_of(rows[i], skipped), "part": parts[i]} if rows else {})
 
     def write_report(self, folder: str | Path) -> Path:
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.

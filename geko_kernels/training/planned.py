@@ -28,6 +28,7 @@ from geko_kernels.training.fingerprint import fingerprint
 from geko_kernels.training.overrides import check_trainer
 from geko_kernels.training.planning.schedule import read_progress_
 from geko_kernels.training.report.efficiency import bucket_names
+from geko_kernels.training.report.visits import VISITS_NAME
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
 
 logger = logging.get_logger(__name__)
@@ -103,6 +104,11 @@ class PlannedMixin(BeginningMixin):
         self._resume["run"] = {**self._resume.get("run", {}), "GEKOConfig": state.config.to_dict()}
         self._saved = Path(checkpoint).resolve()
         self.efficiency.load_state_dict(counts)
+        if self.efficiency.visits is not None and not self.efficiency.visits.load(checkpoint):
+            logger.warning(
+                f"{checkpoint} has no {VISITS_NAME}: an earlier geko_kernels wrote it. The losses of each sample are "
+                "recorded from here on."
+            )
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
 
@@ -236,6 +242,7 @@ class PlannedMixin(BeginningMixin):
         while len(due):
             with counts.timed("probes"):
                 self._probe(model, due)
+                counts.flush_visits()  # the epoch may visit the same samples again
             with counts.timed("selection"):
                 sampler.probed(due, epoch, start)
                 due = sampler.due_probes(epoch, start)
@@ -320,6 +327,7 @@ class PlannedMixin(BeginningMixin):
             self._counts_at_sync = sampler.state.bucket_counts()
             self.efficiency.samples_standard = self._samples_standard()
             self.efficiency.collect()
+            self.efficiency.flush_visits()
             if self.args.should_save:
                 set_aside(folder, TRAINER_STATE_NAME)
             self.accelerator.wait_for_everyone()
@@ -327,6 +335,8 @@ class PlannedMixin(BeginningMixin):
                 about = {"run": run_settings(self), "data": self._data()}
                 position = {**sampler.state_dict(self._consumed()), **about}
                 save_files(folder, sampler.state, position, self.efficiency.state_dict())
+                assert self.efficiency.visits is not None
+                self.efficiency.visits.save(folder)
             super()._save_checkpoint(model, trial)  # ends with trainer_state.json: its presence says all is there
             if self.args.should_save:
                 drop_set_aside(folder.parent)

@@ -32,6 +32,7 @@ from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
 from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.summary import run_summary
+from geko_kernels.training.samples import SamplesMixin
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 from geko_kernels.training.weights import columns_beside
 
@@ -39,7 +40,7 @@ logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOMixin(EvaluationMixin):
+class GEKOMixin(SamplesMixin, EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
     It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
@@ -403,6 +404,7 @@ class GEKOMixin(EvaluationMixin):
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})
+        self._write_samples_at_end(folder)
 
 
 def _is_causal(base: nn.Module) -> bool:
@@ -445,7 +447,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
       takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
     - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
     - `GEKOConfig.auto()`: the run finds its own length and ends with averaged weights, see docs/length.md.
-    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`.
+    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`, and `samples.jsonl`, see `write_samples`.
 
     A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
     `RuntimeError` at the first step that says which, and what it has to do.

@@ -23,29 +23,36 @@ import torch
 import geko_kernels as gk
 from geko_kernels.training.checkpoint import EFFICIENCY_NAME, SAMPLER_NAME, STATE_NAME, load_files, save_files
 from geko_kernels.training.report.efficiency import Efficiency
+from geko_kernels.training.report.visits import VISITS_NAME, VisitLog
 
 SAMPLES = 12
-FILES = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME)
+FILES = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME, VISITS_NAME)
 FIRST_LAYOUT = Path(__file__).with_name("data") / "state_1.safetensors"
 
 
-def visit_all(state: gk.SampleState) -> None:
+def visit_all(state: gk.SampleState, log: VisitLog | None = None) -> None:
     """A training step on every sample."""
     logits = torch.randn(len(state), 5, requires_grad=True)
-    gk.weighted_loss(logits, torch.zeros(len(state), dtype=torch.long), torch.arange(len(state)), state).backward()
+    labels, ids = torch.zeros(len(state), dtype=torch.long), torch.arange(len(state))
+    loss, stats = gk.weighted_loss(logits, labels, ids, state, return_stats=True)
+    loss.backward()
     state.check()
+    if log is not None:
+        log.add(stats)
 
 
 def write_checkpoint(folder: Path) -> None:
     """A run of some epochs, stopped in the middle of one."""
     state = gk.SampleState(SAMPLES, gk.GEKOConfig(correct_loss=2.0, focus_confidence=0.3))
-    sampler, efficiency = gk.GEKOSampler(state, num_epochs=4), Efficiency(state.device)
+    log = VisitLog(SAMPLES, state.device)
+    sampler, efficiency = gk.GEKOSampler(state, num_epochs=4), Efficiency(state.device, visits=log)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         efficiency.begin_epoch(epoch, 2 * epoch)
-        visit_all(state)
+        visit_all(state, log)
         efficiency.end_epoch(2 * epoch + 2, {"buckets": {}, "quarantined": 0, "forgotten": 0})
     save_files(folder, state, sampler.state_dict(consumed=3), efficiency.state_dict())
+    log.save(folder)
     (folder / "trainer_state.json").write_text(
         json.dumps({"global_step": 7, "epoch": 2.5, "train_batch_size": 2, "log_history": []})
     )
@@ -53,7 +60,9 @@ def write_checkpoint(folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     """Load all files and go on with them."""
-    efficiency = Efficiency(torch.device("cpu"))
+    efficiency, log = Efficiency(torch.device("cpu")), VisitLog(SAMPLES, torch.device("cpu"))
+    assert log.load(folder)
+    assert len(log.visits().sample) == 3 * SAMPLES
     state, position, counts = load_files(folder, SAMPLES, torch.device("cpu"), efficiency.state_dict())
     efficiency.load_state_dict(counts)
     sampler = gk.GEKOSampler(state, num_epochs=4)

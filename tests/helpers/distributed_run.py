@@ -53,6 +53,7 @@ def geko_result(trainer: gk.GEKOTrainer) -> dict[str, Any]:
         "shares": shares,
         "log": [[step["geko_loss"], step["geko_accuracy"]] for step in steps],
         "changed": int(state.changed.sum()),
+        "visits": [column.tolist() for column in trainer.efficiency.visits.visits()],
     }
 
 

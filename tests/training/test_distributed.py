@@ -62,6 +62,17 @@ def test_two_processes_equal_one(runs, scenario):
             assert ours[key] == theirs[key], key
 
 
+@pytest.mark.parametrize("scenario", ["selection", "accumulation", "resumed", "packed", "packed_rows", "fsdp2"])
+def test_every_rank_has_the_visits_of_all(runs, scenario):
+    one, first, second = (run["visits"] for run in runs[scenario])
+    assert first == second and first[:2] == one[:2]
+    for ours, theirs in zip(first[2:], one[2:], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-3)
+    if scenario == "resumed":
+        assert first == runs["selection"][1]["visits"]
+    assert len(one[0]) == runs[scenario][0]["counts"]["samples_forward"]
+
+
 def test_selection_had_work_to_do(runs):
     one = runs["selection"][0]
     assert min(epoch["samples"] for epoch in one["epochs"]) < 29

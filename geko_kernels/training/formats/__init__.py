@@ -6,6 +6,7 @@ from typing import Any
 
 from geko_kernels.training.formats.encode import EncodedDataset, encode, encoding_notes
 from geko_kernels.training.formats.errors import DataError
+from geko_kernels.training.formats.excerpts import excerpts_of
 from geko_kernels.training.formats.labels import Classes, find_classes
 from geko_kernels.training.formats.records import Records, read_records
 
@@ -74,4 +75,6 @@ def encode_records(
             f"{records.source}: none of the {len(records.rows):,} records has a token to train within {limit}: raise "
             "it, and look whether conversations have turns of the assistant"
         )
+    left_out = set(encoded.skipped_rows)
+    encoded.excerpts = [told for row, told in enumerate(excerpts_of(records)) if row not in left_out]
     return encoded

@@ -22,6 +22,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         num_cut: how many records were longer than `max_length` and lost a part.
         class_names: of a classification, by number; else empty.
         notes: lines that tell how the data were taken.
+        excerpts: for each item what names it in `samples.jsonl`: how its text begins, and its own id if it has one.
     """
 
     def __init__(self, items: list[dict[str, Any]], skipped_rows: list[int], num_cut: int) -> None:
@@ -29,6 +30,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.skipped_rows, self.num_cut = skipped_rows, num_cut
         self.class_names: list[str] = []
         self.notes: list[str] = []
+        self.excerpts: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self._items)

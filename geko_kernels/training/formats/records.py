@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from geko_kernels.training.formats.errors import DataError
-from geko_kernels.training.formats.sources import Source, read_source
+from geko_kernels.training.formats.sources import Source, digest_of, read_source
 
 # The columns of each form, in the order in which they are looked for, and those that may be there beside them.
 _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -34,6 +34,8 @@ class Records(NamedTuple):
     places: list[str]  # of the rows: "line 1" or "record 0"
     notes: tuple[str, ...] = ()  # what to tell of how they were read
     is_table: bool = False  # whose labels are text, whatever they stand for
+    ids: list[Any] | None = None  # what the data's own column `id` has, if there is one
+    digest: str = ""  # of all rows as they were read, in order
 
     @property
     def is_classification(self) -> bool:
@@ -86,7 +88,8 @@ def read_records(data: Any, label_column: str = "") -> Records:
     used = {label if field == "label" else field for field in (*fields, *extra)}
     unused = sorted(str(column) for column in source.rows[0][1].keys() - used)
     notes = [*source.notes, *([f"{name}: columns that are not used: {', '.join(unused)}"] if unused else [])]
-    return Records(name, fields, rows, places, tuple(notes), source.is_table)
+    ids = [row.get("id") for _, row in source.rows] if "id" in source.rows[0][1] and "id" not in used else None
+    return Records(name, fields, rows, places, tuple(notes), source.is_table, ids, digest_of(source))
 
 
 def _numbered(data: Any) -> Iterable[tuple[str, dict[str, Any]]]:

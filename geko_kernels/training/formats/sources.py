@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,14 @@ def read_source(path: str) -> Source:
         )
     _check_hub_name(path)
     return Source(list(_hub(path)), False, [])
+
+
+def digest_of(source: Source) -> str:
+    """The same for the same rows in the same order, wherever they stand."""
+    hasher = hashlib.sha256()
+    for _, row in source.rows:
+        hasher.update(repr(row).encode("utf-8", "surrogatepass") + b"\n")
+    return hasher.hexdigest()[:32]
 
 
 def _parquet(path: str) -> Rows:

@@ -83,6 +83,18 @@ def update_quarantine_(state: SampleState) -> int:
     return doubtful
 
 
+def suspects(state: SampleState) -> Tensor:
+    """(N,) bool: samples that are quarantined, or would be if there were more like them.
+
+    For runs that generalise. None, but for the quarantined, while no more than `KNOWN` of the samples are correct.
+    """
+    correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
+    found = state.quarantined.clone()
+    if int(correct.count_nonzero()) > KNOWN * len(state):
+        found[_suspects(state, correct, state.config.noise_guard_margin)] = True
+    return found
+
+
 def nearly_suspects(state: SampleState) -> Tensor:
     """ids (n,) int64 of samples that one more visit would make suspects, had they stayed as they are.
 

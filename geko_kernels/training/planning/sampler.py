@@ -344,6 +344,11 @@ class GEKOSampler(Sampler[int]):
         self.probes.hand_out_(due, self.state.times_seen)
         return due.cpu()
 
+    @property
+    def guarded(self) -> bool:
+        """Did the noise guard judge labels in this run? Settled after the first epoch."""
+        return bool(self._guarded)
+
     def _guards(self) -> bool:
         """Is the noise guard on? Settled after the first epoch, by what the model made of samples new to it."""
         if self._guarded is None and int(self.state.times_seen.count_nonzero()) > 0.5 * self.total:

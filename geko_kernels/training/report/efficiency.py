@@ -76,6 +76,7 @@ from torch import Tensor
 from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
 from geko_kernels.losses.logits import SampleStats
+from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,16 @@ class Efficiency:
     Args:
         device: where the statistics of the steps are.
         reduce: sums a tensor over all processes in place; left out for one process.
+        visits: where the visits themselves are kept, flushed at epoch ends; left out where nobody asks for them.
     """
 
-    def __init__(self, device: torch.device, reduce: Callable[[Tensor], None] | None = None) -> None:
-        self.reduce = reduce
+    def __init__(
+        self,
+        device: torch.device,
+        reduce: Callable[[Tensor], None] | None = None,
+        visits: VisitLog | None = None,
+    ) -> None:
+        self.reduce, self.visits = reduce, visits
         self.sums = torch.zeros(2, len(_COUNTS), dtype=torch.float64, device=device)  # (train, probe) since collect
         self.train = dict.fromkeys(_COUNTS, 0.0)
         self.probe = dict.fromkeys(_COUNTS, 0.0)
@@ -122,6 +129,8 @@ class Efficiency:
             (labelled & ~finite).sum(),
         ]
         self.sums[int(probe), : len(parts)] += torch.stack([part.double() for part in parts])
+        if self.visits is not None:
+            self.visits.add(stats)
 
     def switch(self, part: str | None) -> str | None:
         """From now on wall time goes to `part`; returns where it went before."""
@@ -169,10 +178,16 @@ class Efficiency:
         self.switch(self._part)
         self.open_epoch, self.mark = epoch, self._marked(step)
 
+    def flush_visits(self) -> None:
+        """Move the visits so far to the host (all processes call it), as those of the open epoch."""
+        if self.visits is not None and self.open_epoch is not None:
+            self.visits.flush(self.open_epoch)
+
     def end_epoch(self, step: int, marks: dict[str, Any]) -> None:
         """Append the open epoch's record, if one is open; `marks` adds end, buckets, quarantined and forgotten."""
         if self.open_epoch is None:
             return
+        self.flush_visits()
         self.collect()
         self.switch(self._part)
         now, before = self._marked(step), self.mark

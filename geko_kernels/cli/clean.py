@@ -1,0 +1,140 @@
+"""`python -m geko_kernels clean RUN_DIR --out FILE`: the data of a run without the rows whose labels are suspected."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from geko_kernels._files import write_whole
+from geko_kernels.cli.errors import UsageError
+from geko_kernels.training.formats.records import Records
+from geko_kernels.training.formats.sources import Source, digest_of, read_source
+from geko_kernels.training.report.efficiency import write_json
+from geko_kernels.training.report.samples import SAMPLES_NAME, read_samples
+
+DATA_NAME = "geko_data.json"
+_VERSION = 1
+_Rows = list[dict[str, Any]]
+
+
+def note_data(run_dir: str, records: Records, label_column: str) -> None:
+    """Write into a run's folder which data it was trained on."""
+    local = os.path.abspath(os.path.expanduser(records.source))
+    data = local if os.path.exists(local) else records.source
+    known = {"data": data, "label": label_column or "label", "digest": records.digest}
+    write_json(Path(run_dir) / DATA_NAME, {"version": _VERSION, **known})
+
+
+def clean(run_dir: str, out: str, overwrite: bool) -> str:
+    """Write the data of `run_dir` without the suspected rows to `out`; returns the line that tells of it.
+
+    Raises:
+        UsageError, DataError: what is missing in the run, or why `out` cannot be written; nothing is written then.
+    """
+    known = _known_data(run_dir)
+    _check_out(out, overwrite, known["data"])
+    suspected = _suspected(run_dir)
+    source = read_source(known["data"])
+    if digest_of(source) != known["digest"]:
+        raise UsageError(
+            f"{known['data']} is not what {run_dir} was trained on, so that its rows are others now: put back what it "
+            "was trained on, or train on the new data"
+        )
+    rows = [row for number, (_, row) in enumerate(source.rows) if number not in suspected]
+    if not rows:
+        raise UsageError(f"all {len(source.rows):,} rows of {known['data']} are suspected, so nothing would be left")
+    _writer(out, source, rows, known["label"])(Path(out))
+    listed = f': those with "suspected": true in {Path(run_dir) / SAMPLES_NAME}' if suspected else ""
+    return f"{out}: {len(rows):,} of {len(source.rows):,} rows of {known['data']}; {len(suspected):,} left out{listed}"
+
+
+def _known_data(run_dir: str) -> dict[str, str]:
+    path = Path(run_dir) / DATA_NAME
+    if not path.is_file():
+        raise UsageError(f"{run_dir} has no {DATA_NAME}: give the --output-dir of a `geko train` run that has ended")
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["version"] != _VERSION:
+            raise UsageError(f"{path} has version {known['version']}, this geko_kernels reads {_VERSION}; update it")
+        return {name: str(known[name]) for name in ("data", "label", "digest")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}): train again") from error
+
+
+def _check_out(out: str, overwrite: bool, data: str) -> None:
+    path = Path(out)
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        raise UsageError(f"--out must end in .jsonl or .csv, got {out}")
+    target, own = path.resolve(), Path(data).resolve()
+    if target == own or own in target.parents:
+        raise UsageError(f"--out {out} would change the data that the run was trained on; give another file")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"--out {out} must be a file in a directory that exists")
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"--out {out} exists; give another name, or --overwrite to replace it")
+
+
+def _suspected(run_dir: str) -> set[int]:
+    try:
+        samples = read_samples(run_dir)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if samples is None:
+        raise UsageError(
+            f"{run_dir} has no {SAMPLES_NAME}, which a run of up to 200,000 samples writes at its end: train to the "
+            "end, or write it with GEKOTrainer.write_samples"
+        )
+    if all(sample.get("suspected") is None and not sample.get("quarantined") for sample in samples):
+        raise UsageError(
+            f"the noise guard of {run_dir} judged no labels: it was off, the run had one epoch, or its model did not "
+            f"generalise; {SAMPLES_NAME} ranks them all the same, by label_error"
+        )
+    return {sample["id"] for sample in samples if sample.get("suspected") or sample.get("quarantined")}
+
+
+def _writer(out: str, source: Source, rows: _Rows, label: str) -> Callable[[Path], None]:
+    """What writes `rows` so that they are read as before; refuses an ending with which they would not be."""
+    table = out.lower().endswith(".csv")
+    if source.is_table and not table:
+        raise UsageError(f"--out must end in .csv, got {out}: the data are a table, whose fields are all text")
+    if table and not source.is_table:
+        _check_fields(rows, label)
+    text = _csv if table else _jsonl
+    return lambda path: write_whole(path, lambda temporary: text(temporary, rows))
+
+
+def _check_fields(rows: _Rows, label: str) -> None:
+    for row in rows:
+        for name, value in row.items():
+            number = name == label and isinstance(value, str) and value.lstrip("+-").isdecimal()
+            if number or not isinstance(value, (str, int)):
+                kind = "a number written as text" if number else type(value).__name__
+                raise UsageError(f"--out must end in .jsonl: a .csv file cannot hold `{name}`, which is {kind}")
+        if row.keys() != rows[0].keys():
+            raise UsageError("--out must end in .jsonl: the rows have different columns, which a .csv file has not")
+
+
+def _csv(path: Path, rows: _Rows) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            plain = {name: str(v).lower() if isinstance(v, bool) else v for name, v in row.items()}
+            writer.writerow(plain)
+
+
+def _jsonl(path: Path, rows: _Rows) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            try:
+                line = json.dumps(row, ensure_ascii=False)
+                line.encode("utf-8")
+            except UnicodeEncodeError:  # half a character in a column that is not trained
+                line = json.dumps(row)
+            except TypeError as error:
+                raise UsageError(f"a .jsonl file cannot hold these data: {error}") from error
+            file.write(line + "\n")

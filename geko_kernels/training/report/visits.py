@@ -1,0 +1,127 @@
+"""What each visit of a run found, kept on the host: the losses of a sample by epoch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geko_kernels._files import load_tensors, save_tensors
+from geko_kernels.losses.logits import SampleStats
+
+VISITS_NAME = "geko_visits.safetensors"
+_FORMAT = "geko_kernels.VisitLog"
+_COLUMNS = {"sample": torch.int32, "loss": torch.float32, "hit": torch.float16, "epochs": torch.int32}
+
+
+class Visits(NamedTuple):
+    """V visits, those of a sample in the order in which they happened."""
+
+    sample: np.ndarray  # (V,) int32
+    epoch: np.ndarray  # (V,) int32: the planned epoch, from 0; a probe counts for the epoch that it precedes
+    loss: np.ndarray  # (V,) float32: mean over the valid tokens, nats, before weighting
+    hit: np.ndarray  # (V,) float16: share of the valid tokens whose label has the largest logit
+
+    @property
+    def label_probability(self) -> np.ndarray:
+        """(V,) float32: exp(-loss), the geometric mean over the tokens; of one token the label's probability."""
+        return np.exp(-self.loss)
+
+
+class VisitLog:
+    """Every visit with a label and a finite loss, in 10 bytes on the host and 8 a sample on the device.
+
+    `add` writes into a row for each sample on the device, without a sync. `flush` moves what has been written since the
+    last one to the host. In between a sample is to be visited once; of several visits the last one stays.
+
+    Args:
+        num_samples: N.
+        device: of the statistics.
+        reduce_max: takes the maximum of a tensor over all processes in place; left out for one process.
+    """
+
+    def __init__(
+        self, num_samples: int, device: torch.device, reduce_max: Callable[[Tensor], object] | None = None
+    ) -> None:
+        self.num_samples, self.reduce_max = num_samples, reduce_max
+        self._new = torch.full(
+            (2, num_samples + 1), -math.inf, device=device
+        )  # loss, hit; the last one is for no sample
+        self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []  # epoch; sample, loss, hit
+
+    def add(self, stats: SampleStats) -> None:
+        """Record one forward's visits."""
+        ids, loss = stats.sample_ids, stats.loss
+        known = (ids >= 0) & (ids < self.num_samples) & (stats.num_tokens > 0) & loss.isfinite()
+        at = torch.where(known, ids, self.num_samples)
+        self._new.index_copy_(1, at, torch.stack([loss.float(), stats.accuracy.float()]))
+
+    def flush(self, epoch: int) -> None:
+        """Move the new visits to the host as those of `epoch`; all processes call it, and all have all of them then."""
+        if self.reduce_max is not None:
+            self.reduce_max(self._new)
+        sample = (self._new[0, :-1] > -math.inf).nonzero()[:, 0]
+        if len(sample):
+            loss, hit = self._new[:, sample].cpu()
+            self._parts.append((epoch, sample.int().cpu(), loss.clone(), hit.half()))
+        self._new.fill_(-math.inf)
+
+    def visits(self) -> Visits:
+        """Those that have been flushed, by sample."""
+        sample, loss, hit = self._columns()
+        order = np.argsort(sample.numpy(), kind="stable")
+        lengths = [len(part[1]) for part in self._parts]
+        epoch = np.repeat(np.array([part[0] for part in self._parts], np.int32), lengths)
+        return Visits(*(column[order] for column in (sample.numpy(), epoch, loss.numpy(), hit.numpy())))
+
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self._parts
+        sample = torch.cat([torch.empty(0, dtype=torch.int32), *(part[1] for part in parts)])
+        loss = torch.cat([torch.empty(0), *(part[2] for part in parts)])
+        hit = torch.cat([torch.empty(0, dtype=torch.float16), *(part[3] for part in parts)])
+        return sample, loss, hit
+
+    def mark(self) -> int:
+        """How far the log is; `rewind` goes back there."""
+        return len(self._parts)
+
+    def rewind(self, mark: int) -> None:
+        """Forget what came after `mark`, flushed or not."""
+        del self._parts[mark:]
+        self._new.fill_(-math.inf)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what has been flushed."""
+        sample, loss, hit = self._columns()
+        epochs = torch.tensor([part[0] for part in self._parts], dtype=torch.int32)
+        ends = torch.tensor([len(part[1]) for part in self._parts], dtype=torch.int64).cumsum(0)
+        columns = {"sample": sample, "loss": loss, "hit": hit, "epochs": epochs, "ends": ends}
+        save_tensors(os.path.join(folder, VISITS_NAME), _FORMAT, columns, {"num_samples": str(self.num_samples)})
+
+    def load(self, folder: str | os.PathLike[str]) -> bool:
+        """Go on from what `save` wrote; False, and nothing is changed, where there is no such file.
+
+        Raises:
+            ValueError: damaged, or of another number of samples; names the file.
+        """
+        path = os.path.join(folder, VISITS_NAME)
+        if not os.path.isfile(path):
+            return False
+        columns, metadata = load_tensors(path, _FORMAT, "GEKOTrainer")
+        wrong = [name for name, dtype in _COLUMNS.items() if name not in columns or columns[name].dtype != dtype]
+        if wrong or "ends" not in columns or metadata.get("num_samples") != str(self.num_samples):
+            raise ValueError(
+                f"{path} does not hold the visits of {self.num_samples} samples: resume with the dataset that the run "
+                "was started with"
+            )
+        sample, loss, hit = (columns[name] for name in ("sample", "loss", "hit"))
+        ends = columns["ends"].tolist()
+        bounds = zip([0, *ends[:-1]], ends, columns["epochs"].tolist(), strict=True)
+        self.rewind(0)
+        self._parts = [(epoch, sample[a:b], loss[a:b], hit[a:b]) for a, b, epoch in bounds]
+        return True

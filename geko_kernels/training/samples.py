@@ -1,0 +1,55 @@
+"""What a `GEKOTrainer` writes of each of its samples."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from geko_kernels.training.planned import PlannedMixin
+from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, sample_rows, write_rows
+
+
+class SamplesMixin(PlannedMixin):
+    """`write_samples`."""
+
+    def write_samples(self, path: str | os.PathLike[str]) -> None:
+        """Write what the run knows of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
+
+        A run of up to 200,000 samples ends by writing `samples.jsonl` into `output_dir`. The columns:
+
+            id                  the row of the user's data
+            record_id, text     of `load_dataset` and the command line alone: the data's own `id`, if they have one,
+                                and the first 200 characters of the text or prompt
+            epochs, losses      lists, one entry a visit since `train` was called: its planned epoch, from 0, and the
+                                mean loss of its tokens, nats, before weighting. Probes are visits of the epoch that
+                                they precede; visits without a label or a finite loss are left out
+            label_probabilities of each visit exp(-loss), the geometric mean over the tokens
+            hits                of each visit the share of its tokens predicted right
+            bucket, times_seen  at the end
+            times_forgotten     how often the sample was found wrong after it had been right
+            quarantined         the noise guard holds it back at the end
+            suspected           it does, or would if there were more like it; null where the guard judged nothing: it
+                                was off, the run had one epoch, or its model did not generalise
+            label_error         in [0, 1], higher where a wrong label is more likely, see `label_error_scores`; null
+                                where there was no visit
+            duplicate_group     the `id` of the first sample with the same `input_ids`; null where no other has them, or
+                                the dataset is no list, no `datasets.Dataset` and not of `load_dataset`
+
+        Of several processes the first writes.
+
+        Raises:
+            RuntimeError: before `train`.
+            ValueError, ImportError: another ending; pandas or pyarrow is missing for `.parquet`.
+        """
+        if self.sampler is None or self.efficiency.visits is None:
+            raise RuntimeError("write_samples: nothing has been recorded yet; call it after train()")
+        if not self.is_world_process_zero():
+            return
+        if self.efficiency.reduce is None:  # called in the middle of an epoch it has the visits so far
+            self.efficiency.flush_visits()
+        rows = sample_rows(self.sampler.state, self.sampler, self.efficiency.visits.visits(), self.train_dataset)
+        write_rows(path, rows)
+
+    def _write_samples_at_end(self, folder: str | os.PathLike[str]) -> None:
+        if len(self._planned().state) <= MOST_SAMPLES:
+            self.write_samples(Path(folder) / SAMPLES_NAME)

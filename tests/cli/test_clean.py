@@ -1,0 +1,211 @@
+"""`geko clean`: the data of a run without the rows whose labels look wrong, and what it refuses."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from command import one_cpu, refused, train, write_jsonl
+from tiny_model import save_tiny_model
+
+from geko_kernels.cli import clean, main
+from geko_kernels.training.formats import read_records
+from geko_kernels.training.formats.excerpts import excerpts_of
+from geko_kernels.training.report.samples import read_samples
+
+WRONG = {5, 18, 33}
+GUARD = "geko:\n  noise_guard_margin: 0.3\n  noise_guard_min_share: 0.9\n  focus_confidence: 0.6\n  correct_loss: 0.6\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    with one_cpu(monkeypatch):
+        yield
+
+
+def named(i):
+    word, label = (("red", "colour"), ("oak", "tree"))[i % 2]
+    wrong = {"colour": "tree", "tree": "colour"}[label]
+    return {"id": f"n{i}", "text": word, "label": wrong if i in WRONG else label, "ü": "é"}
+
+
+ROWS = [named(i) for i in range(48)]
+
+
+def run_on(model, data, folder, *flags):
+    config = folder.parent / f"{folder.name}.yaml"
+    config.write_text(GUARD)
+    assert train(model, data, folder, "--config", str(config), "--learning-rate", "1e-2", *flags) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "words.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, one_cpu(patch):
+        return run_on(model, data, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def suspect(run, ids, value=True):
+    """Write the samples anew, of which those with `ids` are suspected."""
+    rows = [{**row, "suspected": value if row["id"] in ids else False} for row in read_samples(run)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def refusal(capsys, run, out, *flags):
+    capsys.readouterr()
+    told = refused(capsys, "clean", str(run), "--out", str(out), *flags)
+    assert told.startswith("geko_kernels clean: ") and told.count("\n") == 1
+    return told.removeprefix("geko_kernels clean: ").rstrip("\n")
+
+
+def test_samples_of_the_command_have_the_records_id_and_text(finished):
+    rows = read_samples(finished)
+    assert [(row["record_id"], row["text"]) for row in rows[:2]] == [("n0", "red"), ("n1", "oak")]
+    assert rows[0]["duplicate_group"] == 0 and rows[1]["duplicate_group"] == 1
+
+
+@pytest.mark.parametrize(
+    "records, told",
+    [
+        ([{"text": "a" * 300}], {"text": "a" * 200}),
+        ([{"prompt": "ask", "completion": "tell", "id": 7}], {"record_id": 7, "text": "ask"}),
+        ([{"text": "a", "label": 1, "id": 7}, {"text": "b", "label": 2, "id": "x"}], {"record_id": "7", "text": "a"}),
+        ([{"instruction": "do", "output": "done"}], {"text": "do"}),
+        (
+            [{"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "ask"}]}],
+            {"text": "ask"},
+        ),
+    ],
+)
+def test_excerpts(records, told):
+    assert excerpts_of(read_records(records))[0] == told
+
+
+def test_a_run_finds_wrong_labels_and_clean_leaves_them_out(finished, data, tmp_path, capsys):
+    capsys.readouterr()
+    out = tmp_path / "better.jsonl"
+    assert main(["clean", str(finished), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == (
+        f'{out}: 45 of 48 rows of {data}; 3 left out: those with "suspected": true in {finished / "samples.jsonl"}\n'
+    )
+    assert lines(out) == [row for i, row in enumerate(ROWS) if i not in WRONG]
+    assert "é" in out.read_text(encoding="utf-8")
+
+
+def test_nothing_suspected_leaves_all(run, tmp_path, data, capsys):
+    suspect(run, ())
+    capsys.readouterr()
+    assert main(["clean", str(run), "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'all.jsonl'}: 48 of 48 rows of {data}; 0 left out\n"
+    assert lines(tmp_path / "all.jsonl") == ROWS
+
+
+def test_a_table_stays_one(model, tmp_path, capsys):
+    table = tmp_path / "data" / "words.csv"
+    table.parent.mkdir()
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "mood"])
+        writer.writeheader()
+        writer.writerows({"text": f'{row["text"]}, "{i}"\n', "mood": i % 2} for i, row in enumerate(ROWS))
+    run = run_on(model, table, tmp_path / "run", "--label-column", "mood", "--epochs", "2")
+    suspect(run, {2})
+    told = refusal(capsys, run, tmp_path / "better.jsonl")
+    table_only = "the data are a table, whose fields are all text"
+    assert told == f"--out must end in .csv, got {tmp_path / 'better.jsonl'}: {table_only}"
+    assert main(["clean", str(run), "--out", str(tmp_path / "better.csv")]) == 0
+    before, after = (read_records(path, "mood") for path in (table, tmp_path / "better.csv"))
+    assert after.rows == [row for i, row in enumerate(before.rows) if i != 2]
+
+
+def test_records_as_a_table(run, tmp_path):
+    suspect(run, {0, 47})
+    assert main(["clean", str(run), "--out", str(tmp_path / "better.csv")]) == 0
+    with (tmp_path / "better.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == ROWS[1:47]
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        ({"label": "1"}, "`label`, which is a number written as text"),
+        ({"ü": None}, "`ü`, which is NoneType"),
+        ({"ü": [1]}, "`ü`, which is list"),
+        ({"other": "x"}, "the rows have different columns"),
+    ],
+)
+def test_records_that_no_table_can_hold(run, tmp_path, capsys, monkeypatch, change, kind):
+    rows = [(f"line {i}", {**row, **change} if i == 7 else row) for i, row in enumerate(ROWS)]
+    monkeypatch.setattr(clean, "read_source", lambda path: clean.Source(rows, False, []))
+    known = json.loads((run / "geko_data.json").read_text())
+    known["digest"] = clean.digest_of(clean.Source(rows, False, []))
+    (run / "geko_data.json").write_text(json.dumps(known))
+    told = refusal(capsys, run, tmp_path / "better.csv")
+    assert told.startswith("--out must end in .jsonl: ") and kind in told and not (tmp_path / "better.csv").exists()
+
+
+def test_out(run, data, tmp_path, capsys):
+    out = tmp_path / "better.jsonl"
+    out.write_text("mine")
+    assert refusal(capsys, run, out) == f"--out {out} exists; give another name, or --overwrite to replace it"
+    assert out.read_text() == "mine"
+    assert main(["clean", str(run), "--out", str(out), "--overwrite"]) == 0 and len(lines(out)) == 45
+    assert refusal(capsys, run, tmp_path / "a.txt") == f"--out must end in .jsonl or .csv, got {tmp_path / 'a.txt'}"
+    assert "must be a file in a directory that exists" in refusal(capsys, run, tmp_path / "none" / "a.jsonl")
+    told = refusal(capsys, run, data, "--overwrite")
+    assert told == f"--out {data} would change the data that the run was trained on; give another file"
+
+
+def test_no_run_no_samples_or_other_data(run, tmp_path, capsys):
+    out = tmp_path / "better.jsonl"
+    assert refusal(capsys, tmp_path, out) == (
+        f"{tmp_path} has no geko_data.json: give the --output-dir of a `geko train` run that has ended"
+    )
+    changed = write_jsonl(tmp_path / "words.jsonl", [*ROWS[:20], {**ROWS[20], "ü": "e"}, *ROWS[21:]])
+    known = json.loads((run / "geko_data.json").read_text())
+    (run / "geko_data.json").write_text(json.dumps({**known, "data": changed}))
+    assert refusal(capsys, run, out).startswith(f"{changed} is not what {run} was trained on, so that its rows are")
+    (tmp_path / "words.jsonl").unlink()
+    assert "cannot read the file (No such file or directory)" in refusal(capsys, run, out)
+    (run / "samples.jsonl").unlink()
+    assert refusal(capsys, run, out).startswith(f"{run} has no samples.jsonl, which a run of up to 200,000 samples")
+    (run / "geko_data.json").write_text("{}")
+    assert "geko_data.json is damaged (KeyError('version')): train again" in refusal(capsys, run, out)
+    (run / "geko_data.json").write_text('{"version": 2}')
+    assert "geko_data.json has version 2, this geko_kernels reads 1" in refusal(capsys, run, out)
+    assert not out.exists()
+
+
+def test_a_run_that_judged_nothing_or_suspects_all(run, tmp_path, capsys):
+    suspect(run, range(48))
+    assert refusal(capsys, run, tmp_path / "b.jsonl").endswith("are suspected, so nothing would be left")
+    rows = [{**row, "suspected": None} for row in read_samples(run)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = refusal(capsys, run, tmp_path / "b.jsonl")
+    assert told.startswith(
+        f"the noise guard of {run} judged no labels: it was off, the run had one epoch, or its model"
+    )
+    (run / "samples.jsonl").write_text("{")
+    assert "samples.jsonl is damaged: line 1 is not JSON" in refusal(capsys, run, tmp_path / "b.jsonl")
