@@ -14,6 +14,7 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
+from geko_kernels.training.model_loss.own_loss import fit_labels
 from geko_kernels.training.trainer import GEKOMixin
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     Raises:
         ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
-            Liger kernels, iterable datasets, vision models and auxiliary losses.
+            Liger kernels, iterable datasets, vision models and auxiliary losses; at the first training batch, prompt
+            tuning with packed rows.
     """
 
     _replaces = SFTTrainer
@@ -109,16 +111,17 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
                 "GEKOSFTTrainer counts tokens by attention_mask or position_ids: let the data_collator return one"
             )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._count(outputs["logits"].detach(), inputs)
+        prompt = self._find_loss(model, inputs).form.prompt
+        self._count(outputs["logits"].detach(), inputs, prompt)
         return (loss, outputs) if return_outputs else loss
 
     def _forward_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **named: Any) -> ModelLoss:
         # as SFT does: with a cache the documents of a row would see each other
         return super()._forward_loss(model, {**inputs, "use_cache": False}, *args, **named)
 
-    def _count(self, logits: Tensor, inputs: dict[str, Any]) -> None:
-        """SFT's metrics of a training batch; logits (B, S, V)."""
-        labels = inputs["labels"][:, 1:]
+    def _count(self, logits: Tensor, inputs: dict[str, Any], prompt: bool) -> None:
+        """SFT's metrics of a training batch; logits (B, S, V), longer than the labels with prompt tuning."""
+        labels = fit_labels(inputs["labels"], logits, prompt)[:, 1:]
         sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # entropy, hits, labels, tokens
         for row, target in zip(logits[:, :-1], labels, strict=True):  # one row at a time: (S, V) in float32
             counts = target != -100

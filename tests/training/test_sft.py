@@ -101,6 +101,35 @@ def test_peft_config(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def prompts(kind):
+    peft = pytest.importorskip("peft")
+    return getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_prompt_tuning(tmp_path, kind):
+    """The tokens that PEFT puts before a row have no label, in the loss and in SFT's metrics."""
+    runs = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        torch.manual_seed(0)
+        fields = {"learning_rate": 1.0, "completion_only_loss": False, "peft_config": prompts(kind), **named}
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("prompt"), eval_dataset=rows("prompt", 5), **fields)
+        trainer.train()
+        keys = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        curves = [entry[key] for key in keys for entry in trainer.state.log_history if key in entry]
+        runs.append([*curves, trainer.evaluate()["eval_loss"]])
+    assert len(runs[0]) == 13 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("fields", [{"packing": True, "max_length": 12}, {"padding_free": True, "max_length": None}])
+def test_prompt_tuning_of_packed_rows_is_refused(tmp_path, kind, fields):
+    """SFTTrainer trains them, and the documents of a row see each other."""
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("prompt"), peft_config=prompts(kind), **fields)
+    with pytest.raises(ValueError, match="prompt tuning does not combine with packed samples, as PEFT lets"):
+        trainer.train()
+
+
 def test_sample_ids_are_the_users_rows(tmp_path):
     data = rows("text")
     other = {"train": data.select(range(5))}  # an evaluation dataset of that name is not the training dataset
