@@ -1,9 +1,9 @@
 """Which score finds wrong labels in the visits of a run: precision and recall, beside cleanlab on the same visits.
 
     python -m venv CL && CL/bin/pip install cleanlab
-    python -m benchmarks.training.label_error_scores --cleanlab CL/bin/python [--wordnet data.noun] [--seeds 3] [--out FILE]
+    python -m benchmarks.training.label_error_scores --cleanlab CL/bin/python [--wordnet data.noun] [--seeds 3]
 
-On the CPU, under five minutes on two cores. `gloss` is WordNet's definition -> one of 26 classes, a bag of words;
+On the CPU, three and a half minutes of one core. `gloss` is WordNet's definition -> one of 26 classes, a bag of words;
 `toy` is that of `plain_loop`. `geko` trains with the recommended settings, `uniform` trains every sample.
 
 One row a run and finder. A ranking has the average precision, and the precision among as many as there are wrong
