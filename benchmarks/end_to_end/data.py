@@ -91,6 +91,12 @@ def read_wordnet(path: Path) -> list[tuple[str, int, str]]:
     return shuffled
 
 
+def confusable() -> dict[int, int]:
+    """For each class the one that it is mixed up with."""
+    other = {CLASSES.index(a): CLASSES.index(b) for a, b in (pair.split() for pair in _PAIRS.split(", "))}
+    return other | {b: a for a, b in other.items()}
+
+
 def gloss_classes(
     rows: list[tuple[str, int, str]], encode: Encode, size: int, test_size: int, noise: float, kind: str
 ) -> Data:
@@ -104,8 +110,7 @@ def gloss_classes(
     some = test_size + torch.randperm(len(rows) - test_size, generator=generator)[: round(noise * size)]
     wrong[some] = True
     if kind == "pairs":
-        other = {CLASSES.index(a): CLASSES.index(b) for a, b in (pair.split() for pair in _PAIRS.split(", "))}
-        other |= {b: a for a, b in other.items()}
+        other = confusable()
         given[some] = torch.tensor([other[int(c)] for c in true[some]], dtype=torch.int64)
     else:
         given[some] = (true[some] + torch.randint(1, len(CLASSES), (len(some),), generator=generator)) % len(CLASSES)
