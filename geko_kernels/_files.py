@@ -71,6 +71,8 @@ def load_tensors(
     if metadata.get("format") != layout:
         raise ValueError(f"{path} is a safetensors file, but not one that {writer} wrote")
     if "version" not in metadata:
+        if "crc32" in metadata:  # the first layout had neither
+            raise ValueError(f"{path} is damaged: it has metadata of a version that it does not name")
         return columns, metadata
     if metadata["version"] not in (version, *earlier):
         known = " and ".join((*earlier, version))

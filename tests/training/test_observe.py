@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -20,6 +19,8 @@ from transformers import (
 
 import geko_kernels as gk
 from geko_kernels.training.observed_tokens import find_shift
+
+Dataset = pytest.importorskip("datasets").Dataset
 
 
 def _trainer(path, causal, **given):

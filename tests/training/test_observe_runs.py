@@ -71,7 +71,8 @@ def test_confidences_and_margins(tmp_path):
     observation.write_samples(tmp_path / "samples.jsonl")
     row = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[4])
     assert row["margins"] == [float(observation.margins[0, 4])]
-    assert sorted(row) == ["bucket", "confidences", "hits", "id", "label_probabilities", "losses", "margins"]
+    recorded = {"losses", "label_probabilities", "hits", "confidences", "margins"}
+    assert set(row) == {"id", "bucket", "label_error", "duplicate_group", *recorded}
 
 
 def test_report_of_an_observed_run(tmp_path):

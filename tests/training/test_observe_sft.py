@@ -67,6 +67,7 @@ def test_the_fused_head_gives_losses_label_probabilities_and_hits(tmp_path, kind
     assert "makes no logits. Losses, label probabilities and hits are recorded; confidences" in caplog.text
     observation.write_samples(tmp_path / "samples.jsonl")
     row = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[3])
+    assert row.pop("duplicate_group") is None and 0 <= row.pop("label_error") <= 0.5
     assert row == {
         "id": 3,
         "losses": [float(found[0, 3])],

@@ -145,7 +145,7 @@ def test_a_model_gone_nan_is_shown_as_nan(tmp_path, caplog):
     assert [row["geko_loss"] for row in written["log_history"] if "geko_loss" in row][8:] == [None] * 4
     page = write_report(tmp_path).read_text()
     assert "<b>NaN</b>" in page and "<td>NaN</td>" in page and "0.000" not in page
-    assert "The loss of 16 samples was NaN or infinite." in page
+    assert "The loss of 16 visits was NaN or infinite." in page
     resumed = diverging(tmp_path, -1, **saved)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert math.isnan(resumed.get_efficiency_report()["epochs"][1]["loss"])

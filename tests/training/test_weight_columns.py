@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.nn import functional as F
 from training import classified, curve, sentences, tiny_classifier, tiny_llama, trainer_of, weights
 from transformers import DataCollatorWithFlattening, default_data_collator
 
 import geko_kernels as gk
 from geko_kernels.training.data import Identified
+
+Dataset = pytest.importorskip("datasets").Dataset
 
 UNIFORM = gk.GEKOConfig.uniform()
 
