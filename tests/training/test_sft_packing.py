@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from auto_run import few_samples
 from test_sft import chat_tokenizer, rows, trainer_of
 from training import tiny_llama, weights
 
@@ -259,3 +262,21 @@ def test_a_document_longer_than_batch_tokens_is_named(tmp_path):
     trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=config, **PACKED)
     with pytest.raises(ValueError, match=r"3 of the 12 rows of train_dataset have more tokens than batch_tokens=6"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens"),
+    [(PACKED, None), (FREE, None), (FREE, 64), ({}, 64)],
+    ids=["packed", "free", "free64", "padded64"],
+)
+def test_a_run_that_finds_its_own_length_in_any_form(tmp_path, form, tokens):
+    """Held-back documents stand in no pack, and looks and swapped answers go through the same batches."""
+    config = gk.GEKOConfig.auto(batch_tokens=tokens)
+    with few_samples():
+        fields = {"max_steps": -1, "num_train_epochs": 2, **form}
+        trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("prompt", 120), config=config, **fields)
+        trainer.train()
+    report = json.loads((tmp_path / "geko_report.json").read_text())["stopping"]
+    seen = trainer.sample_state.times_seen
+    assert 0 < len(report["held_back"]) <= 40 and (seen[report["held_back"]] == 0).all()
+    assert report["swap_test"] and len(report["curve"]) >= 5
