@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from geko_kernels.config import Bucket
 from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.state import SampleState
+from geko_kernels.training.planning.epoch_plan import EpochPlan
 from geko_kernels.training.planning.guard import generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.planning.orders import Orders, by_length, cut_after, in_turn, iterate_padded
 from geko_kernels.training.planning.packing import Packer, iterate_packs
@@ -24,31 +25,6 @@ from geko_kernels.training.planning.probes import ProbeSchedule
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 _COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights by Bucket: (FREEZE, LIGHT, FOCUS, HARD)
-
-
-class Plan(NamedTuple):
-    """One epoch: which samples in which order, and which stretch of the run it makes."""
-
-    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
-    head: int  # samples of the head
-    start: float  # progress of the run at the first sample,
-    turn: float  # where the head ends
-    end: float  # and after the last one
-    packs: Tensor | None = None  # (p,) int64: where each pack of ids ends, if they are packed
-
-    @property
-    def units(self) -> int:
-        """Packs, or ids where they are not packed: what batches are made of."""
-        return len(self.ids if self.packs is None else self.packs)
-
-    def samples(self, units: int) -> int:
-        """Samples in the first `units` of them."""
-        units = min(units, self.units)
-        return units if self.packs is None or units == 0 else int(self.packs[units - 1])
-
-    def units_of(self, samples: int) -> int:
-        """How many of them the first `samples` samples fill."""
-        return samples if self.packs is None else int(torch.searchsorted(self.packs, samples, right=True))
 
 
 class GEKOSampler(Sampler[int]):
@@ -135,7 +111,7 @@ class GEKOSampler(Sampler[int]):
         self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
         self.epoch = 0
         self.position = 0  # ids of the plan, or packs of it, handed out
-        self.plan: Plan | None = None
+        self.plan: EpochPlan | None = None
         self._finished = False  # the plan has been handed out to its end
         self._row: Row | None = None  # weights in force
 
@@ -214,7 +190,7 @@ class GEKOSampler(Sampler[int]):
         """(N,) bool: samples that may not be trained now."""
         return self.state.quarantined if self.held_back is None else self.state.quarantined | self.held_back
 
-    def _draw(self, epoch: int, start: float | None) -> Plan:
+    def _draw(self, epoch: int, start: float | None) -> EpochPlan:
         state, total = self.state, self.total
         begin, longest = self._span(epoch, start)
         finish = 1 - state.config.uniform_finish
@@ -240,7 +216,7 @@ class GEKOSampler(Sampler[int]):
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         ids, packs = self._packed(ids, head)
-        return Plan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
+        return EpochPlan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
 
     def _order(self, epoch: int) -> Tensor:
         order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
@@ -275,14 +251,14 @@ class GEKOSampler(Sampler[int]):
         begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
         if packs is not None and ends is not None:
             packs = torch.cat([packs, ends + len(ids)])
-        self.plan = Plan(torch.cat([ids, more]), head, begin, turn if head else begin, end, packs)
+        self.plan = EpochPlan(torch.cat([ids, more]), head, begin, turn if head else begin, end, packs)
         self.advance(0)
 
     def relocate_(self, start: float | None = None) -> None:
         """Place the plan at hand, drawn for a run of another length, within this one; `start` as for `set_epoch`."""
         if self.plan is not None:
             ids, head = self.plan.ids, self.plan.head
-            self.plan = Plan(ids, head, *self._stretch(self.epoch, start, head, len(ids)), self.plan.packs)
+            self.plan = EpochPlan(ids, head, *self._stretch(self.epoch, start, head, len(ids)), self.plan.packs)
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
@@ -438,7 +414,7 @@ class GEKOSampler(Sampler[int]):
         packs = values["packs"].cpu() if "packs" in values else None
         self.plan = None
         if values["plan"] is not None:
-            self.plan = Plan(values["plan"].cpu(), *values["spans"])._replace(packs=packs)
+            self.plan = EpochPlan(values["plan"].cpu(), *values["spans"])._replace(packs=packs)
         self.epoch, self._finished = values["epoch"], values["finished"]
         self.position = 0 if self._finished or self.plan is None else self.plan.units_of(values["position"])
         self._guarded, self._hurried = values["guarded"], values["hurried"]

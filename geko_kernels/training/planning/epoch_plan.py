@@ -1,0 +1,33 @@
+"""`EpochPlan`: what `GEKOSampler` has drawn for one epoch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class EpochPlan(NamedTuple):
+    """One epoch: which samples in which order, and which stretch of the run it makes."""
+
+    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
+    head: int  # samples of the head
+    start: float  # progress of the run at the first sample,
+    turn: float  # where the head ends
+    end: float  # and after the last one
+    packs: Tensor | None = None  # (p,) int64: where each pack of ids ends, if they are packed
+
+    @property
+    def units(self) -> int:
+        """Packs, or ids where they are not packed: what batches are made of."""
+        return len(self.ids if self.packs is None else self.packs)
+
+    def samples(self, units: int) -> int:
+        """Samples in the first `units` of them."""
+        units = min(units, self.units)
+        return units if self.packs is None or units == 0 else int(self.packs[units - 1])
+
+    def units_of(self, samples: int) -> int:
+        """How many of them the first `samples` samples fill."""
+        return samples if self.packs is None else int(torch.searchsorted(self.packs, samples, right=True))
