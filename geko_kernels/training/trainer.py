@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
-from geko_kernels.config import Bucket, GEKOConfig
+from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.logits import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
@@ -23,16 +21,14 @@ from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
 from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, IdCollator, IdDataset, label_of
 from geko_kernels.training.evaluation import EvaluationMixin
+from geko_kernels.training.figures import FiguresMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
-from geko_kernels.training.report.efficiency import REPORT_NAME, count_tokens, mean_loss, write_json
-from geko_kernels.training.report.facts import trainer_facts
-from geko_kernels.training.report.summary import run_summary
-from geko_kernels.training.samples import SamplesMixin
+from geko_kernels.training.report.efficiency import count_tokens
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
 from geko_kernels.training.weights import columns_beside
 
@@ -40,7 +36,7 @@ logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # what Trainer calls its training dataloader
 
 
-class GEKOMixin(SamplesMixin, EvaluationMixin):
+class GEKOMixin(FiguresMixin, EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
     It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
@@ -350,61 +346,6 @@ class GEKOMixin(SamplesMixin, EvaluationMixin):
                 outcome = self._forward_loss(model, self._prepare_inputs(inputs), None, probe=True, update=update)
             yield outcome.stats
         self.accelerator._dataloaders.remove(loader)
-
-    # Figures
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; the entries of training steps also get the keys that `efficiency.py` lists."""
-        self._audit.saw("log")
-        if self.is_in_train and "loss" in logs and self.sampler is not None:
-            logs.update(self._measures())
-        super().log(logs, start_time)
-
-    def _measures(self) -> dict[str, float]:
-        sampler, state = self._planned(), self._planned().state
-        state.check()
-        new = self.efficiency.collect()
-        counts = state.bucket_counts()
-        if self.efficiency.reduce is not None:  # each process knows its own rows' moves since the last sync
-            moved = counts - self._counts_at_sync
-            self.efficiency.reduce(moved)
-            counts = self._counts_at_sync + moved
-        shares = [count / len(state) for count in counts.tolist()]
-        weights = sampler.weights(self._consumed())
-        names = [bucket.name.lower() for bucket in Bucket]
-        measures = {
-            "geko_progress": self._progress(),
-            **{f"geko_{name}": share for name, share in zip(names, shares, strict=True)},
-            "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
-            **{f"geko_phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
-        }
-        loss = mean_loss(new)
-        if loss is not None:
-            measures["geko_loss"] = loss
-            measures["geko_accuracy"] = new["hits"] / new["labels"]
-        if new["nonfinite"]:
-            measures["geko_nonfinite"] = new["nonfinite"]
-        return measures
-
-    def get_efficiency_report(self) -> dict[str, Any]:
-        """What was truly forwarded and backpropagated so far, beside what a standard run would have; see efficiency.py.
-
-        With several processes the figures are those of the last log step, checkpoint or epoch.
-        """
-        if self.efficiency.reduce is None and self.is_in_train:
-            self.efficiency.collect()
-            self.efficiency.samples_standard = self._samples_standard()
-        return self.efficiency.report()
-
-    def _write_report(self) -> None:
-        sampler = self._planned()
-        skipped = getattr(self.train_dataset, "skipped_rows", ())
-        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
-        summary.update(self._stopping_report(skipped))
-        folder = self._get_output_dir(trial=self._trial)
-        os.makedirs(folder, exist_ok=True)
-        write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})
-        self._write_samples_at_end(folder)
 
 
 def _is_causal(base: nn.Module) -> bool:

@@ -1,0 +1,71 @@
+"""The figures of a `GEKOTrainer`'s run: what it logs, counts and reports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from geko_kernels.config import Bucket
+from geko_kernels.training.report.efficiency import REPORT_NAME, mean_loss, write_json
+from geko_kernels.training.report.facts import trainer_facts
+from geko_kernels.training.report.summary import run_summary
+from geko_kernels.training.samples import SamplesMixin
+from geko_kernels.training.stopping.mixin import StoppingMixin
+
+
+class FiguresMixin(SamplesMixin, StoppingMixin):
+    """`Trainer`'s log with GEKO's figures in it, and the report."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; the entries of training steps also get the keys that `efficiency.py` lists."""
+        self._audit.saw("log")
+        if self.is_in_train and "loss" in logs and self.sampler is not None:
+            logs.update(self._measures())
+        super().log(logs, start_time)
+
+    def _measures(self) -> dict[str, float]:
+        sampler, state = self._planned(), self._planned().state
+        state.check()
+        new = self.efficiency.collect()
+        counts = state.bucket_counts()
+        if self.efficiency.reduce is not None:  # each process knows its own rows' moves since the last sync
+            moved = counts - self._counts_at_sync
+            self.efficiency.reduce(moved)
+            counts = self._counts_at_sync + moved
+        shares = [count / len(state) for count in counts.tolist()]
+        weights = sampler.weights(self._consumed())
+        names = [bucket.name.lower() for bucket in Bucket]
+        measures = {
+            "geko_progress": self._progress(),
+            **{f"geko_{name}": share for name, share in zip(names, shares, strict=True)},
+            "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
+            **{f"geko_phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
+        }
+        loss = mean_loss(new)
+        if loss is not None:
+            measures["geko_loss"] = loss
+            measures["geko_accuracy"] = new["hits"] / new["labels"]
+        if new["nonfinite"]:
+            measures["geko_nonfinite"] = new["nonfinite"]
+        return measures
+
+    def get_efficiency_report(self) -> dict[str, Any]:
+        """What was truly forwarded and backpropagated so far, beside what a standard run would have; see efficiency.py.
+
+        With several processes the figures are those of the last log step, checkpoint or epoch.
+        """
+        if self.efficiency.reduce is None and self.is_in_train:
+            self.efficiency.collect()
+            self.efficiency.samples_standard = self._samples_standard()
+        return self.efficiency.report()
+
+    def _write_report(self) -> None:
+        sampler = self._planned()
+        skipped = getattr(self.train_dataset, "skipped_rows", ())
+        summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
+        summary.update(self._stopping_report(skipped))
+        folder = self._get_output_dir(trial=self._trial)
+        os.makedirs(folder, exist_ok=True)
+        write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})
+        self._write_samples_at_end(folder)
