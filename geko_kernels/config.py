@@ -38,7 +38,8 @@ class GEKOConfig:
         use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
         light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
-            part in an epoch and the others in the one after.
+            part in an epoch and the others in the one after. In its turn such a sample weighs as many times as much,
+            for those that rest.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
             shorter epochs. False finishes sooner.

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.end_to_end.arms import ARMS, BUDGETED, find_arm
+from benchmarks.end_to_end.arms import ARMS, BUDGETED
 from benchmarks.end_to_end.data import Data
 from benchmarks.end_to_end.engine import Engine, load_network
+from benchmarks.end_to_end.lengths import find_arm
 from benchmarks.end_to_end.run import run
 from benchmarks.end_to_end.tasks import LARGE, TASKS, Task, best_lr, make_data
 from benchmarks.results import RESULTS, append, environment, read
@@ -94,7 +95,7 @@ class Bench:
         kind = QUICK.get(task.network, task.network) if self.given.quick else task.network
         network, encode = self.networks.get(kind) or self.networks.setdefault(kind, load_network(kind))
         if task.name not in self.data:
-            made = make_data(task, encode, self.given.wordnet)
+            made = make_data(task, encode, self.given.wordnet, self.given.texts, self.given.choosing)
             train = made.train.to(self.device)
             test = train if made.test is made.train else made.test.to(self.device)
             self.data[task.name] = Data(train, test, made.group_names)
@@ -105,7 +106,7 @@ class Bench:
             first = next((engine for (other, *_), engine in self.engines.items() if other == kind), None)
             if first is not None:
                 network.load_state_dict(first.begin_weights)
-            self.engines[key] = Engine(network, data.train, task.batch, task.sizes, self.device, graphs)
+            self.engines[key] = Engine(network, data.train, task.batch, task.sizes, self.device, graphs, task.per_token)
         engine = self.engines[key]
         engine.train = data.train
         return engine, data
@@ -118,10 +119,14 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
+    parser.add_argument("--texts", type=Path, help="D1's rows, made by benchmarks.end_to_end.texts")
+    parser.add_argument("--choosing", action="store_true", help="other samples, to choose rates and rules by")
+    parser.add_argument("--ends", action="store_true", help="measure only at the end of each run, not after each epoch")
     parser.add_argument("--tasks", nargs="+", default=LARGE, choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", type=known_arm, help="(default: all) A, H, H:freeze_confidence=0.95, ...")
     parser.add_argument("--seeds", type=int, help="(default: the task's)")
     parser.add_argument("--tune", nargs="+", type=tuned, default=[], help="first try A at rates: R1=1e-4,3e-4")
+    parser.add_argument("--rates", nargs="+", type=float, default=[None], help="run every arm at each, not at the best")
     parser.add_argument("--tune-seeds", type=int, default=1, help="seeds to try each rate with")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th seed of a task, from the i-th on")
@@ -141,11 +146,13 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "alone": not given.shared,
         "plain": given.plain,
+        "choosing": given.choosing,
     }
     rows = read_rows([*given.done, given.out])
     took: dict[str, float] = {}
-    for name, arm, seed, tried in jobs(given.tasks, given.arms, given.seeds, given.tune, given.tune_seeds):
-        lr = tried or best_lr(TASKS[name], [row for row in rows if row["task"] == name])
+    wanted = jobs(given.tasks, given.arms, given.seeds, given.tune, given.tune_seeds)
+    for (name, arm, seed, tried), rate in itertools.product(wanted, given.rates):
+        lr = tried or rate or best_lr(TASKS[name], [row for row in rows if row["task"] == name])
         done = {(row["arm"], row["seed"]): row for row in rows if (row["task"], row["lr"]) == (name, lr)}
         mine = (given.tasks.index(name) + seed) % parts == part
         if not mine or (arm, seed) in done or (arm in BUDGETED and ("H", seed) not in done):
@@ -156,7 +163,7 @@ def main() -> None:
         task = bench.task(name)
         engine, data = bench.ready(task)
         start = time.perf_counter()
-        row = run(engine, task, data, arm, seed, lr, done["H", seed]["cost"] if arm in BUDGETED else 1.0)
+        row = run(engine, task, data, arm, seed, lr, done["H", seed]["cost"] if arm in BUDGETED else 1.0, given.ends)
         took[name] = max(took.get(name, 0.0), time.perf_counter() - start)
         rows.append({**row, **shared})
         append(given.out, rows[-1])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,7 +14,15 @@ from torch import Tensor
 import geko_kernels as gk
 from benchmarks.end_to_end.engine import Batch, Engine
 
+_WARM_UP = 0.03  # of the run
 _LAST = 0.125  # InfoBatch's share of the run on all samples
+
+
+def learning_rate(peak: float, progress: float) -> float:
+    """Linear warm-up, then a cosine to zero at progress 1."""
+    if progress < _WARM_UP:
+        return peak * progress / _WARM_UP
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
 class Segment(NamedTuple):
@@ -33,6 +39,7 @@ class Arm:
     """Uniform: every epoch all samples in a new order, `budget` of `epochs` of them. Also the base of the others."""
 
     config = gk.GEKOConfig.uniform()
+    ended = False  # before its last epoch
 
     def __init__(self, engine: Engine, epochs: int, budget: float, seed: int) -> None:
         self.engine, self.epochs, self.budget, self.seed = engine, epochs, budget, seed
@@ -46,6 +53,8 @@ class Arm:
         whole = self.budget * self.epochs
         for epoch in range(math.ceil(whole - 1e-9)):
             part = min(1.0, whole - epoch)
+            if round(part * self.total) == 0:
+                return
             ids = self.order(epoch)[: round(part * self.total)]
             yield [Segment(ids, epoch / whole, (epoch + part) / whole)]
 
@@ -60,11 +69,22 @@ class Arm:
         self.seconds["probes"] += self.engine.wait() - start
         return losses
 
+    def rate(self, peak: float, progress: float) -> float:
+        """The learning rate at a share of the run."""
+        return learning_rate(peak, progress)
+
     def before(self, consumed: int) -> None:
         """`consumed` samples of the epoch have been trained."""
 
     def after(self, ids: Tensor, batch: Batch) -> None:
         """`ids` have been trained; `batch` holds what was seen."""
+
+    def finish(self) -> None:
+        """The run is over: the network gets the weights that it ends with."""
+
+    def report(self) -> dict[str, Any]:
+        """What else the run's row holds."""
+        return {}
 
 
 class Oracle(Arm):
@@ -166,10 +186,15 @@ class Gekolib(Arm):
 class Geko(Arm):
     """GEKOSampler's plans: selection, probes, quarantine, weights, uniform finish, as `config` says."""
 
+    answers = True  # those drawn in their turn weigh for those that rest
+
+    def new_sampler(self, epochs: float) -> gk.GEKOSampler:
+        return gk.GEKOSampler(self.engine.state, epochs, seed=1000 * self.seed)
+
     def run(self) -> Iterator[list[Segment]]:
         engine, state = self.engine, self.engine.state
         epochs = self.budget * self.epochs
-        self.sampler = gk.GEKOSampler(state, epochs, seed=1000 * self.seed)
+        self.sampler = self.new_sampler(epochs)
         epoch, drawn, whole = 0, 0, round(epochs * self.total)
         while drawn < whole if self.config.spend_saved else epoch < epochs:
             begin = drawn / whole if self.config.spend_saved else None
@@ -185,8 +210,9 @@ class Geko(Arm):
             # torch would wake a thread a core to convert them
             ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.head
             self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
+            factor = self.sampler.sample_weights(ids[:head].to(state.device)) if self.answers else None
             segments = [
-                Segment(ids[:head], plan.start, plan.turn),
+                Segment(ids[:head], plan.start, plan.turn, None if factor is None else factor.cpu()),
                 Segment(ids[head:], plan.turn, plan.end, None, head),
             ]
             yield [segment for segment in segments if len(segment.ids)]
@@ -247,19 +273,3 @@ WHAT = {
     "H+weights": "GEKO, bucket weights 3, 1, 0",
     "H+curriculum": "GEKO, mountain curriculum",
 }
-
-
-def find_arm(name: str) -> tuple[type[Arm], float | None]:
-    """An arm and the budget that its name gives: "H", "B:budget=0.6", "H:freeze_confidence=0.95,probes=false".
-
-    After H stand fields of GEKOConfig that differ from the recommended ones, as JSON.
-    """
-    base, _, text = name.partition(":")
-    try:
-        fields = json.loads(re.sub(r"(\w+)=", r'"\1": ', f"{{{text}}}"))
-    except json.JSONDecodeError:
-        base, fields = "", {}
-    budget = fields.pop("budget", None)
-    if base not in ARMS or (fields and base != "H"):
-        raise ValueError(f"{name}: an arm is one of {', '.join(ARMS)}, one with :budget=0.5, or H:field=value,...")
-    return (_geko(**fields) if fields else ARMS[base]), budget

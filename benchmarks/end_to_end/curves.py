@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import geko_kernels as gk
+from benchmarks.end_to_end.arms import learning_rate
 from benchmarks.end_to_end.engine import load_smollm2, tiny_llama
-from benchmarks.end_to_end.run import batches, learning_rate
+from benchmarks.end_to_end.run import batches
 from benchmarks.end_to_end.texts import Texts, load
 from benchmarks.results import append, environment
 

@@ -40,6 +40,10 @@ class Split(NamedTuple):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def answer_tokens(self) -> Tensor:
+        """(N,) int64 on the CPU: labels of each sample."""
+        return (self.labels >= 0).sum(1).cpu()
+
     def to(self, device: torch.device) -> Split:
         tokens, positions, labels, *rest = self
         return Split(tokens.to(device), positions.to(device), labels.to(device), *rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,10 @@ class Engine:
         sizes: tuple[int, ...],
         device: torch.device,
         graphs: bool,
+        per_token: bool = False,
     ) -> None:
         self.network, self.train, self.size, self.device = network.to(device), train.to(device), batch, device
-        self.sizes, self.graphs, self.on_gpu = sizes, graphs, device.type == "cuda"
+        self.sizes, self.graphs, self.on_gpu, self.per_token = sizes, graphs, device.type == "cuda", per_token
         if graphs:
             torch._dynamo.config.recompile_limit = 64
             for layer in network.tail.layers:
@@ -91,6 +92,7 @@ class Engine:
         self.lr = torch.zeros((), device=device)
         fast = {"fused": True, "capturable": True} if self.on_gpu else {"foreach": False}
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=0.01, **fast)
+        self._pool: Any = None
         self._graphs: dict[tuple[str, int], tuple[Batch, torch.cuda.CUDAGraph | None]] = {}
         start = time.perf_counter()
         for size in self.sizes:
@@ -146,8 +148,9 @@ class Engine:
         count = len(ids)
         rows = ids.to(self.device, non_blocking=True)
         batch.tokens[:count] = split.tokens[rows, :size]
-        batch.positions[:count] = split.positions[rows]
-        batch.labels[:count] = split.labels[rows]
+        width = batch.labels.shape[1]
+        batch.positions[:count] = split.positions[rows, :width]
+        batch.labels[:count] = split.labels[rows, :width]
         batch.ids[:count] = rows
         if count < self.size:
             batch.ids[count:], batch.labels[count:] = -1, -100
@@ -168,7 +171,8 @@ class Engine:
         state = None if kind == "evaluate" else self.state
         losses, stats = gk.weighted_loss(logits, batch.labels, batch.ids, state, reduction="none", return_stats=True)
         if kind == "train":
-            loss = (losses * batch.factor).sum() / (batch.ids >= 0).sum()
+            counts = stats.num_tokens if self.per_token else batch.ids >= 0
+            loss = (losses * batch.factor * counts).sum() / counts.sum()
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP, foreach=self.on_gpu)
@@ -177,12 +181,12 @@ class Engine:
         batch.hit.copy_(stats.accuracy == 1)
 
     def _capture(self, kind: str, size: int) -> tuple[Batch, torch.cuda.CUDAGraph | None]:
-        labels = self.train.labels
+        width = min(self.train.labels.shape[1], size)
         rows = torch.arange(self.size, device=self.device) % len(self.train)
         batch = Batch(
             self.train.tokens[rows, :size].long(),
-            self.train.positions[rows].long().clamp(max=size - 1),
-            labels[rows].long(),
+            self.train.positions[rows, :width].long().clamp(max=size - 1),
+            self.train.labels[rows, :width].long(),
             rows,
             *(torch.ones(self.size, device=self.device) for _ in range(3)),
             torch.zeros(self.size, dtype=torch.bool, device=self.device),
@@ -196,6 +200,7 @@ class Engine:
                 self._step(kind, batch)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._step(kind, batch)
+        self._pool = self._pool or graph.pool()  # graphs run one after the other, and leave nothing but the batch
         return batch, graph

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,23 +9,16 @@ import torch
 from torch import Tensor
 
 import geko_kernels as gk
-from benchmarks.end_to_end.arms import Arm, find_arm
+from benchmarks.end_to_end.arms import Arm
 from benchmarks.end_to_end.data import Data, Split
 from benchmarks.end_to_end.engine import Engine, Network, new_adder
+from benchmarks.end_to_end.lengths import find_arm
 from benchmarks.end_to_end.tasks import Task
 
-_WARM_UP = 0.03  # of the run
 _WINDOW = 16  # batches whose samples are sorted by length
 _SUBSET = 2000  # training samples evaluated after each epoch
 _RARE = 20  # groups of fewer test samples are left out of the worst
 _FEW = 12  # groups that are reported one by one
-
-
-def learning_rate(peak: float, progress: float) -> float:
-    """Linear warm-up, then a cosine to zero at progress 1."""
-    if progress < _WARM_UP:
-        return peak * progress / _WARM_UP
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
 def batches(ids: Tensor, lengths: Tensor, size: int, seed: int) -> list[Tensor]:
@@ -51,9 +43,13 @@ def train(engine: Engine, task: Task, arm: Arm, lr: float) -> Iterator[dict[str,
                 factor = None if segment.factor is None else segment.factor[places]
                 arm.before(segment.offset + done)
                 progress = segment.begin + (segment.end - segment.begin) * done / count
-                arm.after(ids, engine.train_batch(ids, factor, learning_rate(lr, progress)))
+                arm.after(ids, engine.train_batch(ids, factor, arm.rate(lr, progress)))
                 done += len(ids)
-            trained, progress = trained + count, segment.end
+                if arm.ended:
+                    break
+            trained, progress = trained + done, segment.end
+            if arm.ended:
+                break
         seconds += engine.wait() - start
         yield {"epoch": epoch + 1, "progress": progress, "rows_trained": trained, "seconds": seconds}
         start = engine.wait()
@@ -62,8 +58,9 @@ def train(engine: Engine, task: Task, arm: Arm, lr: float) -> Iterator[dict[str,
 def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str, float]:
     """Mean loss and exact match, per group and of the worst group too."""
     loss, hit = engine.evaluate(split, ids)
-    groups = split.groups[ids]
+    groups, tokens = split.groups[ids], split.answer_tokens()[ids]
     named: dict[str, Any] = {f"{prefix}_loss": loss.mean().item(), f"{prefix}_accuracy": hit.float().mean().item()}
+    named[f"{prefix}_token_loss"] = ((loss * tokens).sum() / tokens.sum()).item()
     counts = torch.bincount(groups)
     per_group = [
         (loss[groups == g].mean().item(), hit[groups == g].float().mean().item())
@@ -77,8 +74,10 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
     return named
 
 
-def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float, budget: float) -> dict[str, Any]:
-    """The row of one run; a budget in the arm's name goes before `budget`."""
+def run(
+    engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float, budget: float, ends: bool = False
+) -> dict[str, Any]:
+    """The row of one run; a budget in the arm's name goes before `budget`. With `ends` only its end is measured."""
     kind, its_own = find_arm(name)
     budget = budget if its_own is None else its_own
     arm = kind(engine, task.epochs, budget, seed)
@@ -91,13 +90,17 @@ def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float,
     test = torch.arange(len(data.test))
     history: list[dict[str, Any]] = []
     for entry in train(engine, task, arm, lr):
-        entry |= measure(engine, data.train, subset, "train")
-        if not recall:
+        if not ends:
+            entry |= measure(engine, data.train, subset, "train")
+        if not (recall or ends):
             entry |= measure(engine, data.test, test, "test")
         entry["cost"] = (entry["rows_trained"] + arm.looked / 3) / (task.epochs * total)
         entry |= {"quarantined": int(state.quarantined.sum()), "buckets": state.bucket_counts().tolist()}
         history.append(entry)
     state.check()
+    start = engine.wait()
+    arm.finish()
+    history[-1]["seconds"] += engine.wait() - start
     loss, hit = engine.evaluate(data.train, torch.arange(total))
     final = measure(engine, data.test, test, "test") | {
         "train_loss": loss.mean().item(),
@@ -128,5 +131,6 @@ def run(engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float,
         "quarantined_share": held.float().mean().item(),
         "quarantine_precision": (held & wrong).sum().item() / max(int(held.sum()), 1),
         "quarantine_recall": (held & wrong).sum().item() / max(int(wrong.sum()), 1),
+        **arm.report(),
         "history": history,
     }

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.end_to_end import data
 from benchmarks.end_to_end.instructions import instructions
 
@@ -18,7 +21,8 @@ class Task:
     samples, test: training and held-out samples; R1 is measured on the training samples.
     lr: the learning rate where none has been tuned.
     sizes: lengths in tokens that batches are padded to.
-    measure: what it is judged by at the end, "test_accuracy" (exact match) or "test_loss".
+    measure: what it is judged by at the end, "test_accuracy" (exact match), "test_loss" or "test_token_loss".
+    per_token: a batch's loss is the mean over its tokens, as Trainer's; else over its samples.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Task:
     seeds: int = 5
     deciding: tuple[str, ...] = ("H", "A", "B")  # arms run first; H before B, whose budget is H's cost
     measure: str = "test_accuracy"
+    per_token: bool = False
 
 
 def _noisy(share: float, kind: str = "uniform", name: str = "") -> Task:
@@ -78,6 +83,21 @@ TASKS = {
             deciding=("H-spend", "A", "H", "B"),
         ),
         Task("R6", "gloss -> class, one epoch", "smollm2", 75_000, 6000, 1, 256, 1e-4, (16, 24, 40)),
+        Task(
+            "D1",
+            "package -> its description",
+            "smollm2",
+            40_000,
+            2000,
+            3,
+            64,
+            3e-4,
+            (64, 128, 192, 256),
+            seeds=3,
+            deciding=("auto", "A", "A-stop"),
+            measure="test_token_loss",
+            per_token=True,
+        ),
         Task("R1-small", "facts by heart, a small network", "small facts", 1200, 0, 40, 24, 7e-4, (24,), seeds=3),
         Task(
             "R3-small",
@@ -94,7 +114,7 @@ TASKS = {
         ),
     )
 }
-LARGE = [task.name for task in TASKS.values() if not task.name.endswith("-small")]
+LARGE = [name for name in TASKS if name.startswith("R") and not name.endswith("-small")]
 
 
 def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
@@ -108,8 +128,17 @@ def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     return max(ends, key=lambda lr: sum(ends[lr][seed] for seed in seeds)) if seeds else task.lr
 
 
-def make_data(task: Task, encode: data.Encode | None, wordnet: Path) -> data.Data:
-    """The task's samples."""
+_SHIFT = 26_000  # glosses beyond those of the R2 tasks
+
+
+def make_data(
+    task: Task, encode: data.Encode | None, wordnet: Path, texts: Path | None = None, choosing: bool = False
+) -> data.Data:
+    """The task's samples; with `choosing` others, by which rates and rules may be chosen and that are not reported."""
+    if task.name == "D1":
+        return _packages(task, texts, choosing)
+    if choosing and not task.name.startswith("R2"):
+        raise ValueError(f"{task.name} has no samples to choose by; those of the R2 tasks and D1 have")
     if task.network == "adder":
         return data.additions(task.samples, task.test)
     if task.name == "R3-small":
@@ -122,4 +151,24 @@ def make_data(task: Task, encode: data.Encode | None, wordnet: Path) -> data.Dat
     rows: list[Any] = data.read_wordnet(wordnet)
     if task.name == "R3":
         return instructions(rows, encode, task.samples, task.test)
+    rows = rows[_SHIFT:] if choosing else rows
     return data.gloss_classes(rows, encode, task.samples, task.test, task.noise, task.noise_kind)
+
+
+def _packages(task: Task, texts: Path | None, choosing: bool) -> data.Data:
+    from benchmarks.end_to_end.texts import LONGEST, load
+
+    if texts is None:
+        raise ValueError("D1 needs --texts, the file that benchmarks.end_to_end.texts makes")
+    found = load(texts)
+    trained = torch.cat([ids for name, ids in found.parts.items() if name not in ("test", "choose")]).sort().values
+
+    def split(ids: Tensor) -> data.Split:
+        rows = [found.tokens[found.offsets[i] : found.offsets[i + 1]].tolist() for i in ids.tolist()]
+        starts = found.prompts[ids].tolist()
+        cut = [(row[:start], row[start:]) for row, start in zip(rows, starts, strict=True)]
+        answer = int((found.length(torch.arange(len(found.prompts))) - found.prompts).max())
+        return data.pack([a for a, _ in cut], [b for _, b in cut], [0] * len(cut), (LONGEST, answer))
+
+    tested = found.parts["choose" if choosing else "test"]
+    return data.Data(split(trained[: task.samples]), split(tested[: task.test]), ("packages",))

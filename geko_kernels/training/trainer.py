@@ -303,6 +303,8 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         weights = {}
         if "sample_ids" in inputs:
             weights = {column: inputs.pop(column) for column in self._weight_columns if column in inputs}
+            if not probe and self.sampler is not None:
+                weights = self._answering(weights, inputs["sample_ids"])
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
         labels = found.form.counted(labels, inputs.get("attention_mask"))
@@ -325,6 +327,15 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if sample_ids is not None:
             self.efficiency.count(outcome.stats, count_tokens(inputs, sample_ids), probe)
         return outcome
+
+    def _answering(self, weights: dict[str, Tensor], sample_ids: Tensor) -> dict[str, Tensor]:
+        """`weights` with those of samples that answer for resting ones."""
+        assert self.sampler is not None
+        answering = self.sampler.sample_weights(sample_ids)
+        if answering is None:
+            return weights
+        given = weights.get("sample_weights")
+        return {**weights, "sample_weights": answering if given is None else answering * given}
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
         """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""

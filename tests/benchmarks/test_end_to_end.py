@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 from benchmarks.end_to_end import __main__ as end_to_end
 from benchmarks.end_to_end import data, instructions, report, small
 from benchmarks.end_to_end import rows as end_to_end_rows
-from benchmarks.end_to_end.arms import ARMS, find_arm
-from benchmarks.end_to_end.run import batches, learning_rate
+from benchmarks.end_to_end.arms import ARMS, learning_rate
+from benchmarks.end_to_end.lengths import find_arm
+from benchmarks.end_to_end.run import batches
 from benchmarks.end_to_end.targets import _better, targets
 from benchmarks.end_to_end.tasks import TASKS, best_lr, make_data
 

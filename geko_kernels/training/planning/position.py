@@ -38,7 +38,7 @@ def check_position(values: Mapping[str, Any], num_samples: int) -> None:
         ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
     """
     known = {*_COLUMNS, *_INTEGERS, *_REST}
-    missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs"})
+    missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs", "answering"})
     if missing or unknown:
         raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
     for name, (dtype, allows, words) in _COLUMNS.items():
@@ -47,6 +47,8 @@ def check_position(values: Mapping[str, Any], num_samples: int) -> None:
         if not bool(fits.all()):
             row = int(fits.logical_not().nonzero()[0])
             raise ValueError(f"state_dict[{name!r}][{row}] must be {words}")
+    if "answering" in values:
+        _check_column("answering", values["answering"], torch.bool, num_samples)
     for name, (least, most) in _INTEGERS.items():
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -72,7 +74,7 @@ def _check_column(name: str, column: Any, dtype: torch.dtype, num_samples: int) 
 def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
     plan, spans, position = values["plan"], values["spans"], values["position"]
     if plan is None:
-        if spans is not None or "packs" in values or position or values["finished"]:
+        if spans is not None or "packs" in values or "answering" in values or position or values["finished"]:
             raise ValueError("state_dict has no plan, yet a place in it")
         return
     if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.dim() != 1:

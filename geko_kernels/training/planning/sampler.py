@@ -33,8 +33,8 @@ class GEKOSampler(Sampler[int]):
     With `perm = torch.randperm(N, generator=torch.Generator().manual_seed(seed + epoch))` the plan is
     `perm[keep[perm]]`, so with nothing left out it is what Transformers' Trainer draws. `keep` are the samples whose
     bucket has a weight above zero in the middle of the epoch (FREEZE never has one), that are not quarantined, and
-    those never seen; of LIGHT each has its turn every `light_interval` epochs. The last `uniform_finish` of the run
-    takes every sample but the quarantined.
+    those never seen; of LIGHT each has its turn every `light_interval` epochs, and then `sample_weights`. The last
+    `uniform_finish` of the run takes every sample but the quarantined.
 
     In a loop of your own, with `inputs` and `labels` of all samples on the device of the state:
 
@@ -52,7 +52,8 @@ class GEKOSampler(Sampler[int]):
             for step, ids in enumerate(loader, sampler.position // B):
                 sampler.advance(step * B)  # moves the weights along the curriculum
                 ids = ids.to(state.device)
-                weighted_loss(model(inputs[ids]), labels[ids], ids, state).backward()
+                given = labels[ids], ids, state
+                weighted_loss(model(inputs[ids]), *given, sample_weights=sampler.sample_weights(ids)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 position = sampler.state_dict(consumed=(step + 1) * B)  # for a checkpoint, beside model and state
@@ -106,6 +107,7 @@ class GEKOSampler(Sampler[int]):
         self.doubtful = 0  # the most that `update_quarantine_` returned
         self.lost = torch.zeros((), dtype=torch.int64, device=state.device)  # forgotten since someone zeroed it
         self.held_back: Tensor | None = None  # (N,) bool on the state's device: samples that no plan and no probe has
+        self.answering: Tensor | None = None  # (N,) bool: LIGHT in the plan at hand, so they answer for those that rest
         self._looked = -1  # the epoch before which `probed` was last called
         self._hurried = -1  # when all left-out samples were last made due
         self._guarded: bool | None = None  # is the noise guard on? known after the first epoch
@@ -213,10 +215,32 @@ class GEKOSampler(Sampler[int]):
         if self.held_back is not None:
             left_out = left_out & ~self.held_back
         self.probes.follow_(left_out, self._clock(epoch, start))
+        self._note_answering(ids[:head])
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         ids, packs = self._packed(ids, head)
         return EpochPlan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
+
+    def _note_answering(self, head: Tensor) -> None:
+        self.answering, config = None, self.state.config
+        if config.selection and config.light_interval > 1:
+            light = self.state.bucket == Bucket.LIGHT
+            drawn = torch.zeros_like(light)
+            drawn[head.to(light.device).long()] = True
+            drawn &= light
+            self.answering = drawn if bool(drawn.any()) else None
+
+    def sample_weights(self, ids: Tensor) -> Tensor | None:
+        """`sample_weights` for `weighted_loss` of samples of the plan, float32 of the shape of `ids`; None where all are 1.
+
+        A sample that was LIGHT when the plan was drawn counts `light_interval` times, as it answers for those that
+        rest. So right samples do not weigh less in an epoch than wrong ones.
+
+        Source: InfoBatch (arXiv 2303.04947), which rescales the gradients of the samples that it keeps.
+        """
+        if self.answering is None:
+            return None
+        return 1.0 + (self.state.config.light_interval - 1) * self.answering[ids.clamp(min=0)]
 
     def _order(self, epoch: int) -> Tensor:
         order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
@@ -387,6 +411,7 @@ class GEKOSampler(Sampler[int]):
             **{name: getattr(self._owner(name), name) for name in _COLUMNS},
             "plan": None if plan is None else plan.ids,
             **({} if plan is None or plan.packs is None else {"packs": plan.packs}),
+            **({} if plan is None or self.answering is None else {"answering": self.answering}),
             "spans": None if plan is None else list(plan[1:5]),
             "lost": int(self.lost),
             "doubtful": self.doubtful,
@@ -409,6 +434,7 @@ class GEKOSampler(Sampler[int]):
         self._check_packs(values)
         for name in _COLUMNS:
             getattr(self._owner(name), name).copy_(values[name])
+        self.answering = values["answering"].to(self.state.device) if "answering" in values else None
         self.lost.fill_(values["lost"])
         self.doubtful = values["doubtful"]
         packs = values["packs"].cpu() if "packs" in values else None

@@ -38,11 +38,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as one optimizer step left them."""
+        """Take in the parameters as one optimizer step left them: a few launches for all of them."""
         self.step += 1
         share = min(1.0, _SPAN / self.step)
-        for value, parameter in zip(self.values, self._parameters, strict=True):
-            value.lerp_(_local(parameter).float(), share)
+        torch._foreach_lerp_(self.values, [_local(parameter).float() for parameter in self._parameters], share)
 
     @torch.no_grad()
     def copy_to_model(self, values: Iterable[Tensor] | None = None) -> None:

@@ -226,10 +226,16 @@ class StoppingMixin(PlannedMixin):
             model.train()
         run.looked = self.state.global_step
         losses = held[labelled], held_swapped[labelled], seen, seen_swapped
-        best = rule.add(Look(epoch, *losses, float(right[labelled].mean())))
+        suspects = self._mislabelled(run) if at.source == "held_back" else 0.0
+        best = rule.add(Look(epoch, *losses, float(right[labelled].mean())), suspects)
         if best and self._writes:
             with self.efficiency.timed("checkpoints"):
                 save_values(self._kept, run.average)
+
+    def _mislabelled(self, run: StoppingRun) -> float:
+        """Share of the training samples that the noise guard holds back."""
+        quarantined = self._planned().state.quarantined
+        return float(quarantined.count_nonzero()) / max(len(quarantined) - len(run.held), 1)
 
     def _losses(self, model: nn.Module, dataset: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) each, of the items `ids` (ascending): mean loss, is every token right, has it a label at all."""

@@ -41,34 +41,48 @@ class StopRule:
     another sample's answer. Where only the training samples' loss does, the run learns by heart, and no held-back
     sample can say when it is done.
 
+    Where the noise guard holds a share of the training samples for mislabelled, as many of the held-back ones are: the
+    better the model, the higher their loss. So that share of them, those with the highest loss, does not count, neither
+    at this look nor at the one that is kept.
+
     Args:
         measure: "loss", or "accuracy": the point with the most held-back samples all right, the first of equals.
+
+    Attributes:
+        kept: the number of the look whose weights are kept; None before the first.
     """
 
     def __init__(self, measure: str = "loss") -> None:
         self.measure = measure
-        self.curve: list[tuple[float, float, float]] = []  # epoch, loss, accuracy
+        self.epochs: list[float] = []  # of the looks
+        self.losses: list[list[float]] = []  # (100,) each: the mean without the highest 0, 1, ... 99 % of the losses
+        self.accuracies: list[float] = []
+        self.mislabelled = 0.0  # share of the training samples
+        self.kept: int | None = None
         self.armed = False
         self.by_heart = False
 
     @property
-    def kept(self) -> int | None:
-        """The number of the look whose weights are kept; None before the first."""
-        if not self.curve:
-            return None
-        values = [loss if self.measure == "loss" else -accuracy for _, loss, accuracy in self.curve]
-        finite = [value if math.isfinite(value) else math.inf for value in values]
-        return finite.index(min(finite))
+    def curve(self) -> list[tuple[float, float, float]]:
+        """(epoch, loss, accuracy) of every look, the losses without the share that is held for mislabelled now."""
+        without = min(math.ceil(100 * self.mislabelled), 99)
+        losses = [means[without] for means in self.losses]
+        return list(zip(self.epochs, losses, self.accuracies, strict=True))
 
-    def add(self, look: Look) -> bool:
-        """Take in a look; whether it is the best so far."""
-        held = look.held[look.held.isfinite()]
-        loss = float(held.double().mean()) if len(held) == len(look.held) else math.inf
-        self.curve.append((look.epoch, loss, look.accuracy))
+    def add(self, look: Look, mislabelled: float = 0.0) -> bool:
+        """Take in a look, and the guard's share; whether it is the best so far."""
+        self.mislabelled = mislabelled
+        self.epochs.append(look.epoch)
+        self.losses.append(_means_of_lowest(look.held))
+        self.accuracies.append(look.accuracy)
         gains = surely_above(look.held_swapped, look.held, _GAIN)
         self.armed = self.armed or gains
         self.by_heart = not self.armed and surely_above(look.seen_swapped, look.seen, 2 * _GAIN)
-        return self.kept == len(self.curve) - 1
+        values = [loss if self.measure == "loss" else -accuracy for _, loss, accuracy in self.curve]
+        best = self.kept is None or values[-1] < values[self.kept]
+        if best:
+            self.kept = len(values) - 1
+        return best
 
     def stops(self) -> bool:
         """Has the run trained enough?"""
@@ -83,6 +97,8 @@ class StopRule:
             return "No look has been taken."
         epoch, loss, accuracy = self.curve[self.kept]
         value = f"loss {loss:.4f}" if self.measure == "loss" else f"accuracy {accuracy:.1%}"
+        if self.measure == "loss" and self.mislabelled:
+            value += f" without the highest {self.mislabelled:.0%}, as many as look mislabelled in training"
         best = f"the held-back samples were best after {epoch:.2f} epochs ({value})"
         if self.by_heart:
             return (
@@ -96,9 +112,19 @@ class StopRule:
         return f"The run went to its end; {best}."
 
     def state_dict(self) -> dict[str, object]:
-        return {"measure": self.measure, "curve": self.curve, "armed": self.armed, "by_heart": self.by_heart}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def load_state_dict(self, values: dict[str, object]) -> None:
-        self.measure = str(values["measure"])
-        self.curve = [tuple(point) for point in values["curve"]]  # type: ignore[attr-defined, misc]
-        self.armed, self.by_heart = bool(values["armed"]), bool(values["by_heart"])
+        for name in _FIELDS:
+            setattr(self, name, values[name])
+
+
+_FIELDS = ("measure", "epochs", "losses", "accuracies", "mislabelled", "kept", "armed", "by_heart")
+
+
+def _means_of_lowest(losses: Tensor) -> list[float]:
+    """(100,): the mean of all `losses` (n,), of the lowest 99 % and so on; infinite with one that is no number."""
+    rising = losses.double().nan_to_num(math.inf, math.inf, math.inf).sort().values
+    totals, count = rising.cumsum(0).tolist(), len(rising)
+    kept = [max(round(count * (100 - percent) / 100), 1) for percent in range(100)]
+    return [totals[each - 1] / each for each in kept] if count else [math.inf] * 100
