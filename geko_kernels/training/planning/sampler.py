@@ -231,7 +231,7 @@ class GEKOSampler(Sampler[int]):
             self.answering = drawn if bool(drawn.any()) else None
 
     def sample_weights(self, ids: Tensor) -> Tensor | None:
-        """`sample_weights` for `weighted_loss` of samples of the plan, float32 of the shape of `ids`; None where all are 1.
+        """`sample_weights` for `weighted_loss` of samples of the plan, float32 like `ids`; None where all are 1.
 
         A sample that was LIGHT when the plan was drawn counts `light_interval` times, as it answers for those that
         rest. So right samples do not weigh less in an epoch than wrong ones.
