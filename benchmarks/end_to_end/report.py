@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.end_to_end.arms import WHAT, find_arm
+from benchmarks.end_to_end.arms import WHAT
+from benchmarks.end_to_end.lengths import find_arm
 from benchmarks.end_to_end.plot import draw
 from benchmarks.end_to_end.rows import MEASURES, Row, Rows, bootstrap, final, load, paired, time_ratios, time_to
 from benchmarks.end_to_end.targets import targets

@@ -103,10 +103,10 @@ def train_and_tell(out: Path, name: str, shard: bool = False, resume: str | None
     looks: list[list[float]] = []
     add = StopRule.add
 
-    def remembered(own: StopRule, look: Look) -> bool:
+    def remembered(own: StopRule, look: Look, mislabelled: float = 0.0) -> bool:
         parts = (look.held, look.held_swapped, look.seen, look.seen_swapped)
         looks.append([float(part.nanmean()) for part in parts])
-        return add(own, look)
+        return add(own, look, mislabelled)
 
     StopRule.add = remembered  # type: ignore[method-assign]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -169,3 +169,19 @@ def test_a_template_joins_nobody():
     template = list(range(24))
     assert len(set(near_duplicates([[*template, i] for i in range(500)], [[1]] * 500))) == 500
     assert joined([("a",), ("a", "b"), ("b",)]) == [joined([("a",), ("a", "b"), ("b",)])[0]] * 3
+
+
+def test_held_back_samples_that_look_mislabelled_do_not_end_the_run():
+    """Once the guard keeps the wrong labels from training, the model gets surer that the held-back ones are wrong."""
+    right, wrong = torch.linspace(0.1, 1.0, 70), torch.linspace(3, 5, 30)
+
+    def add(rule, epoch, better, surer, share):
+        held = torch.cat([right * better, wrong + surer])
+        return rule.add(Look(epoch, held, held + 1, right, right + 1, 0.0), share)
+
+    rule, blind = StopRule(), StopRule()
+    looks = [(1.0, 1.0, 0.0, 0.0), (1.25, 0.9, 1.0, 0.3), (1.5, 0.8, 2.0, 0.3), (1.75, 0.7, 3.0, 0.3)]
+    assert [add(rule, *each) for each in looks] == [True] * 4 and rule.kept == 3 and not rule.stops()
+    assert [add(blind, *each[:3], 0.0) for each in looks] == [True, False, False, False] and blind.stops()
+    assert [loss for _, loss, _ in rule.curve] == pytest.approx([0.55, 0.495, 0.44, 0.385])  # all by the same measure
+    assert "without the highest 30%, as many as look mislabelled in training" in rule.why()

@@ -215,20 +215,20 @@ class GEKOSampler(Sampler[int]):
         if self.held_back is not None:
             left_out = left_out & ~self.held_back
         self.probes.follow_(left_out, self._clock(epoch, start))
-        self._note_answering(ids[:head])
+        del left_out
+        self._note_answering(keep, perm[cut:slots])
         if self.lengths is not None:
             ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
         ids, packs = self._packed(ids, head)
         return EpochPlan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
 
-    def _note_answering(self, head: Tensor) -> None:
+    def _note_answering(self, keep: Tensor, finish: Tensor) -> None:
         self.answering, config = None, self.state.config
         if config.selection and config.light_interval > 1:
-            light = self.state.bucket == Bucket.LIGHT
-            drawn = torch.zeros_like(light)
-            drawn[head.to(light.device).long()] = True
-            drawn &= light
-            self.answering = drawn if bool(drawn.any()) else None
+            answering = self.state.bucket == Bucket.LIGHT
+            answering &= keep
+            answering[finish.to(answering.device).long()] = False  # there nobody rests
+            self.answering = answering if bool(answering.any()) else None
 
     def sample_weights(self, ids: Tensor) -> Tensor | None:
         """`sample_weights` for `weighted_loss` of samples of the plan, float32 like `ids`; None where all are 1.
