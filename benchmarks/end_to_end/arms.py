@@ -183,7 +183,7 @@ class Geko(Arm):
             assert plan is not None
             left = whole - drawn if self.config.spend_saved else None
             # torch would wake a thread a core to convert them
-            ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.head
+            ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.selected
             self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
             segments = [
                 Segment(ids[:head], plan.start, plan.turn),

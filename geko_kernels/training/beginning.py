@@ -28,7 +28,7 @@ class BeginningMixin(ProgressMixin):
 
     model_wrapped: Any
     sample_state: SampleState | None
-    _beginning: Beginning | None  # of the run, where it may have to begin again at a smaller batch
+    _snapshot: Snapshot | None  # of the run, where it may have to begin again at a smaller batch
     _saved: Path | None  # the checkpoint that holds the run as it stands
 
     def _forget_model(self) -> None:
@@ -61,10 +61,10 @@ class BeginningMixin(ProgressMixin):
         self._audit.need("train", "the run was not begun by it")
         assert self.sample_state is not None
         if self.args.auto_find_batch_size:  # is called again after running out of memory
-            if self._beginning is None:
-                self._beginning = Beginning(self.sample_state, self.efficiency)
+            if self._snapshot is None:
+                self._snapshot = Snapshot(self.sample_state, self.efficiency)
             else:
-                self._beginning.restore_(self.sample_state, self.efficiency)
+                self._snapshot.restore_(self.sample_state, self.efficiency)
                 self.current_flos, self._saved = 0, None
                 self._forget_model()
         self._begin_run()
@@ -85,7 +85,7 @@ class BeginningMixin(ProgressMixin):
         return Efficiency(self.args.device, dist.all_reduce if several else None, visits)
 
 
-class Beginning:
+class Snapshot:
     """Copies of the learning state, of the counts, and of the random numbers' states.
 
     The model keeps what a given up attempt has trained, as in Trainer.

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     trains: bool  # False: a look, forward only
 
 
-class Shares(Sampler[list[int]]):
+class ProcessShares(Sampler[list[int]]):
     """For each `batch_size * world` of `ids` (n,) every world-th of them, from `rank` on: one process's batch.
 
     So all processes have as many batches, and their batches as many items: where the last ids do not suffice, `~id` of
@@ -75,7 +75,7 @@ class BatchSource:
         """(data, ids, how many of `ids` the batches of all processes hold) of one batch after another."""
         loader = DataLoader(
             IdDataset(self.dataset),
-            batch_sampler=Shares(ids, self.batch_size, self.rank, self.world),
+            batch_sampler=ProcessShares(ids, self.batch_size, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=self.collate,
             pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU already

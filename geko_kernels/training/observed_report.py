@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
-from geko_kernels.training.observed_tokens import Visits
+from geko_kernels.training.observed_tokens import ObservedVisits
 from geko_kernels.training.report.efficiency import Efficiency, bucket_names, count_tokens
 from geko_kernels.training.report.forecast import forecast
 from geko_kernels.training.report.summary import run_summary
@@ -31,7 +31,7 @@ class ObservedCounts(Efficiency):
         self.was_correct = torch.zeros(len(state), dtype=torch.bool)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8)  # times, up to 255
 
-    def add(self, visits: Visits, inputs: Any, ids: Tensor) -> None:
+    def add(self, visits: ObservedVisits, inputs: Any, ids: Tensor) -> None:
         """Count a batch; `ids` as the batch had them."""
         labelled = visits.num_tokens > 0
         means = torch.where(labelled, visits.means, 0.0)

@@ -16,7 +16,7 @@ _CHUNK = 1024  # tokens whose logits are held in float32 at a time
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 0.02 where the model may have rounded its loss
 
 
-class Visits(NamedTuple):
+class ObservedVisits(NamedTuple):
     """Means over the labelled tokens of each sample in a batch, NaN where it has none, or where they are unknown."""
 
     ids: Tensor  # (M,) int64
@@ -24,7 +24,7 @@ class Visits(NamedTuple):
     means: Tensor  # (5, M) float32, in the order of QUANTITIES
 
 
-def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> Visits:
+def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> ObservedVisits:
     """logits (B, V) or (B, S, V); labels (B,) or (B, S); ids (B,), or (B, S) one a token."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -41,7 +41,7 @@ def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> Visit
     return _means(torch.cat(found, 1), labels != IGNORED, ids)
 
 
-def of_fused_head(outputs: Any, ids: Tensor) -> Visits:
+def of_fused_head(outputs: Any, ids: Tensor) -> ObservedVisits:
     """`trl.trainer.utils.FusedCausalLMOutput`: log_probs, is_top1 and label_mask (B, S - 1), shifted already."""
     mask = outputs.label_mask
     if ids.dim() == 2 and ids[:, 1:].shape != mask.shape:
@@ -65,7 +65,7 @@ def _of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss, (-loss).exp(), hit.float(), (-spread).exp(), chosen - torch.where(hit, second, most)])
 
 
-def _means(values: Tensor, valid: Tensor, ids: Tensor) -> Visits:
+def _means(values: Tensor, valid: Tensor, ids: Tensor) -> ObservedVisits:
     """values (5, T) of the `valid` tokens, in their order; valid (B,) or (B, S); ids (B,) or (B, S)."""
     if ids.dim() == 1:
         visits = ids
@@ -80,7 +80,7 @@ def _means(values: Tensor, valid: Tensor, ids: Tensor) -> Visits:
     sums = torch.zeros(len(values), len(visits), dtype=torch.float64, device=values.device)
     sums.index_add_(1, visit, values.double())
     counts = torch.bincount(visit, minlength=len(visits))
-    return Visits(visits, counts, (sums / counts).float())
+    return ObservedVisits(visits, counts, (sums / counts).float())
 
 
 def find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any, processes: int = 1) -> tuple[bool, bool]:

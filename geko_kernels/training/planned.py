@@ -72,7 +72,7 @@ class PlannedMixin(BeginningMixin):
             logger.info(f"Resuming from {resume_from_checkpoint}")
         self._forget_model()
         self._follow_model()
-        self.efficiency, self._resume, self._beginning = self._new_efficiency(), None, None
+        self.efficiency, self._resume, self._snapshot = self._new_efficiency(), None, None
         self._fingerprint: dict[str, Any] | None = None
         self._saved, self._rng_to_keep, self._evaluates_anew = None, None, False
         self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers

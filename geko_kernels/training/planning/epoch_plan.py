@@ -11,10 +11,10 @@ from torch import Tensor
 class EpochPlan(NamedTuple):
     """One epoch: which samples in which order, and which stretch of the run it makes."""
 
-    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
-    head: int  # samples of the head
+    ids: Tensor  # (n,) int32 on the CPU: those selected by bucket, then those of the uniform finish
+    selected: int  # how many are selected by bucket
     start: float  # progress of the run at the first sample,
-    turn: float  # where the head ends
+    turn: float  # after the selected ones,
     end: float  # and after the last one
     packs: Tensor | None = None  # (p,) int64: where each pack of ids ends, if they are packed
 

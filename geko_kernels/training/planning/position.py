@@ -14,7 +14,7 @@ from geko_kernels.training.planning.probes import MAX_INTERVAL
 
 _MOST = torch.iinfo(torch.int32).max
 # name -> dtype, which values are allowed, in words; one row a sample
-_COLUMNS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
+PER_SAMPLE: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
     "interval": (torch.uint8, lambda column: column <= MAX_INTERVAL, f"from 0 to {MAX_INTERVAL}"),
     "next_probe": (torch.int32, lambda column: column >= 0, "an epoch"),
     "was_correct": (torch.bool, lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
@@ -37,11 +37,11 @@ def check_position(values: Mapping[str, Any], num_samples: int) -> None:
     Raises:
         ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
     """
-    known = {*_COLUMNS, *_INTEGERS, *_REST}
+    known = {*PER_SAMPLE, *_INTEGERS, *_REST}
     missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs"})
     if missing or unknown:
         raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
-    for name, (dtype, allows, words) in _COLUMNS.items():
+    for name, (dtype, allows, words) in PER_SAMPLE.items():
         _check_column(name, values[name], dtype, num_samples)
         fits = allows(values[name])
         if not bool(fits.all()):
@@ -92,7 +92,7 @@ def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
         _check_packs(values["packs"], len(plan))
     if not isinstance(spans, list) or len(spans) != 4 or not _are_spans(spans, len(plan)):
         raise ValueError(
-            f"state_dict['spans'] must be [head, start, turn, end] with head from 0 to {len(plan)} and "
+            f"state_dict['spans'] must be [selected, start, turn, end] with selected from 0 to {len(plan)} and "
             f"start, turn and end in [0, 1], got {spans!r}"
         )
 
@@ -107,8 +107,12 @@ def _check_packs(packs: Any, size: int) -> None:
 
 
 def _are_spans(spans: list[Any], size: int) -> bool:
-    head, *points = spans
-    if type(head) is not int or not 0 <= head <= size or any(type(point) not in (int, float) for point in points):
+    selected, *points = spans
+    if (
+        type(selected) is not int
+        or not 0 <= selected <= size
+        or any(type(point) not in (int, float) for point in points)
+    ):
         return False
     start, turn, end = points
     return 0 <= start <= min(turn, end) and max(turn, end) <= 1
