@@ -55,6 +55,6 @@ def table_of(columns: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(NAMES, columns, strict=True)) if columns else {}
 
 
-def rows_of(columns: Sequence[Tensor]) -> int:
+def num_samples_of(columns: Sequence[Tensor]) -> int:
     """N, or -1 without a state."""
     return columns[0].shape[0] if columns else -1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # integer arguments that get no kernel of their own when they are 1 or a multiple of 16
-BATCH_INTS = ["label_b", "label_s", "id_b", "id_s", "length", "ignore_index", "token_count", "vocab", "table_rows"]
+BATCH_INTS = ["label_b", "label_s", "id_b", "id_s", "length", "ignore_index", "token_count", "vocab", "num_samples"]
 VECTOR_BITS = tl.constexpr(128)  # widest load of one thread
 
 
@@ -86,9 +86,9 @@ def row_span(row_ptr, vocab):
 def edge_span(lead, end, vocab, PER: tl.constexpr):
     """(2 * PER,) positions from the boundary of `row_span` on, and which of them are the row's ends."""
     lane = tl.arange(0, 2 * PER)
-    head = lane < PER
-    position = tl.where(head, lane, end + lane - PER)
-    return position, tl.where(head, (lead > 0) & (position >= lead), position < lead + vocab)
+    leading = lane < PER
+    position = tl.where(leading, lane, end + lane - PER)
+    return position, tl.where(leading, (lead > 0) & (position >= lead), position < lead + vocab)
 
 
 def id_strides(sample_ids: Tensor | None) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels.columns import rows_of
+from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.one_pass.plan import PredictedPlan, predicted_plan
 from geko_kernels.kernels.plan import Plan, plan_of
 from geko_kernels.kernels.sample_update.kernel import empty_outputs
@@ -37,18 +37,18 @@ def loss_forward_(
     """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
     options = (reduction, ignore_index, shift, softcap, update)
     if not labels.numel():
-        head = (logits, labels, sample_ids, rules, weights, num_items)
-        return reference.loss_forward_(*head, columns, error, *options, token_weights, sample_weights)
+        first = (logits, labels, sample_ids, rules, weights, num_items)
+        return reference.loss_forward_(*first, columns, error, *options, token_weights, sample_weights)
     weighing = (token_weights, sample_weights)
     aligned = tuple(None if given is None else given.data_ptr() % 16 for given in weighing)
     plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options, aligned)
-    tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
+    statistics = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
     table = pointers(columns)
-    plan.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
-    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
-    return *outputs, tokens
+    plan.statistics_launch(logits, labels, sample_ids, statistics, *prepared_of(table), error, scratch)
+    plan.update_launch(statistics, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
+    return *outputs, statistics
 
 
 def planned_loss_forward(
@@ -98,7 +98,9 @@ def _predicting(
     """The plan that predicts the gradient of calls of `plan`, where there is one."""
     if inplace not in plan.predicting:
         batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
-        plan.predicting[inplace] = predicted_plan(inplace, plan.layout, *batch, sample_ids, rows_of(columns), *options)
+        plan.predicting[inplace] = predicted_plan(
+            inplace, plan.layout, *batch, sample_ids, num_samples_of(columns), *options
+        )
     return plan.predicting[inplace]
 
 

@@ -150,7 +150,7 @@ def _logits_grad_kernel(
     grad_output_ptr,
     logits_ptr,
     labels_ptr,
-    tokens_ptr,
+    statistics_ptr,
     coeff_ptr,
     scale_ptr,
     token_visit_ptr,
@@ -194,8 +194,8 @@ def _logits_grad_kernel(
         s_label = s
     target = tl.load(labels_ptr + b * label_b + s_label * label_s, mask=live, other=0)
     step = token_count.to(tl.int64)
-    top = tl.load(tokens_ptr + step + t, mask=live, other=0.0)
-    log_sum = tl.load(tokens_ptr + 2 * step + t, mask=live, other=0.0)
+    top = tl.load(statistics_ptr + step + t, mask=live, other=0.0)
+    log_sum = tl.load(statistics_ptr + 2 * step + t, mask=live, other=0.0)
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     if UNIT:
@@ -216,7 +216,7 @@ def gradient_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
 def gradient_launch(
     out: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, packed: bool, shift: bool, softcap: float
 ) -> Launch:
-    """Pointers: out, grad_output, logits, labels, tokens, coeff, scale, token_visit."""
+    """Pointers: out, grad_output, logits, labels, statistics, coeff, scale, token_visit."""
     _, length, vocab = logits.shape
     count = labels.numel()
     stride_b, stride_s, stride_v = logits.stride()
@@ -245,7 +245,7 @@ def _run(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -266,14 +266,14 @@ def _run(
         if len(_launches) >= MOST:
             _launches.clear()
         launch = _launches[key] = gradient_launch(out, grad_output, logits, labels, packed, shift, softcap)
-    launch(out, grad_output, logits, labels, tokens, coeff, scale, token_visit)
+    launch(out, grad_output, logits, labels, statistics, coeff, scale, token_visit)
 
 
 def logits_grad(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -282,7 +282,7 @@ def logits_grad(
 ) -> Tensor:
     """See `reference.logits_grad`. One launch."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(out, grad_output, logits, labels, statistics, coeff, scale, token_visit, shift, softcap)
     return out
 
 
@@ -290,7 +290,7 @@ def logits_grad_(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -298,4 +298,4 @@ def logits_grad_(
     softcap: float,
 ) -> None:
     """`logits_grad`, written over the logits."""
-    _run(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(logits, grad_output, logits, labels, statistics, coeff, scale, token_visit, shift, softcap)

@@ -155,7 +155,7 @@ def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sample_update(
-    tokens: Tensor,
+    statistics: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     _rules: Tensor,
@@ -169,17 +169,17 @@ def _fake_sample_update(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     entries = _entries(labels, sample_ids)
     packed = sample_ids is not None and sample_ids.dim() == 2
-    value = tokens.new_empty(() if reduction else (entries,))
-    coeff = tokens.new_empty(labels.numel())
+    value = statistics.new_empty(() if reduction else (entries,))
+    coeff = statistics.new_empty(labels.numel())
     token_visit = labels.new_empty(labels.numel() if packed else 0, dtype=torch.int32)
-    floats, ints = tokens.new_empty((6, entries)), labels.new_empty((2, entries))
+    floats, ints = statistics.new_empty((6, entries)), labels.new_empty((2, entries))
     flags = labels.new_empty((2, entries), dtype=torch.uint8)
-    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, flags
+    return value, statistics.new_empty(()), coeff, token_visit, floats, ints, flags
 
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    tokens, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
-    return *_fake_sample_update(tokens, labels, sample_ids, *table, logits.shape[-1], *options), tokens
+    statistics, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
+    return *_fake_sample_update(statistics, labels, sample_ids, *table, logits.shape[-1], *options), statistics
 
 
 def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:

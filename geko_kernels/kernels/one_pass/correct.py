@@ -51,7 +51,7 @@ def _correct_part(
     BLOCK: tl.constexpr,
 ):
     """Tiles [first, last) of row t."""
-    out_ptr, logits_ptr, labels_ptr, tokens_ptr, coeff_ptr, scale_ptr, factor_ptr = pointers
+    out_ptr, logits_ptr, labels_ptr, statistics_ptr, coeff_ptr, scale_ptr, factor_ptr = pointers
     out_b, out_s, stride_b, stride_s, label_b, label_s = strides
     coefficient, written = tl.load(coeff_ptr + t), tl.load(factor_ptr + t)
     factor = 0.0
@@ -64,7 +64,7 @@ def _correct_part(
         s_label = s
     target = tl.load(labels_ptr + b * label_b + s_label * label_s)
     step = token_count.to(tl.int64)
-    top, log_sum = tl.load(tokens_ptr + step + t), tl.load(tokens_ptr + 2 * step + t)
+    top, log_sum = tl.load(statistics_ptr + step + t), tl.load(statistics_ptr + 2 * step + t)
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     for tile in range(first, last):
@@ -85,7 +85,7 @@ def _correct_kernel(
     grad_output_ptr,
     logits_ptr,
     labels_ptr,
-    tokens_ptr,
+    statistics_ptr,
     coeff_ptr,
     scale_ptr,
     factor_ptr,
@@ -112,7 +112,7 @@ def _correct_kernel(
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     upstream = tl.load(grad_output_ptr).to(tl.float32)
     scale = tl.load(scale_ptr)
-    pointers = (out_ptr, logits_ptr, labels_ptr, tokens_ptr, coeff_ptr, scale_ptr, factor_ptr)
+    pointers = (out_ptr, logits_ptr, labels_ptr, statistics_ptr, coeff_ptr, scale_ptr, factor_ptr)
     strides = (out_b, out_s, stride_b, stride_s, label_b, label_s)
     hits = tl.zeros([ROWS], tl.int32)
     misses = tl.zeros([ROWS], tl.int32)
@@ -144,7 +144,7 @@ def _correct_kernel(
 def correct_launch(out: Tensor, logits: Tensor, labels: Tensor, shift: bool, inplace: bool) -> Launch:
     """See `reference_predicted.correct_rows_`; out and logits (B, S, V) as `hopper.serves` wants them.
 
-    Pointers: out, grad_output (), logits, labels, tokens, coeff, scale, factor, upstream, counts.
+    Pointers: out, grad_output (), logits, labels, statistics, coeff, scale, factor, upstream, counts.
     """
     _, length, vocab = logits.shape
     count = labels.numel()

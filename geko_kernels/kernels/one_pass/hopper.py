@@ -131,7 +131,7 @@ class RowsLaunch:
         self._launch = self._library.geko_predicted_rows
 
     def __call__(self, *pointers: Tensor | int | None) -> None:
-        """On the current stream. Pointers: logits, grad, target, coeff, counts, num_items, upstream, tokens, factor."""
+        """On the current stream: logits, grad, target, coeff, counts, num_items, upstream, statistics, factor."""
         at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
         arguments = _ARGUMENTS.pack(*at, *self._numbers)
         error = self._launch(self._shape_at, arguments, stream_address(self._device))

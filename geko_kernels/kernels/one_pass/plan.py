@@ -35,9 +35,9 @@ class PredictedPlan(Plan):
     def __init__(self, inplace: bool, grad: Tensor, *args: Any) -> None:
         """Args: grad (B, S, V); those of `Plan`."""
         super().__init__(*args)
-        _, logits, labels, sample_ids, table_rows, reduction, ignore_index, shift, _, update = args
+        _, logits, labels, sample_ids, num_samples, reduction, ignore_index, shift, _, update = args
         vocab = logits.shape[2]
-        self.predict = predict_launch(labels, sample_ids, table_rows, vocab, reduction, ignore_index, shift, update)
+        self.predict = predict_launch(labels, sample_ids, num_samples, vocab, reduction, ignore_index, shift, update)
         parts = predict_parts(labels, self.packed)
         self.rows = hopper.RowsLaunch(
             *(logits.device, logits.dtype, tuple(logits.shape), logits.stride()[:2], grad.stride()[:2]),
@@ -52,11 +52,11 @@ class PredictedPlan(Plan):
         self.parts = parts
 
     def _work(self, kept: Tensor, visits: Tensor) -> tuple[Tensor, ...]:
-        """tokens, scratch, factor, target, coeff, counts."""
+        """statistics, scratch, factor, target, coeff, counts."""
         ints = visits.view(torch.int32)
-        tokens, scratch = super()._work(kept, visits)
+        statistics, scratch = super()._work(kept, visits)
         return (
-            *(tokens, scratch, kept[self.factor :][: self.count], ints[self.target :][: self.count]),
+            *(statistics, scratch, kept[self.factor :][: self.count], ints[self.target :][: self.count]),
             *(visits[self.predicted :][: self.count], ints[self.counts :][: self.parts]),
         )
 
@@ -68,12 +68,12 @@ class PredictedPlan(Plan):
 
     def _launch(self, batch: Any, rules: Any, table: Any, error: Any, work: Any, outputs: Any, entries: Any) -> None:
         logits, labels, sample_ids, grad, upstream = batch
-        tokens, scratch, factor, target, coeff, counts = work
+        statistics, scratch, factor, target, coeff, counts = work
         _, weights, num_items = rules
         known = (*prepared_of(table), table[QUARANTINED], error, scratch)
         self.predict(labels, sample_ids, weights, *known, target, coeff, counts)
-        self.rows(logits, grad, target, coeff, counts, num_items, upstream, tokens, factor)
-        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
+        self.rows(logits, grad, target, coeff, counts, num_items, upstream, statistics, factor)
+        self.update_launch(statistics, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def correct(
         self,
@@ -99,9 +99,9 @@ class PredictedPlan(Plan):
                 out.data_ptr(), at, logits.data_ptr(), labels.data_ptr(), *saved, upstream.data_ptr(), counts.data_ptr()
             )
         else:
-            tokens, coeff, scale, _ = self.saved(kept)
+            statistics, coeff, scale, _ = self.saved(kept)
             factor = kept[self.factor :][: self.count]
-            launch(out, grad_output, logits, labels, tokens, coeff, scale, factor, upstream, counts)
+            launch(out, grad_output, logits, labels, statistics, coeff, scale, factor, upstream, counts)
 
 
 def predicted_plan(inplace: bool, *args: Any) -> PredictedPlan | None:

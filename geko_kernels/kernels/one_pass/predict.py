@@ -63,11 +63,11 @@ def _predict_visits(
 ):
     """ROWS visits; returns what each adds to the divisor."""
     live, sample, first, lengths, longest = where
-    weights_ptr, bucket_ptr, quarantined_ptr, table_rows = table
+    weights_ptr, bucket_ptr, quarantined_ptr, num_samples = table
     target_ptr, coeff_ptr = outputs
     items = _store_targets(batch, vocab, target_ptr, first, lengths, longest, SHIFT, PACKED, ROWS, BLOCK)
     if bucket_ptr is not None:
-        known = live & (sample >= 0) & (sample < table_rows)
+        known = live & (sample >= 0) & (sample < num_samples)
         bucket = tl.load(bucket_ptr + sample, mask=known, other=2).to(tl.int32)
         weight = tl.load(weights_ptr + tl.minimum(bucket, 3))  # a damaged file may hold more
         shut_out = tl.load(quarantined_ptr + sample, mask=known, other=0)
@@ -113,7 +113,7 @@ def _predict_kernel(
     ignore_index,
     token_count,
     vocab,
-    table_rows,
+    num_samples,
     prep_programs,
     REDUCTION: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -126,11 +126,11 @@ def _predict_kernel(
 ):
     """The first programs prepare the visits; then one a tile of ROWS rows, or packed one a GROUP of tokens."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    table = (weights_ptr, bucket_ptr, quarantined_ptr, table_rows)
+    table = (weights_ptr, bucket_ptr, quarantined_ptr, num_samples)
     outputs = (target_ptr, coeff_ptr)
     program = tl.program_id(0)
     if program < prep_programs:
-        columns = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+        columns = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples)
         prepare_visits(program, batch, columns, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
     else:
         program -= prep_programs
@@ -177,7 +177,7 @@ def predict_parts(labels: Tensor, packed: bool) -> int:
 def predict_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    table_rows: int,
+    num_samples: int,
     vocab: int,
     reduction: int,
     ignore_index: int,
@@ -195,7 +195,7 @@ def predict_launch(
     prep_programs = cdiv(count, PREP_TILE)
     numbers = (
         *(*labels.stride(), *id_strides(sample_ids), length, ignore_index),
-        *(count, vocab, table_rows, prep_programs),
+        *(count, vocab, num_samples, prep_programs),
     )
     constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
     shape = {"ROWS": rows, "BLOCK": block, "TILE": PREP_TILE, "GROUP": GROUP}

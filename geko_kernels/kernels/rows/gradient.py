@@ -38,7 +38,7 @@ def _gradient_rows_kernel(
     label_b,
     label_s,
     length,
-    tokens_ptr,
+    statistics_ptr,
     token_count,
     first,
     last,
@@ -74,8 +74,8 @@ def _gradient_rows_kernel(
                 s = tl.minimum(s + 1, length - 1)  # the last position predicts nothing and is never kept
             target = tl.load(labels_ptr + b * label_b + s * label_s, mask=known, other=-1)
             step = tl.full([], 0, tl.int64) + token_count
-            top = tl.load(tokens_ptr + step + t, mask=known, other=float("nan"))
-            log_sum = tl.load(tokens_ptr + 2 * step + t, mask=known, other=0.0)
+            top = tl.load(statistics_ptr + step + t, mask=known, other=float("nan"))
+            log_sum = tl.load(statistics_ptr + 2 * step + t, mask=known, other=0.0)
             begin = item % pieces * (STEPS * BLOCK)
             for start in range(begin, tl.minimum(begin + STEPS * BLOCK, row_stride), BLOCK):
                 column = start + tl.arange(0, BLOCK)
@@ -102,7 +102,7 @@ def gradient_rows_(
     sources: Tensor | None,
     end: Tensor | None,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     first: int,
     last: int,
     ready_from: int,
@@ -121,6 +121,6 @@ def gradient_rows_(
     key = (logits.get_device(), logits.dtype, row_stride, *places, end is None, *constants.values())
     args = (
         *(logits, row_stride, len(logits), positions, sources, end, labels, *labels.stride(), labels.shape[1]),
-        *(tokens, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
+        *(statistics, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
     )
     _launch(key, programs, args, constants, max(block * WARPS // BLOCK, 1))

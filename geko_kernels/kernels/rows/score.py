@@ -99,7 +99,7 @@ def _score_rows_kernel(
     row_stride,
     rows_ptr,
     targets_ptr,
-    tokens_ptr,
+    statistics_ptr,
     slot,
     start,
     count,
@@ -118,7 +118,7 @@ def _score_rows_kernel(
         top, total, z_target = _row_statistics(x, target, row_stride, vocab, softcap, SOFTCAP, BLOCK, STAGES)
         t = tl.load(rows_ptr + start + i)
         known = (t >= 0) & (t < token_count)
-        _store_statistics(tokens_ptr, t, known, True, top, total, z_target, token_count)
+        _store_statistics(statistics_ptr, t, known, True, top, total, z_target, token_count)
         if FUSED:
             tl.debug_barrier()  # all have read the target's logit
             log_sum = tl.log(total)
@@ -132,7 +132,7 @@ def score_rows_(
     logits: Tensor,
     rows: Tensor,
     targets: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     fused: bool,
     slot: int,
     start: int,
@@ -149,5 +149,5 @@ def score_rows_(
     warps, each = max(warps * small // block, 1), each * block // small
     constants = {"FUSED": fused, "SOFTCAP": softcap != 0, "BLOCK": small, "STAGES": stages}
     key = (logits.get_device(), logits.dtype, row_stride, *constants.values(), warps)
-    args = (logits, row_stride, rows, targets, tokens, slot, start, count, tokens.shape[1], vocab, softcap)
+    args = (logits, row_stride, rows, targets, statistics, slot, start, count, statistics.shape[1], vocab, softcap)
     _launch(key, programs_for(count, each, logits), args, constants, warps)

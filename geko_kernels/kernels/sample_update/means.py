@@ -54,7 +54,7 @@ def visit_means(
 
     Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False where its id is bad, which leaves it out.
     """
-    tokens_ptr, token_count, vocab, token_weights_ptr = token_stats
+    statistics_ptr, token_count, vocab, token_weights_ptr = token_stats
     loss = tl.zeros([ROWS, BLOCK], tl.float32)
     loss_lost = tl.zeros([ROWS, BLOCK], tl.float32)
     sure = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -73,14 +73,16 @@ def visit_means(
         scored, wrong = scored_tokens(batch, t, inside, vocab, SHIFT, PACKED)
         # 0 where not scored; not masked by it, so that these loads do not wait for the labels
         if token_weights_ptr is None:
-            loss, loss_lost = add_exactly(loss, loss_lost, tl.load(tokens_ptr + t, mask=inside, other=0.0))
-            sure, sure_lost = add_exactly(sure, sure_lost, tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0))
-            hits += tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+            loss, loss_lost = add_exactly(loss, loss_lost, tl.load(statistics_ptr + t, mask=inside, other=0.0))
+            sure, sure_lost = add_exactly(
+                sure, sure_lost, tl.load(statistics_ptr + 3 * stride + t, mask=inside, other=0.0)
+            )
+            hits += tl.load(statistics_ptr + 4 * stride + t, mask=inside, other=0.0)
         else:
             weight = token_weight(token_weights_ptr, t, scored, SHIFT)
-            one_loss = tl.load(tokens_ptr + t, mask=inside, other=0.0)
-            one_sure = tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0)
-            one_hit = tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+            one_loss = tl.load(statistics_ptr + t, mask=inside, other=0.0)
+            one_sure = tl.load(statistics_ptr + 3 * stride + t, mask=inside, other=0.0)
+            one_hit = tl.load(statistics_ptr + 4 * stride + t, mask=inside, other=0.0)
             loss, loss_lost = add_exactly(loss, loss_lost, weight * one_loss)
             sure, sure_lost = add_exactly(sure, sure_lost, weight * one_sure)
             hits, hits_lost = add_exactly(hits, hits_lost, weight * one_hit)

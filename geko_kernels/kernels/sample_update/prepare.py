@@ -53,7 +53,7 @@ def _flag_bad_values(
     live,
     sample,
     starts,
-    table_rows,
+    num_samples,
     vocab,
     HAS_TABLE: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -63,7 +63,7 @@ def _flag_bad_values(
     bad = asked & ((target < 0) | (target >= vocab))
     key = tl.where(bad, _error_key(t, 1, target), NO_ERROR)
     if HAS_TABLE:
-        bad = starts & ((sample < -1) | (sample >= table_rows))
+        bad = starts & ((sample < -1) | (sample >= num_samples))
         key = tl.minimum(key, tl.where(bad, _error_key(t, 0, sample), NO_ERROR))
     first = tl.min(key, 0)
     if first < NO_ERROR:
@@ -86,7 +86,7 @@ def prepare_visits(
 ):
     """Prepare the visits that start in tokens [tile * TILE, (tile + 1) * TILE)."""
     _, _, _, _, _, _, length, _ = batch
-    q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows = table
+    q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples = table
     t = tile * TILE + tl.arange(0, TILE)
     live = t < token_count
     sample, starts = visit_starts(batch, t, live, PACKED)
@@ -98,9 +98,9 @@ def prepare_visits(
         tl.store(plane(scratch_ptr, COUNT_PLANE, entries) + tile, tl.sum(starts.to(tl.int32), 0))
     if error_ptr is not None:
         HAS_TABLE: tl.constexpr = q_value_ptr is not None
-        _flag_bad_values(error_ptr, batch, t, live, sample, starts, table_rows, vocab, HAS_TABLE, SHIFT, PACKED)
+        _flag_bad_values(error_ptr, batch, t, live, sample, starts, num_samples, vocab, HAS_TABLE, SHIFT, PACKED)
     if q_value_ptr is not None:
-        known = starts & (sample >= 0) & (sample < table_rows)
+        known = starts & (sample >= 0) & (sample < num_samples)
         q_value = tl.load(q_value_ptr + sample, mask=known, other=0.5)
         seen = tl.load(times_seen_ptr + sample, mask=known, other=0)
         bucket = tl.load(bucket_ptr + sample, mask=known, other=2)
@@ -135,14 +135,14 @@ def _visit_prep_kernel(
     ignore_index,
     token_count,
     vocab,
-    table_rows,
+    num_samples,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     UPDATE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+    table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples)
     tile = tl.program_id(0)
     prepare_visits(tile, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
 
@@ -157,7 +157,7 @@ def scratch_words(labels: Tensor, packed: bool) -> int:
 def visit_prep_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    table_rows: int,
+    num_samples: int,
     vocab: int,
     ignore_index: int,
     shift: bool,
@@ -170,7 +170,7 @@ def visit_prep_launch(
     packed = sample_ids is not None and sample_ids.dim() == 2
     numbers = (
         *(*labels.stride(), *id_strides(sample_ids), labels.shape[1], ignore_index),
-        *(count, vocab, table_rows),
+        *(count, vocab, num_samples),
     )
     constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "TILE": PREP_TILE}
     return Launch(_visit_prep_kernel, cdiv(count, PREP_TILE), numbers, constants, 4)
