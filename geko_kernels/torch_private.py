@@ -116,6 +116,15 @@ def forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def batched(grad_output: Tensor) -> bool:
+    """Whether several gradients are asked for at once (is_grads_batched, jacrev): then the tensor has no memory."""
+    try:
+        grad_output.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
 def is_fake(tensor: Any) -> bool:
     """Whether a tensor is a `FakeTensor`, without values."""
     if _FakeTensor is None:

@@ -1,12 +1,29 @@
-"""Launch a compiled Triton kernel again without asking anew what to compile it for."""
+"""Start a compiled Triton kernel again without inspecting its arguments, on the device of its tensors."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from geko_kernels.kernels.triton_private import start_of, watched
 
 MOST = 1024  # launches remembered a kind; varying sequence lengths would fill memory otherwise
+
+
+def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, with its first tensor's device made the current one, to which launches go."""
+
+    @functools.wraps(op)
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return op(first, *rest)
+        with torch.cuda.device_of(first):
+            return op(first, *rest)
+
+    return run
 
 
 class Launch:

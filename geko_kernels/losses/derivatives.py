@@ -103,12 +103,3 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
         raise AssertionError("behind _NoSecondDerivative, which raises")
-
-
-def batched(grad_output: Tensor) -> bool:
-    """Whether several gradients are asked for at once (is_grads_batched, jacrev): then the tensor has no memory."""
-    try:
-        grad_output.data_ptr()
-    except RuntimeError:
-        return True
-    return False

@@ -21,7 +21,7 @@ from geko_kernels.losses.arguments import (
     debugging,
     num_items_tensor,
 )
-from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, link, once
+from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.logits import ForwardResult, SampleStats, state_arguments
@@ -96,7 +96,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         check_upstream("weighted_linear_loss", grad_output)
-        if batched(grad_output):
+        if torch_private.batched(grad_output):
             raise NotImplementedError(
                 "weighted_linear_loss makes one gradient at a time, and several are asked for at once "
                 "(is_grads_batched); call torch.autograd.grad for each, or use weighted_loss of the logits"

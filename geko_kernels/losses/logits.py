@@ -20,7 +20,7 @@ from geko_kernels.losses.arguments import (
     debugging,
     num_items_tensor,
 )
-from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, once
+from geko_kernels.losses.derivatives import check_transforms, check_upstream, once
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
 
@@ -155,7 +155,7 @@ def _apply(*args: Any) -> Tensor:
 
 
 def _check_single(grad_output: Tensor) -> None:
-    if batched(grad_output):
+    if torch_private.batched(grad_output):
         raise NotImplementedError(
             "inplace=True has room for one gradient, where the logits are, neither for several at once "
             "(is_grads_batched, jacrev) nor for the transforms of torch.func; leave inplace=False"

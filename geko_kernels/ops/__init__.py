@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from geko_kernels import torch_private
-from geko_kernels.losses.derivatives import batched
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
@@ -333,7 +332,7 @@ def planned_logits_grad(
     backend = _planning(logits, labels, grad_output)
     if inplace and predicted is not None:
         backend = _load("triton")
-    elif backend is None or batched(grad_output) or not plan.fits(logits, labels):
+    elif backend is None or torch_private.batched(grad_output) or not plan.fits(logits, labels):
         return None
     if predicted is None:
         grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
