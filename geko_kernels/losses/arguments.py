@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from geko_kernels.state import SampleState, raise_flagged
 from geko_kernels.torch_private import base_of, is_fake
 
 ReductionName = Literal["none", "mean", "token_mean", "sum"]
+
+
+class LossOptions(TypedDict, total=False):
+    """What both losses take by name, for their overloads."""
+
+    reduction: ReductionName
+    shift: bool
+    ignore_index: int
+    num_items: int | float | Tensor | None
+    softcap: float | None
+    token_weights: Tensor | None
+    sample_weights: Tensor | None
+    update: bool | None
+
+
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
 _FLOAT32 = torch.finfo(torch.float32)
 _IN_RANGE = f"in float32's range, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from geko_kernels import ops, torch_private
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    LossOptions,
     ReductionName,
     check_batch,
     check_flag,
@@ -190,16 +191,9 @@ def weighted_linear_loss(
     state: SampleState | None = ...,
     *,
     bias: Tensor | None = ...,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -212,16 +206,9 @@ def weighted_linear_loss(
     state: SampleState | None = ...,
     *,
     bias: Tensor | None = ...,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[True],
     chunk_mib: int | float | None = ...,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, SampleStats]: ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from geko_kernels import ops, torch_private
 from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    LossOptions,
     ReductionName,
     check_batch,
     check_flag,
@@ -169,16 +170,9 @@ def weighted_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[False] = ...,
     inplace: bool = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -189,16 +183,9 @@ def weighted_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[True],
     inplace: bool = ...,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, SampleStats]: ...
 
 
