@@ -56,7 +56,7 @@ def gradient_rows_(
     shift: bool,
     softcap: float,
 ) -> None:
-    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
+    """See `reference.rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
 
     No row is ready before: `score_rows_` makes no gradients.
     """

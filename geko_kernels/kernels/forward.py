@@ -123,6 +123,6 @@ def predicted_logits_grad(
     upstream: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """The same of a forward that left `predicted`, which becomes it; see `reference_predicted.correct_rows_`."""
+    """The same of a forward that left `predicted`, which becomes it; see `reference.one_pass.correct_rows_`."""
     plan.correct(predicted, kept, grad_output, logits, labels, upstream, counts)
     return predicted

@@ -1,4 +1,4 @@
-"""The predicted gradient in plain PyTorch: what the kernels of `kernels.predicted_plan` are tested against.
+"""The predicted gradient in plain PyTorch: what the kernels of `kernels.one_pass` are tested against.
 
 Shapes as in `reference`. The factor of each token's gradient, `coeff * scale * upstream`, is predicted before the
 logits are read, so that one pass over them does; afterwards, rows of which the prediction was wrong are corrected.

@@ -1,4 +1,4 @@
-"""The progress bar with the bucket shares, and what `epoch` means in logs and checkpoints."""
+"""The progress bar with the bucket shares, and the `epoch` of logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.trainer_callback import ProgressCallback
 
 
 class BucketBar(ProgressCallback):
-    """Transformers' progress bar; its end moves with the plans, and it shows what share of the samples is where."""
+    """Transformers' progress bar, whose end follows the plans, with each bucket's share of the samples."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,8 +36,8 @@ class BucketBar(ProgressCallback):
 class RunEpoch(TrainerCallback):
     """Sets `state.epoch` to `epoch()` after each step, before other callbacks and the log see it.
 
-    Trainer takes each of its epochs for one whole pass over the data. Log steps and saves that did not go by GEKO's
-    part are told to `need(hook, otherwise)`.
+    Trainer takes each epoch for a whole pass over the data. Log steps and saves that bypassed GEKO are reported to
+    `need(hook, otherwise)`.
     """
 
     def __init__(self, epoch: Callable[[], float], need: Callable[[str, str], None]) -> None:

@@ -142,7 +142,7 @@ def _correct_kernel(
 
 
 def correct_launch(out: Tensor, logits: Tensor, labels: Tensor, shift: bool, inplace: bool) -> Launch:
-    """See `reference_predicted.correct_rows_`; out and logits (B, S, V) as `hopper.serves` wants them.
+    """See `reference.one_pass.correct_rows_`; out and logits (B, S, V) as `hopper.serves` wants them.
 
     Pointers: out, grad_output (), logits, labels, statistics, coeff, scale, factor, upstream, counts.
     """

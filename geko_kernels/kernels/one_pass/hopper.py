@@ -101,7 +101,7 @@ def missing(device: torch.device) -> str | None:
 
 
 class RowsLaunch:
-    """`reference_predicted.predicted_rows_` on tensors of one layout; all but the pointers settled.
+    """`reference.one_pass.predicted_rows_` on tensors of one layout; all but the pointers settled.
 
     Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: how many counts there are.
     Raises: ValueError for a shape without a kernel; RuntimeError at a launch, for rows that do not lie as in `serves`.

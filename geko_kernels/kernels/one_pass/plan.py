@@ -29,7 +29,7 @@ class PredictedPlan(Plan):
     """A `Plan` whose forward also takes `gradient`: (grad, upstream), grad (B, S, V) or (B, V).
 
     Kept is also factor (T,), by which each row of grad was multiplied; 0: not written. Beside the visits lie target
-    (T,), coeff (T,) and counts (parts,) of `reference_predicted.predict`.
+    (T,), coeff (T,) and counts (parts,) of `reference.one_pass.predict`.
     """
 
     def __init__(self, inplace: bool, grad: Tensor, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """Prediction: the target of each token and, before anything is read of the logits, the coefficient of its gradient.
 
 A visit's coefficient follows from the bucket its sample was in at the last visit, and its labels; nearly always that
-is the one that `sample_update_` finds. The same launch prepares the visits, see `visit_prep`.
+is the one that `sample_update_` finds. The same launch prepares the visits, see `sample_update.prepare`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def predict_launch(
     shift: bool,
     update: bool,
 ) -> Launch:
-    """See `reference_predicted.predict`, of which counts (parts,) add up to the divisor; prepares the visits too.
+    """See `reference.one_pass.predict`, of which counts (parts,) add up to the divisor; prepares the visits too.
 
     Pointers: labels, sample_ids, weights, q_value, loss_history, times_seen, bucket, claim, quarantined, error,
     scratch, target, coeff, counts.

@@ -45,7 +45,7 @@ _launch = KeyedLaunch(_column_sums_kernel)
 
 
 def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:
-    """See `reference_rows.column_sums`; `tile` and `by_row` contiguous. One launch, and torch's sum of the parts."""
+    """See `reference.rows.column_sums`; `tile` and `by_row` contiguous. One launch, and torch's sum of the parts."""
     rows, columns = tile.shape
     parts, blocks = cdiv(rows, PART), cdiv(columns, BLOCK)
     out = torch.empty(parts, columns, dtype=torch.float32, device=tile.device)

@@ -110,7 +110,7 @@ def gradient_rows_(
     shift: bool,
     softcap: float,
 ) -> None:
-    """See `reference_rows.gradient_rows_`; `logits` contiguous. One launch."""
+    """See `reference.rows.gradient_rows_`; `logits` contiguous. One launch."""
     row_stride = logits.shape[1]
     last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may say less, not more
     block = min(next_power_of_2(row_stride), BLOCK)

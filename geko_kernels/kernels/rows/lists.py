@@ -111,7 +111,7 @@ _launch_scored, _launch_kept = KeyedLaunch(_scored_rows_kernel), KeyedLaunch(_ke
 def scored_rows(
     labels: Tensor, sample_ids: Tensor | None, vocab: int, ignore_index: int, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference_rows.scored_rows`. One launch."""
+    """See `reference.rows.scored_rows`. One launch."""
     count = labels.numel()
     rows = torch.empty(count, dtype=torch.int64, device=labels.device)
     targets = torch.empty_like(rows)
@@ -132,7 +132,7 @@ def scored_rows(
 def kept_rows_(
     coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int, start: int, count: int
 ) -> Tensor:
-    """See `reference_rows.kept_rows_`. One launch."""
+    """See `reference.rows.kept_rows_`. One launch."""
     end = torch.empty((), dtype=torch.int32, device=rows.device)
     args = (coeff, rows, positions, sources, end, start, count, held, coeff.shape[0])
     _launch_kept((rows.get_device(), rows.data_ptr() % 16), 1, args, {"BLOCK": BLOCK}, WARPS)

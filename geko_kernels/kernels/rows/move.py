@@ -63,12 +63,12 @@ def _move(out: Tensor, x: Tensor, positions: Tensor, coeff: Tensor, first: int, 
 
 
 def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int) -> Tensor:
-    """See `reference_rows.gather_rows`; `hidden` contiguous. One launch."""
+    """See `reference.rows.gather_rows`; `hidden` contiguous. One launch."""
     out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     _move(out, hidden, positions, coeff, 0, count, False)
     return out
 
 
 def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor, first: int) -> None:
-    """See `reference_rows.scatter_rows_`; all contiguous. One launch."""
+    """See `reference.rows.scatter_rows_`; all contiguous. One launch."""
     _move(out, product, positions, coeff, first, len(product), True)

@@ -26,7 +26,7 @@ _launch = KeyedLaunch(_rescale_kernel)
 
 
 def rescale_(values: Tensor, factor: Tensor) -> None:
-    """See `reference_rows.rescale_`; `values` contiguous. One launch."""
+    """See `reference.rows.rescale_`; `values` contiguous. One launch."""
     count = values.numel()
     if count:
         key = (values.get_device(), values.dtype, count, values.data_ptr() % 16, factor.dtype, factor.data_ptr() % 16)

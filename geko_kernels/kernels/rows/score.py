@@ -140,7 +140,7 @@ def score_rows_(
     vocab: int,
     softcap: float,
 ) -> None:
-    """See `reference_rows.score_rows_`; `logits` contiguous, its rows at multiples of 16 bytes. One launch."""
+    """See `reference.rows.score_rows_`; `logits` contiguous, its rows at multiples of 16 bytes. One launch."""
     if not count:
         return
     row_stride = logits.shape[1]

@@ -23,7 +23,7 @@ FREEZE, LIGHT, FOCUS, HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 
 @triton.jit
 def _quality(history, seen, rules_ptr):
-    """See `reference_state.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
+    """See `reference.visits.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
 
     Comparisons in place of `tl.minimum` and `tl.maximum` where a NaN may stand, of which those make what they like.
     """

@@ -40,7 +40,7 @@ def plane(scratch_ptr, index: tl.constexpr, entries):
 
 @triton.jit
 def _error_key(position, IS_LABEL: tl.constexpr, value):
-    """See `reference_layout.error_key`."""
+    """See `reference.layout.error_key`."""
     low = tl.minimum(tl.maximum(value, -2147483648), 2147483647) & 0xFFFFFFFF
     return (tl.minimum(position, 1073741823).to(tl.int64) << 33) | (IS_LABEL << 32) | low
 

@@ -1,4 +1,4 @@
-"""Asking a model leaves nothing behind: its modes, buffers and counts and the random numbers to come are as before."""
+"""Tests a model without side effects: restores its modes, buffers, counts and the random number generators."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PLAIN = (int, float, str, type(None), Tensor)
 
 
 class RandomNumbers:
-    """The state of Python's, NumPy's and torch's generators when it was made; torch's of the CPU and of `device`, and
-    those that modules of `model` have as attributes."""
+    """The current states of the generators of Python, NumPy and torch (CPU and `device`), and of those that modules of
+    `model` have as attributes."""
 
     def __init__(self, device: torch.device, model: nn.Module) -> None:
         self.device = device
@@ -38,10 +38,10 @@ class RandomNumbers:
 
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, `model` is in eval mode without gradients.
+    """Inside the context `model` is in eval mode without gradients.
 
-    Afterwards its modules' modes, buffers and attributes that hold a number, a text or a tensor, and the random numbers
-    to come, are as they were.
+    Afterwards its modules' modes, buffers and attributes with numbers, texts or tensors are restored, and so are the
+    random number generators.
     """
     numbers = RandomNumbers(device, model)
     plain = [

@@ -1,4 +1,4 @@
-"""What the `state_dict()` of a `GEKOSampler` may hold: checked before a sampler takes it over."""
+"""Checks of a `GEKOSampler`'s `state_dict()` before it is loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from geko_kernels.training.planning.probes import MAX_INTERVAL
 
 _MOST = torch.iinfo(torch.int32).max
-# name -> dtype, which values are allowed, in words; one row a sample
+# tensors with one row a sample: name -> dtype, which values are allowed, the same in words
 PER_SAMPLE: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
     "interval": (torch.uint8, lambda column: column <= MAX_INTERVAL, f"from 0 to {MAX_INTERVAL}"),
     "next_probe": (torch.int32, lambda column: column >= 0, "an epoch"),
     "was_correct": (torch.bool, lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
     "forgotten": (torch.uint8, lambda column: column >= 0, "a count"),
 }
-# name -> least, most
+# name -> smallest, largest value
 _INTEGERS = {
     "lost": (0, 2**62),
     "doubtful": (0, _MOST),
@@ -32,10 +32,10 @@ _REST = ("plan", "spans", "finished", "guarded", "num_epochs")
 
 
 def check_position(values: Mapping[str, Any], num_samples: int) -> None:
-    """Look at every value of a sampler's `state_dict()`.
+    """Check every value of a sampler's `state_dict()`.
 
     Raises:
-        ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
+        ValueError: a value is missing, unknown, of the wrong kind or from another run; names it.
     """
     known = {*PER_SAMPLE, *_INTEGERS, *_REST}
     missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs"})
