@@ -92,7 +92,7 @@ def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
         _check_packs(values["packs"], len(plan))
     if not isinstance(spans, list) or len(spans) != 4 or not _are_spans(spans, len(plan)):
         raise ValueError(
-            f"state_dict['spans'] must be [selected, start, turn, end] with selected from 0 to {len(plan)} and "
+            f"state_dict['spans'] must be [head, start, turn, end] with head from 0 to {len(plan)} and "
             f"start, turn and end in [0, 1], got {spans!r}"
         )
 
