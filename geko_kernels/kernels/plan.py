@@ -1,7 +1,7 @@
-"""One kind of call worked out once: launches, sizes, and what lies where in the memory of a step.
+"""The launches, sizes and memory layout of one kind of call, computed once.
 
-CPU overhead dominates for small shapes, and for large ones it is the time before the GPU has work. So an eager call
-does only what is left: look its `Plan` up, ask for three pieces of memory, and start the two launches with addresses.
+CPU overhead dominates for small shapes, and for large ones it delays the GPU. So an eager call only looks up its
+`Plan`, allocates three pieces of memory, and starts the two launches with addresses.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from geko_kernels.kernels.token_stats import statistics_launch
 
 
 class Plan:
-    """Memory is in words of 4 bytes, each part from a multiple of 16 bytes on (T tokens, M entries, see `reference`):
+    """Sizes are in words of 4 bytes, each part starts at a multiple of 16 bytes (T tokens, M entries, see `reference`):
 
     - kept for the backward: statistics (5, T), coeff (T,), scale (), token_visit (T,) or nothing;
-    - visits, which nobody needs but for statistics: ints (2, M), floats (6, M), flags (2, M), scratch.
+    - visits, needed only for `SampleStats`: ints (2, M), floats (6, M), flags (2, M), scratch.
 
     Args: layout: see `layout_of`; logits (B, S, V); labels (B, S).
     """
@@ -78,7 +78,7 @@ class Plan:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss, kept, visits); logits and labels also as (B, V) and (B,); for `gradient` see `PredictedPlan`.
 
-        Unless `apart` both lie in one piece of memory, which the backward then keeps, and visits is None.
+        Unless `apart`, both are in one piece of memory, which the backward then keeps, and visits is None.
         """
         loss = weights.new_empty(self.loss_shape)
         kept = weights.new_empty(self.kept_words + (0 if apart else self.visit_words))
@@ -112,7 +112,7 @@ class Plan:
         return loss, kept, visits
 
     def _work(self, kept: Tensor, visits: Tensor) -> tuple[Tensor, ...]:
-        """What one launch leaves for the next: statistics, scratch."""
+        """What the first launch writes and the second reads: statistics, scratch."""
         return self.saved(kept)[0], visits[self.scratch :].view(torch.int32)
 
     def _work_at(self, kept: int, visits: int) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class Plan:
         self.update_launch(statistics, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
-        """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
+        """Whether these have the forward's layout: saved-tensor hooks may have changed it."""
         return layout_of(logits, labels) == self.layout
 
     def saved(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ class Plan:
     def gradient(
         self, out: Tensor, kept: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, inplace: bool
     ) -> None:
-        """Fill `out`; tensors laid out as those of the forward. `out`: the logits, or new and contiguous."""
+        """Fill `out`: the logits, or new and contiguous. The tensors have the layout of the forward's."""
         upstream = grad_output.data_ptr()
         key = (inplace, grad_output.dtype, grad_output.stride(), upstream % 16)
         launch = self.gradients.get(key)
@@ -178,7 +178,7 @@ _plans: dict[Hashable, Plan] = {}
 
 
 def layout_of(logits: Tensor, labels: Tensor) -> tuple[Hashable, ...]:
-    """What a plan depends on in logits and labels."""
+    """The properties of logits and labels that a plan depends on."""
     return (
         *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
         *(labels.stride(), labels.data_ptr() % 16),
@@ -199,13 +199,13 @@ def plan_of(
     update: bool,
     weighing: Hashable = (None, None),
 ) -> Plan:
-    """The plan of such calls; logits (B, S, V) or (B, V); weighing: how token_weights and sample_weights are aligned.
+    """The plan of such calls; logits (B, S, V) or (B, V); weighing: the alignment of token_weights and sample_weights.
 
     `Plan.forward` is for calls without those weights.
     """
     ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
     num_samples = num_samples_of(columns)
-    # all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
+    # everything that binaries, grids and numbers depend on; new memory and the state are aligned
     items = None if num_items is None else num_items.data_ptr() % 16
     layout = layout_of(logits, labels)
     key = (

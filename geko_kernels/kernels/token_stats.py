@@ -25,13 +25,13 @@ SMALL_VOCAB = 1024  # up to here a program takes several rows
 
 @triton.jit
 def _base2(x, top):
-    """`exp(x - top)` by the base-2 exponent; the difference first, so that a large common offset costs nothing."""
+    """`exp(x - top)` in base 2; the difference comes first, so that a large common offset loses no digits."""
     return tl.exp2((x - top) * LOG2E)
 
 
 @triton.jit
 def _accumulate(top, total, z, AXIS: tl.constexpr):
-    """One step of the online softmax: maximum and sum of exponentials along AXIS join `top` and `total`."""
+    """One step of the online softmax: adds the maximum and sum of exponentials along AXIS to `top` and `total`."""
     new = tl.maximum(top, tl.max(z, AXIS))
     safe = tl.where(new == float("-inf"), 0.0, new)  # all -inf so far: adds 0, not exp(-inf + inf)
     return new, total * _base2(top, safe) + tl.sum(_base2(z, tl.expand_dims(safe, AXIS)), AXIS)
@@ -51,7 +51,7 @@ def _contiguous_row(x_ptr, target, vocab, cap, SOFTCAP: tl.constexpr, BLOCK: tl.
     PER: tl.constexpr = VECTOR_BITS // x_ptr.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // PER
     aligned, lead, first, end = row_span(x_ptr, vocab)
-    block = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]  # one 16-byte vector a lane
+    block = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]  # one 16-byte vector for each lane
     top = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     at_target = tl.full([LANES], float("-inf"), tl.float32)
@@ -61,7 +61,7 @@ def _contiguous_row(x_ptr, target, vocab, cap, SOFTCAP: tl.constexpr, BLOCK: tl.
         column = start + block
         inside = (column >= first) & (column < end)
         z = _capped(tl.load(aligned + column, mask=inside, other=float("-inf")), inside, cap, SOFTCAP)
-        if SOFTCAP:  # taken from the same values as the maximum, so that a hit is exact
+        if SOFTCAP:  # from the same values as the maximum, so that a hit is exact
             at_target = tl.maximum(at_target, tl.max(tl.where(column - lead == target, z, float("-inf")), 1))
         top, total = _accumulate(top, total, z, 1)
     peak = tl.maximum(tl.max(top, 0), tl.max(z_ends, 0))
@@ -145,7 +145,7 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The first `prep_programs` programs prepare the sample update; then one program a row (UNIT) or tile of rows."""
+    """The first `prep_programs` programs prepare the sample update; then one for each row (UNIT) or tile of rows."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     program = tl.program_id(0)
     if scratch_ptr is not None:  # noqa: SIM102 (known when compiled; the next one is not)
@@ -174,7 +174,7 @@ def _statistics_kernel(
 
 
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
-    """(rows, block, warps) of a program; 4096 x 8 was the fastest of the sketches on an H200."""
+    """(rows, block, warps) of a program; 4096 x 8 was the fastest of those tried on an H200."""
     block = min(next_power_of_2(vocab), 4096)
     if vocab <= SMALL_VOCAB or not unit:
         block = min(block, SMALL_VOCAB)
@@ -216,7 +216,7 @@ def statistics_launch(
 def token_stats(
     logits: Tensor, labels: Tensor, sample_ids: Tensor | None, ignore_index: int, shift: bool, softcap: float
 ) -> Tensor:
-    """See `reference.token_stats`. One launch; a token that predicts nothing costs no reading."""
+    """See `reference.token_stats`. One launch; logits of a token that predicts nothing are not read."""
     statistics = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
     if labels.numel():
         launch = statistics_launch(logits, labels, sample_ids, False, -1, ignore_index, shift, softcap, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class EvaluationMixin(StoppingMixin):
     _evaluates_itself: bool | None
     _takes_num_items: bool
     _only_loss = False  # set during an evaluation that needs no logits
+    _find_loss: Callable[[nn.Module, dict[str, Any]], FoundLoss]
+    _forward_loss: Callable[..., ModelLoss]
 
     def prediction_step(
         self,
@@ -78,16 +81,3 @@ class EvaluationMixin(StoppingMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items)
         finally:
             self.model_accepts_loss_kwargs = ours
-
-    def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
-        raise NotImplementedError
-
-    def _forward_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        probe: bool = False,
-        update: bool = True,
-    ) -> ModelLoss:
-        raise NotImplementedError

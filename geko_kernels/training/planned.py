@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class PlannedMixin(BeginningMixin):
     """
 
     control: Any
+    _probe: Callable[[nn.Module, Tensor], None]
+    _write_report: Callable[[], None]
     _resume: dict[str, Any] | None  # the sampler's values in the checkpoint to resume from
     _seeds_anew: bool  # persistent workers restart, whose seed the interrupted run drew in its first epoch,
     _evaluates_anew: bool  # and those of the evaluation, whose seed it drew before its first one
@@ -353,9 +355,3 @@ class PlannedMixin(BeginningMixin):
             torch.set_rng_state(rng)
             self._evaluates_anew = False
         return metrics
-
-    def _probe(self, model: nn.Module, ids: Tensor) -> None:
-        raise NotImplementedError
-
-    def _write_report(self) -> None:
-        raise NotImplementedError

@@ -1,7 +1,7 @@
-"""Calls whose forward reads the logits once and leaves the gradient behind, scaled by a predicted factor.
+"""Calls whose forward reads the logits once and also writes the gradient, scaled by a predicted factor.
 
-Three passes over the logits (read; read, write) become two (read, write) wherever the prediction comes true: launches
-are prediction, rows (CUDA, csrc/hopper), sample update; and in the backward the correction.
+Where the prediction is right, three passes over the logits (read; read, write) become two (read, write). The launches
+are prediction, rows (CUDA, csrc/hopper) and sample update, and in the backward the correction.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from geko_kernels.kernels.plan import Plan, starts
 from geko_kernels.kernels.table import QUARANTINED, prepared_of
 from geko_kernels.reference.ops import Reduction
 
-# bytes of logits, and of a row, from which on it pays, measured on an H200: below, one launch more takes the host too
-# long, or the exchange between the warps takes the device too long
+# bytes of logits, and of a row, from which on it is faster, measured on an H200: below, the additional launch costs the
+# host more, or the exchange between the warps costs the device more
 SMALLEST = 2**27
 SMALLEST_ROW = 2**15
 
@@ -28,8 +28,8 @@ SMALLEST_ROW = 2**15
 class PredictedPlan(Plan):
     """A `Plan` whose forward also takes `gradient`: (grad, upstream), grad (B, S, V) or (B, V).
 
-    Kept is also factor (T,), by which each row of grad was multiplied; 0: not written. Beside the visits lie target
-    (T,), coeff (T,) and counts (parts,) of `reference.one_pass.predict`.
+    Kept also has factor (T,), by which each row of grad was multiplied; 0: not written. Visits also have target (T,),
+    coeff (T,) and counts (parts,) of `reference.one_pass.predict`.
     """
 
     def __init__(self, inplace: bool, grad: Tensor, *args: Any) -> None:
@@ -85,7 +85,7 @@ class PredictedPlan(Plan):
         upstream: Tensor,
         counts: Tensor,
     ) -> None:
-        """Make `out`, the forward's `grad`, the gradient for `grad_output` ()."""
+        """Correct `out`, the forward's `grad`, to the gradient for `grad_output` ()."""
         at = grad_output.data_ptr()
         launch = self.corrections.get(at % 16)
         if launch is None:
@@ -105,13 +105,13 @@ class PredictedPlan(Plan):
 
 
 def predicted_plan(inplace: bool, *args: Any) -> PredictedPlan | None:
-    """The plan of calls of which the gradient is wanted, where one pass less pays; else None. Args: those of `Plan`."""
+    """The plan of calls that need a gradient, if one pass less is faster; else None. Args: those of `Plan`."""
     _, logits, labels, _, _, reduction, _, _, softcap, _ = args
     if (
         hopper.missing(logits.device)
         or reduction == Reduction.NONE
         or softcap
-        or (inplace and logits.dtype == torch.float16)  # a gradient that is rescaled should not have underflowed
+        or (inplace and logits.dtype == torch.float16)  # the gradient may be rescaled and must not have underflowed
         or logits.shape[2] * logits.element_size() < SMALLEST_ROW
         or logits.numel() * logits.element_size() < SMALLEST
     ):

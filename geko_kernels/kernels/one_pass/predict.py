@@ -1,7 +1,7 @@
-"""Prediction: the target of each token and, before anything is read of the logits, the coefficient of its gradient.
+"""Prediction: the target of each token and the coefficient of its gradient, before the logits are read.
 
-A visit's coefficient follows from the bucket its sample was in at the last visit, and its labels; nearly always that
-is the one that `sample_update_` finds. The same launch prepares the visits, see `sample_update.prepare`.
+A visit's coefficient follows from its labels and its sample's bucket at the last visit; nearly always `sample_update_`
+finds the same one. The launch also prepares the visits, see `sample_update.prepare`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _store_targets(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The targets of ROWS visits; returns how many tokens each has to predict, -1 where a label is bad."""
+    """The targets of ROWS visits; returns how many tokens each has to predict, -1 if a label is bad."""
     count = tl.zeros([ROWS, BLOCK], tl.int32)
     bad = tl.zeros([ROWS, BLOCK], tl.int32)
     for start in range(0, longest, BLOCK):
@@ -61,7 +61,7 @@ def _predict_visits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS visits; returns what each adds to the divisor."""
+    """Predicts ROWS visits; returns what each adds to the divisor."""
     live, sample, first, lengths, longest = where
     weights_ptr, bucket_ptr, quarantined_ptr, num_samples = table
     target_ptr, coeff_ptr = outputs
@@ -124,7 +124,7 @@ def _predict_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The first programs prepare the visits; then one a tile of ROWS rows, or packed one a GROUP of tokens."""
+    """The first programs prepare the visits; then one for each tile of ROWS rows; packed, each GROUP of tokens."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     table = (weights_ptr, bucket_ptr, quarantined_ptr, num_samples)
     outputs = (target_ptr, coeff_ptr)
@@ -160,7 +160,7 @@ def _predict_kernel(
 
 
 def predict_shape(length: int, packed: bool) -> tuple[int, int]:
-    """(tokens a step, visits at a time)."""
+    """(tokens in a step, visits at a time)."""
     if packed:
         return 512, 1
     block = min(next_power_of_2(length), 2048)
@@ -168,7 +168,7 @@ def predict_shape(length: int, packed: bool) -> tuple[int, int]:
 
 
 def predict_parts(labels: Tensor, packed: bool) -> int:
-    """How many counts the launch leaves."""
+    """How many counts the launch writes."""
     if packed:
         return cdiv(labels.numel(), GROUP)
     return cdiv(labels.shape[0], predict_shape(labels.shape[1], packed)[1])
@@ -184,7 +184,7 @@ def predict_launch(
     shift: bool,
     update: bool,
 ) -> Launch:
-    """See `reference.one_pass.predict`, of which counts (parts,) add up to the divisor; prepares the visits too.
+    """See `reference.one_pass.predict`, whose counts (parts,) add up to the divisor; also prepares the visits.
 
     Pointers: labels, sample_ids, weights, q_value, loss_history, times_seen, bucket, claim, quarantined, error,
     scratch, target, coeff, counts.

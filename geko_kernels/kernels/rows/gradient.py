@@ -1,4 +1,4 @@
-"""Gradients of kept rows, unscaled, over their logits or into the slots of rows that are not kept."""
+"""Unscaled gradients of kept rows, written over their logits or into the slots of rows that are not kept."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from geko_kernels.kernels.launch import cdiv, next_power_of_2
 from geko_kernels.kernels.logits_grad import gradient_of
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 
-BLOCK, WARPS, STEPS, PROGRAMS = 4096, 8, 4, 8  # elements at a time, warps, blocks of a piece, programs a multiprocessor
+BLOCK, WARPS, STEPS, PROGRAMS = 4096, 8, 4, 8  # elements, warps, blocks in a piece, programs on a multiprocessor
 
 
 @triton.jit
 def _move(x, out, row_stride, BLOCK: tl.constexpr):
     for start in range(0, row_stride, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < row_stride  # padding too: whole vectors are read and written
+        inside = column < row_stride  # with padding: whole vectors are read and written
         tl.store(out + column, tl.load(x + column, mask=inside), mask=inside)
 
 
@@ -51,7 +51,7 @@ def _gradient_rows_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The programs share out the pieces of all slots; the last slots first, which the statistics left in cache.
+    """The programs share the pieces of all slots; last slots first, as they are still in cache.
 
     A position that is no token, or a source that is no row, gives NaN.
     """
@@ -112,7 +112,7 @@ def gradient_rows_(
 ) -> None:
     """See `reference.rows.gradient_rows_`; `logits` contiguous. One launch."""
     row_stride = logits.shape[1]
-    last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may say less, not more
+    last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may be less, not more
     block = min(next_power_of_2(row_stride), BLOCK)
     pieces = cdiv(row_stride, STEPS * block)
     programs = programs_for(max(1, (last - first) * pieces), PROGRAMS, logits)

@@ -1,6 +1,6 @@
 """Row lists of the linear path: which tokens are scored, and which rows of the buffer are kept. One program each.
 
-A scan over T or R integers takes some 10 us, beside GEMMs of milliseconds; one program needs no second launch.
+Scanning T or R integers takes some 10 us, next to GEMMs of milliseconds; with one program there is no second launch.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _kept_rows_kernel(
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
         end += tl.sum(_kept(coeff_ptr, row, i < new, token_count).to(tl.int32), 0)
     tl.store(end_ptr, end)
-    movers = 0  # slots of kept rows behind the front, listed behind the front of `sources` for now
+    movers = 0  # slots of kept rows behind the front; listed for now behind the front of `sources`
     for first in range(0, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         slot = held + i

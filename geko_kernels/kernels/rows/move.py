@@ -1,4 +1,4 @@
-"""Scaled rows on their way: hidden states into the GEMM of dW, dX from its GEMM to the tokens."""
+"""Gathers scaled hidden states for the GEMM of dW, and scatters scaled rows of dX to their tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from geko_kernels.kernels.launch import next_power_of_2
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 
-BLOCK, PROGRAMS = 1024, 16  # elements of a row at a time, programs a multiprocessor
+BLOCK, PROGRAMS = 1024, 16  # elements of a row at a time, programs on a multiprocessor
 
 
 @triton.jit(do_not_specialize=["first", "count", "token_count"])

@@ -28,12 +28,12 @@ from geko_kernels.reference import ops as reference
 from geko_kernels.reference.ops import Reduction
 
 TOKEN_MEAN = tl.constexpr(int(Reduction.TOKEN_MEAN))
-PACKED_GROUP = 16  # tokens a program; a divisor of PREP_TILE
+PACKED_GROUP = 16  # tokens of a program; a divisor of PREP_TILE
 
 
 @triton.jit
 def _locate_packed(batch, scratch_ptr, entries, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """Packed, the program's tokens: positions, samples, which start a visit; the first one's entry; visits in all."""
+    """Packed: positions and samples of the program's tokens, which start a visit; the first entry; all visits."""
     t = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     samples, starts = visit_starts(batch, t, t < entries, True)
     my_tile = tl.program_id(0) * GROUP // TILE
@@ -65,7 +65,7 @@ def _update_visits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS visits from their tokens to their entries; returns what each adds to the loss and to the divisor."""
+    """Updates ROWS visits and writes their entries; returns what each adds to the loss and to the divisor."""
     entries, slot, entry, live, sample, first, lengths, longest = where
     rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, num_samples, sample_weights_ptr = table
     HAS_TABLE: tl.constexpr = columns[0] is not None
@@ -145,7 +145,7 @@ def _sample_update_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program a tile of ROWS rows; or packed one a GROUP of tokens, for the visits that start in it, one by one."""
+    """One program for a tile of ROWS rows; packed, for a GROUP of tokens: the visits that start there, one by one."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     token_stats = (statistics_ptr, token_count, vocab, token_weights_ptr)
     columns = (q_value_ptr, confidence_ptr, history_ptr, seen_ptr, bucket_ptr, streak_ptr, changed_ptr)
@@ -203,7 +203,7 @@ def update_launch(
     shift: bool,
     update: bool,
 ) -> Launch:
-    """The update proper, after `prepare_visits` has filled scratch.
+    """The update itself, after `prepare_visits` has filled scratch.
 
     Pointers: statistics, labels, sample_ids, rules, weights, num_items, those of `pointers`, token_weights,
     sample_weights, scratch, and the returns of `reference.sample_update_`.
@@ -237,7 +237,7 @@ def empty_outputs(
 
 
 def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
-    """(tokens a step, visits at a time, warps): four tokens a thread at most."""
+    """(tokens in a step, visits at a time, warps): at most four tokens for each thread."""
     if packed:
         return 512, 1, 4
     block = min(next_power_of_2(length), 2048)
@@ -278,7 +278,7 @@ def sample_update_(
     updated = (statistics, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch)
     places = [None if pointer is None else pointer.data_ptr() % 16 for pointer in (error, *updated)]
     ids = None if sample_ids is None else sample_ids.stride()
-    # all that the binaries, the grids and the numbers depend on
+    # everything that binaries, grids and numbers depend on
     key = (labels.get_device(), labels.shape, labels.stride(), ids, num_samples, vocab, *rest, *places)
     launches = _launches.get(key)
     if launches is None:

@@ -1,4 +1,4 @@
-"""Visit preparation: what the sample update needs to know before any program of it may write the table.
+"""Visit preparation: what the sample update needs before any of its programs may write the table.
 
 It flags bad labels and ids, counts the visits that start in each tile (packed ids), copies the table's row of each
 visit to scratch, and claims the row for the last visit of its sample. It runs inside the launch of the token
@@ -19,7 +19,7 @@ from torch import Tensor
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_target, visit_starts
 from geko_kernels.kernels.launch import Launch, cdiv
 
-PREP_TILE = 256  # tokens a program
+PREP_TILE = 256  # tokens of a program
 HISTORY = tl.constexpr(5)
 NO_ERROR = tl.constexpr(2**63 - 1)
 # planes of scratch, M entries each, from word 1 on
@@ -148,7 +148,7 @@ def _visit_prep_kernel(
 
 
 def scratch_words(labels: Tensor, packed: bool) -> int:
-    """int32 words of what the preparation hands to the sample update; nothing in them needs a start value."""
+    """int32 words that the preparation passes to the sample update; none needs an initial value."""
     count = labels.numel()
     entries, tiles = (count, cdiv(count, PREP_TILE)) if packed else (labels.shape[0], 0)
     return 1 + 10 * entries + tiles
