@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -17,6 +14,7 @@ from transformers.utils import logging
 
 from geko_kernels.state import SampleState
 from geko_kernels.training.progress import ProgressMixin
+from geko_kernels.training.random_numbers import RandomNumbers
 from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.report.visits import VisitLog
 
@@ -96,7 +94,7 @@ class Snapshot:
         self._upstream = state.upstream.clone()
         self._counts = copy.deepcopy(counts.state_dict())
         self._visits = 0 if counts.visits is None else counts.visits.mark()
-        self._random = _random_states()
+        self._random = RandomNumbers()
 
     def restore_(self, state: SampleState, counts: Efficiency) -> None:
         """Undo an attempt that ran out of memory; its wall time is counted as "other"."""
@@ -108,19 +106,4 @@ class Snapshot:
         counts.spent["other"] += spent - sum(counts.spent.values())
         if counts.visits is not None:
             counts.visits.rewind(self._visits)
-        _set_random_states(self._random)
-
-
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        self._random.restore()

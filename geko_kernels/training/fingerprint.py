@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from geko_kernels.training.random_numbers import fixed_random_numbers
 
 ITEMS = 64  # at most, evenly spaced from the first to the last
 _NUMBERS = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float64}  # a list and an array are equal
@@ -61,20 +61,6 @@ def _digest(dataset: Any, row: int) -> str | None:
             return None
         readings.append(hasher.hexdigest()[:16] if known else None)
     return readings[0] if readings[0] == readings[1] else None
-
-
-@contextmanager
-def fixed_random_numbers() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
 
 
 def _feed(hasher: Any, value: Any) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from geko_kernels.training.data import takes_ids
-from geko_kernels.training.fingerprint import fixed_random_numbers
 from geko_kernels.training.planning.packing import Fill, Packer
+from geko_kernels.training.random_numbers import fixed_random_numbers
 
 _ROWS = 10_000  # rows of an Arrow table read at a time
 

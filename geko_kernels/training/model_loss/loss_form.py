@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from geko_kernels.torch_private import version_of
 from geko_kernels.training.model_loss.few_rows import HIDDEN
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
-from geko_kernels.training.model_loss.untouched import RandomNumbers
+from geko_kernels.training.random_numbers import RandomNumbers
 
 _CLASSES = 64  # up to so many classes are all tested, of more a random choice
 _ROUNDS = 4  # of test labels, if each row has one

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from geko_kernels.torch_private import set_buffer
+from geko_kernels.training.random_numbers import RandomNumbers
 
 _PLAIN = (int, float, str, type(None), Tensor)
-
-
-class RandomNumbers:
-    """The current states of the generators of Python, NumPy and torch (CPU and `device`), and of those that modules of
-    `model` have as attributes."""
-
-    def __init__(self, device: torch.device, model: nn.Module) -> None:
-        self.device = device
-        self.python, self.numpy, self.cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        values = (value for module in model.modules() for value in vars(module).values())
-        self.own = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, self.device)
-        for generator, state in self.own:
-            generator.set_state(state)
 
 
 @contextmanager
