@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
@@ -269,33 +270,13 @@ def _run(
     launch(out, grad_output, logits, labels, statistics, coeff, scale, token_visit)
 
 
-def logits_grad(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> Tensor:
+def logits_grad(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     """See `reference.logits_grad`. One launch."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run(out, grad_output, logits, labels, statistics, coeff, scale, token_visit, shift, softcap)
+    _run(out, grad_output, logits, *rest)
     return out
 
 
-def logits_grad_(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> None:
+def logits_grad_(grad_output: Tensor, logits: Tensor, *rest: Any) -> None:
     """`logits_grad`, written over the logits."""
-    _run(logits, grad_output, logits, labels, statistics, coeff, scale, token_visit, shift, softcap)
+    _run(logits, grad_output, logits, *rest)

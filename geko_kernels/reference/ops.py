@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,16 +219,6 @@ def logits_grad(
     return out.view(batch, length, vocab)
 
 
-def logits_grad_(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> None:
+def logits_grad_(grad_output: Tensor, logits: Tensor, *rest: Any) -> None:
     """`logits_grad`, written over the logits."""
-    logits.copy_(logits_grad(grad_output, logits, labels, statistics, coeff, scale, token_visit, shift, softcap))
+    logits.copy_(logits_grad(grad_output, logits, *rest))
