@@ -5,29 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 
 class BucketBar(ProgressCallback):
     """Transformers' progress bar, whose end follows the plans, with each bucket's share of the samples."""
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None and self.training_bar.total != state.max_steps:
             self.training_bar.total = state.max_steps
             self.training_bar.refresh()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(*args, logs=logs, **kwargs)
         if self.training_bar is not None and logs and "geko_freeze" in logs:
             shares = (f"{name} {logs[f'geko_{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
             self.training_bar.set_postfix_str(", ".join(shares))
@@ -43,19 +34,12 @@ class RunEpoch(TrainerCallback):
     def __init__(self, epoch: Callable[[], float], need: Callable[[str, str], None]) -> None:
         self.epoch, self.need = epoch, need
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.need("log", "its figures are not in the log")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.need("_save_checkpoint", "the checkpoint has no learning state")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         state.epoch = self.epoch()
