@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
@@ -164,32 +163,23 @@ class PlannedMixin(BeginningMixin):
             logger.warning(f"The checkpoint's run is past the end of this one (epoch {epoch}): nothing is trained.")
         return epoch, 0 if finished or self.args.ignore_data_skip else batches
 
-    def _run_epoch(
-        self,
-        *,
-        model: nn.Module,
-        epoch: int,
-        train_dataloader: DataLoader,
-        resume_from_checkpoint: str | None,
-        epochs_trained: int,
-        steps_trained_in_current_epoch: int,
-        **rest: Any,
-    ) -> None:
+    def _run_epoch(self, *, model: nn.Module, epoch: int, **given: Any) -> None:
         self._audit.saw("_run_epoch")
         self._audit.need("_init_training_state", "it is not known where the run begins")
         self._audit.need("create_scheduler", "the learning rate does not follow its epochs")
-        resumed = resume_from_checkpoint is not None and epoch == epochs_trained
-        done = steps_trained_in_current_epoch if resumed else 0
+        checkpoint = given["resume_from_checkpoint"]
+        resumed = checkpoint is not None and epoch == given["epochs_trained"]
+        done = given["steps_trained_in_current_epoch"] if resumed else 0
         if self.counts_steps and self.state.global_step >= self._run_steps:
             self.control.should_training_stop = True  # resumed after its end
             return
         if resumed and done == 0:
-            self._load_rng_state(resume_from_checkpoint)  # before the probes, as in the run that saved it
-            resume_from_checkpoint = None
+            self._load_rng_state(checkpoint)  # before the probes, as in the run that saved it
+            given["resume_from_checkpoint"] = None
         if done == 0:
             self._begin_epoch(model, epoch)
         after_empty = self._epoch_batches == 0
-        self._place(done, len(train_dataloader))
+        self._place(done, len(given["train_dataloader"]))
         if after_empty and self._follows:
             read_progress_(self.lr_scheduler)
         if not self.counts_steps:
@@ -197,26 +187,19 @@ class PlannedMixin(BeginningMixin):
             self.state.max_steps = self._first_step + self._epoch_steps + later
         self._counts_at_sync = self._planned().state.bucket_counts()
         if self._epoch_batches == 0:
-            self._pass_empty_epoch(model, epoch, rest)
+            self._pass_empty_epoch(model, epoch, given)
             return
         if self._seeds_anew and done == 0:
             self._rng_to_keep, self._seeds_anew = torch.get_rng_state(), False
         with self.efficiency.timed("steps"):
-            super()._run_epoch(
-                model=model,
-                epoch=epoch,
-                train_dataloader=train_dataloader,
-                resume_from_checkpoint=resume_from_checkpoint,
-                epochs_trained=epochs_trained,
-                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-                **{**rest, "steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps},
-            )
+            lengths = {"steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps}
+            super()._run_epoch(model=model, epoch=epoch, **{**given, **lengths})
             self.efficiency.collect()  # waits for the device, so that the time counts for the steps
         if not (self.control.should_epoch_stop or self.control.should_training_stop):
             self._audit.check()
         self._audit.end(self.state.global_step - self._begun_at[0])
 
-    def _pass_empty_epoch(self, model: nn.Module, epoch: int, rest: dict[str, Any]) -> None:
+    def _pass_empty_epoch(self, model: nn.Module, epoch: int, given: dict[str, Any]) -> None:
         """An epoch without a batch: log, evaluate and save nevertheless."""
         if self.counts_steps:  # the next ones would be empty, too
             self.control.should_training_stop = True
@@ -228,7 +211,7 @@ class PlannedMixin(BeginningMixin):
         self.control.should_save |= last and args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
         if last and args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= step:
             self.control.should_evaluate |= step % self.state.eval_steps != 0  # as Trainer does at its last step
-        trial, ignored, start = rest["trial"], rest["ignore_keys_for_eval"], rest["start_time"]
+        trial, ignored, start = given["trial"], given["ignore_keys_for_eval"], given["start_time"]
         self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignored, start)
 
     def _begin_epoch(self, model: nn.Module, epoch: int) -> None:
