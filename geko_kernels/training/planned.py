@@ -99,7 +99,7 @@ class PlannedMixin(BeginningMixin):
         if holds_only_the_model(checkpoint):
             logger.warning(
                 f"{checkpoint} holds no optimizer and no random numbers (save_only_model=True): the run goes on with a "
-                "new optimizer, and is not the run that would have gone on."
+                "new optimizer, so it will differ from an uninterrupted one."
             )
         self._resume["run"] = {**self._resume.get("run", {}), "GEKOConfig": state.config.to_dict()}
         self._saved = Path(checkpoint).resolve()
@@ -154,8 +154,8 @@ class PlannedMixin(BeginningMixin):
         if changed:
             sampler.relocate_(self._first_step / self._run_steps if self.counts_steps else None)
             logger.warning(
-                "The run goes on with other settings than its checkpoint was written with, so it is not the run that "
-                "would have gone on. " + ". ".join(changed) + "."
+                "The run goes on with other settings than its checkpoint was written with, so it will differ from an "
+                "uninterrupted one. " + ". ".join(changed) + "."
             )
         epoch = sampler.epoch + finished
         over = self.state.global_step >= self._run_steps if self.counts_steps else epoch >= self._num_epochs

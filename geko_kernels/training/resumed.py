@@ -13,7 +13,7 @@ class ResumeError(ValueError):
 
 
 _LENGTH = "the learning rate goes on from where the run stands in its new length"
-_BATCH = "samples of the epoch at hand that a new step would cut in two are trained again"
+_BATCH = "samples of the epoch at hand that do not fill a step of the new size are trained again"
 _EFFECTS = {
     "num_train_epochs": _LENGTH,
     "max_steps": _LENGTH,

@@ -62,8 +62,8 @@ def forward_loss(
         raise ValueError(f"token_weights lie beside the labels and do not combine with {what}: leave out either")
     if form.prompt and sample_ids is not None and sample_ids.dim() == 2:
         raise ValueError(
-            "prompt tuning does not combine with packed samples, as PEFT lets the samples of a row see each other: "
-            "pad the samples, each in a row of its own (packing=False, padding_free=False), or train LoRA"
+            "prompt tuning does not combine with packed samples, as PEFT lets the samples of a row attend to each "
+            "other: pad the samples, each in a row of its own (packing=False, padding_free=False), or train LoRA"
         )
     if forward_only:
         options["update"] = update and state is not None
