@@ -72,10 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141
         message, status = f"cannot write the output ({error.strerror})", 2
         if gone:
-            message, status = (
-                "the program that read the output has ended, and so the run stopped; continue with --resume",
-                141,
-            )
+            message, status = "nothing reads the output any more, so the run has stopped; go on with --resume", 141
     gc.collect()  # ends the progress bars of the stopped run, which would write below the message
     print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
     return status

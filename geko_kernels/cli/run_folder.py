@@ -79,9 +79,9 @@ def check_loss(checkpoint: str, loss: str) -> None:
     before = "standard" if config == GEKOConfig.uniform() else "geko"
     if before != loss:
         raise UsageError(
-            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with another loss. "
-            f"Give --loss {before}, or start a new run with another --output-dir (from the weights trained so far with "
-            f"--model {checkpoint})"
+            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with another one. "
+            f"Give --loss {before}, or start a run of its own with another --output-dir (from the weights trained so "
+            f"far with --model {checkpoint})"
         )
 
 
