@@ -37,8 +37,8 @@ class GEKOConfig:
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
         use_curriculum: take the bucket weights from the mountain curriculum instead of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
-        light_interval: epochs, from 1 to 64, between two visits of a LIGHT sample: with 2, half of them take part in
-            one epoch and the other half in the next.
+        light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
+            part in an epoch and the others in the one after.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train as many samples as the standard run, in more and shorter epochs. False finishes sooner.
         uniform_finish: share of the run, in [0, 1), at its end, that trains all but quarantined samples with weight 1.

@@ -186,10 +186,10 @@ class HeadGradients:
             free = tile[:start].view(-1).view(wide)
             if len(free) // columns > len(product):
                 product = free[: len(free) // columns * columns].view(-1, columns)
-            part = product[: count - start]
-            multiply_(part, tile[start : start + len(part)], self.weight)
-            ops.direct.scatter_rows_(out, part, positions, coeff, start)
-            start += len(part)
+            rows = product[: count - start]
+            multiply_(rows, tile[start : start + len(rows)], self.weight)
+            ops.direct.scatter_rows_(out, rows, positions, coeff, start)
+            start += len(rows)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""

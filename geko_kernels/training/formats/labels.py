@@ -79,7 +79,7 @@ def _typed(label: Label, kind: type) -> Label:
 
 
 def _typed_alike(texts: list[Label]) -> list[Label]:
-    """Integers if all labels are integers, booleans if all are true or false, else the text."""
+    """Numbers where all are whole ones, true and false likewise, else the text."""
     for kind in (int, bool):
         labels = [_typed(text, kind) for text in texts]
         if all(type(label) is kind for label in labels):
