@@ -81,7 +81,8 @@ def sample_update_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Visit means, learning state, bucket and weight of each visit, and the loss.
 
-    Args: statistics (5, T) from `token_stats`; the columns of `SampleState`, or none (plain loss, weight 1);
+    Args: statistics (5, T) from `token_stats`, `tokens` in the schema;
+        the columns of `SampleState`, or none (plain loss, weight 1);
         weights (4,) by `Bucket`; num_items () replaces the divisor of mean and token_mean;
         token_weights (B, S) beside the labels, above 0 where those are not ignore_index: the means become weighted;
         sample_weights (B,), or with one id a token (B, S), of which a visit's first counts: multiply its weight.
