@@ -38,7 +38,7 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
 
 
 def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
-    """`GEKOLoader.load_state_dict()`; if it raises, nothing has changed."""
+    """What `GEKOLoader.load_state_dict` does; nothing is changed where it raises."""
     missing = sorted(_KEYS - values.keys())
     if missing:
         raise ValueError(f"state_dict lacks {missing}: is it what GEKOLoader.state_dict() returned?")

@@ -18,12 +18,12 @@ class SamplesMixin(PlannedMixin):
         At its end a run of up to 200,000 samples writes `samples.jsonl` into `output_dir`. The columns:
 
             id                  the row of the user's data
-            record_id, text     only with `load_dataset` and the command line: the data's own `id`, if they have one,
+            record_id, text     of `load_dataset` and the command line alone: the data's own `id`, if they have one,
                                 and the first 200 characters of the text or prompt
-            epochs, losses      lists with one entry for each visit since `train` was called: its planned epoch, from 0,
-                                and its mean token loss, nats, before weighting. Probes count for the epoch that they
-                                precede; visits without a label or a finite loss are left out
-            label_probabilities exp(-loss) of each visit, the geometric mean over its tokens
+            epochs, losses      lists, one entry a visit since `train` was called: its planned epoch, from 0, and the
+                                mean loss of its tokens, nats, before weighting. Probes are visits of the epoch that
+                                they precede; visits without a label or a finite loss are left out
+            label_probabilities of each visit exp(-loss), the geometric mean over the tokens
             hits                of each visit the share of its tokens predicted right
             bucket, times_seen  at the end
             times_forgotten     how often the sample was found wrong after it had been right
