@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of tensors that tell when they are damaged."""
+"""Files written whole or not at all, and tensor files with a checksum."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VERSION = "2"  # of a checkpoint's files but for the state's; those without a version are the first layout
+VERSION = "2"  # of a checkpoint's files except the state's; files of the first layout have none
 _UNREADABLE = (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` write a file beside `path`, then move it there, with the mode that the umask gives.
 
-    A process killed meanwhile leaves the old file whole, and so does an error, which leaves no temporary file either.
+    After an error, or if the process is killed meanwhile, the old file is still whole; an error leaves no other file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -44,7 +44,7 @@ def save_tensors(
     metadata: Mapping[str, str],
     version: str = VERSION,
 ) -> None:
-    """Write a safetensors file of `columns` with a version and a checksum of all that it holds."""
+    """Write `columns` to a safetensors file with a version and a checksum of its contents."""
     held = {name: column.detach().cpu().contiguous() for name, column in columns.items()}
     described = {**metadata, "format": layout, "version": version}
     described["crc32"] = _checksum(held, described)
@@ -56,7 +56,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(columns, metadata) that `save_tensors` wrote; metadata has no "version" in files of the first layout.
 
-    Args: writer: named in errors; version, and `earlier` ones that the caller reads too.
+    Args: writer: named in errors; version, earlier: the versions that the caller can read.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,6 +1,6 @@
-"""The columns of the learning state, each declared once, in the order in which every op takes them as one list.
+"""The columns of the learning state, declared once, in the order in which every op takes them as one list.
 
-`docs/architecture.md` says what else a new column touches: only the code that reads or writes its values.
+`docs/architecture.md` says what else has to change for a new column: only the code that reads or writes its values.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from geko_kernels.config import Bucket
 
 HISTORY = 5  # losses kept per sample
-_ROUNDING = 1e-3  # a mean of float32 values in [0, 1] may lie outside by less
-_MOST = torch.iinfo(torch.int32).max - 1  # visits: one more can be counted
-Allowed = tuple[Callable[[Tensor], Tensor], str]  # which values a file may hold, and the same in words
+_ROUNDING = 1e-3  # a float32 mean of values in [0, 1] may lie outside by less than this
+_MOST = torch.iinfo(torch.int32).max - 1  # visits: one more still fits
+Allowed = tuple[Callable[[Tensor], Tensor], str]  # which values a file may hold, and a description of them for errors
 
 _SHARE: Allowed = (lambda column: (column >= -_ROUNDING) & (column <= 1 + _ROUNDING), "in [0, 1]")
 _LOSS: Allowed = (lambda column: (column >= -_ROUNDING) & column.isfinite(), "finite and >= 0")
@@ -31,7 +31,7 @@ class Column(NamedTuple):
     dtype: torch.dtype
     start: float  # value of a sample never seen
     row: tuple[int, ...] = ()  # shape of a row
-    saved: bool = True  # in files, and brought to all processes by `sync`
+    saved: bool = True  # in files, and synced between processes
     allowed: Allowed | None = None
 
 
@@ -55,6 +55,6 @@ def table_of(columns: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(NAMES, columns, strict=True)) if columns else {}
 
 
-def rows_of(columns: Sequence[Tensor]) -> int:
+def num_samples_of(columns: Sequence[Tensor]) -> int:
     """N, or -1 without a state."""
     return columns[0].shape[0] if columns else -1

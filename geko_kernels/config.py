@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Bucket(IntEnum):
-    """What a sample still has to teach; the value is what `SampleState.bucket` stores."""
+    """How much a sample still has to teach; `SampleState.bucket` stores the value."""
 
     FREEZE = 0  # correct, confident, steady: skipped
-    LIGHT = 1  # correct, but not yet all three
+    LIGHT = 1  # correct, but not confident or steady enough to freeze
     FOCUS = 2  # wrong and unsure
     HARD = 3  # wrong and sure of it
 
@@ -30,44 +30,44 @@ class GEKOConfig:
         bucket_weights: loss weights of (HARD, FOCUS, LIGHT).
         freeze_weight: loss weight of FREEZE; 0 except for `uniform()`.
     Learning state
-        correctness: "loss" calls a sample correct below `correct_loss` (nats a token),
-            "accuracy" from `correct_accuracy` on (share of tokens predicted right).
-        quality: "rise" counts only upward moves of the loss as unsteady, "std" is gekolib's rule.
+        correctness: "loss": a sample is correct if its loss is below `correct_loss` (nats a token);
+            "accuracy": if its share of tokens predicted right is at least `correct_accuracy`.
+        quality: "rise" counts only rises of the loss as unsteady; "std" is gekolib's rule.
         q_value_lr, q_value_loss_scale: `Q <- (1 - lr) Q + lr (1 - min(loss / scale, 1))`.
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
-        use_curriculum: move the bucket weights along the mountain curriculum, in place of `bucket_weights`.
+        use_curriculum: take the bucket weights from the mountain curriculum instead of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
         light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
             part in an epoch and the others in the one after. In its turn such a sample weighs as many times as much,
             for those that rest.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
-        spend_saved: train on with the samples that selection saves: as many as the standard run trains, in more and
-            shorter epochs. False finishes sooner.
-        uniform_finish: last share of the run, in [0, 1), on all samples but quarantined ones, with weight 1.
+        spend_saved: train as many samples as the standard run, in more and shorter epochs. False finishes sooner.
+        uniform_finish: share of the run, in [0, 1), at its end, that trains all but quarantined samples with weight 1.
         noise_guard: quarantine samples that look mislabelled; see `training/planning/guard.py` for the rule.
-        noise_guard_visits: such a sample was wrong at this many visits running, from 2 to 5.
-        noise_guard_margin: and its label less likely than the model's answer by this many nats a token, > 0. Take 1
-            where labels are known to be wrong in ways hard to tell from right; hard samples may then be held back too.
+        noise_guard_visits: a sample looks mislabelled if it was wrong at this many visits in a row, from 2 to 5,
+        noise_guard_margin: and its label is less likely than the model's answer by this many nats a token, > 0. Use 1
+            where wrong labels are known to be hard to tell from right ones; hard samples may then be quarantined too.
         noise_guard_min_share: no sample is quarantined until at least this share of the samples, in [0, 1), looks
-            mislabelled. Take 0 where classes are few and labels are known to be unreliable: with 5 classes and 30 %
-            wrong, a calibrated model calls a label 2.2 nats less likely, and few reach 3. Below 3,600 samples the
-            threshold grows by sqrt(3600 / N); at three times the threshold a third of the margin suffices.
-        noise_guard_share: largest share of the samples, in (0, 1), that is quarantined at a time.
+            mislabelled. Use 0 with few classes and labels known to be unreliable: with 5 classes and 30 % wrong
+            labels, a calibrated model finds a wrong label 2.2 nats less likely, and few samples reach 3. Below 3,600
+            samples the threshold is multiplied by sqrt(3600 / N). At three times the threshold a third of the margin
+            is enough.
+        noise_guard_share: largest share of the samples, in (0, 1), that may be quarantined at a time.
     Batches (used by `GEKOTrainer` and `GEKOSFTTrainer`)
-        batch_tokens: tokens in one batch of a device, in place of per_device_train_batch_size samples: a plan's
-            samples fill it in their order, whole ones, as long as the batch has at most so many. A padded batch has
-            rows x its longest row, one without padding the sum of its rows; tokens are those of input_ids. A sample
-            that is longer is refused. None counts samples.
-        probe_batch_size: samples in one forward-only probe batch of a device, with packing packed rows; None means 4
-            times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many.
-        auto_stop: the run finds its own length, `num_train_epochs` (or `max_steps`) being the most: a constant rate
-            after the warm-up, samples held back and looked at with averaged weights, and at the end those of the best
-            point; see docs/length.md. Not with `use_curriculum` nor `spend_saved`, which need to know the length.
-        auto_measure: what is best there: "loss", or "accuracy", the share of the held-back samples whose every token
-            is right.
+        batch_tokens: most tokens (of input_ids) in one batch of a device, instead of per_device_train_batch_size
+            samples. Whole samples fill a batch in the plan's order. A padded batch counts as rows x its longest row,
+            one without padding as the sum of its rows. A longer sample is refused. None counts samples.
+        probe_batch_size: samples (with packing, packed rows) in one forward-only probe batch of a device; None means 4
+            times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many tokens.
+        auto_stop: the run finds its own length, at most `num_train_epochs` (or `max_steps`). The learning rate is
+            constant after the warm-up, held-back samples are evaluated with averaged weights, and the run ends with
+            the averaged weights of the best point; see docs/length.md. Not with `use_curriculum` or `spend_saved`,
+            which need to know the length.
+        auto_measure: what "best" means there: "loss", or "accuracy", the share of the held-back samples whose tokens
+            are all right.
 
     Raises:
-        ValueError, TypeError: a field outside its range or of the wrong kind, by name.
+        ValueError, TypeError: a field is outside its range or of the wrong kind; names it.
     """
 
     freeze_confidence: float = 0.85
@@ -177,10 +177,10 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls, **changes: Any) -> GEKOConfig:
-        """What `GEKOTrainer` takes by default: freezing late, no sample weighs more than another; docs/evidence.md.
+        """`GEKOTrainer`'s default: samples freeze late, and none weighs more than another; see docs/evidence.md.
 
-        Every preset takes changes: `recommended(light_interval=3)` is the preset but for that field, where
-        `GEKOConfig(light_interval=3)` has the document's weights and curriculum.
+        Every preset takes changes: `recommended(light_interval=3)` changes that one field of the preset, whereas
+        `GEKOConfig(light_interval=3)` also has the document's weights and curriculum.
         """
         return cls._preset(
             changes,
@@ -193,12 +193,12 @@ class GEKOConfig:
 
     @classmethod
     def auto(cls, **changes: Any) -> GEKOConfig:
-        """`recommended()` with `auto_stop`: the run finds its own length, and ends with the averaged weights of it."""
+        """`recommended()` with `auto_stop`: the run finds its own length and ends with the best averaged weights."""
         return cls.recommended(**{"auto_stop": True, **changes})
 
     @classmethod
     def original(cls, **changes: Any) -> GEKOConfig:
-        """The GEKO document to the letter: its buckets, weights and curriculum, and nothing that it does not name."""
+        """The GEKO document to the letter: its buckets, weights and curriculum, and nothing else."""
         return cls._preset(changes, probes=False, uniform_finish=0.0, noise_guard=False)
 
     @classmethod
@@ -223,7 +223,7 @@ class GEKOConfig:
 
     @classmethod
     def uniform(cls, **changes: Any) -> GEKOConfig:
-        """The standard loss with GEKO's statistics: weight 1 in every bucket, nothing left out."""
+        """The standard loss with GEKO's statistics: weight 1 in every bucket, no sample left out."""
         return cls._preset(
             changes,
             bucket_weights=(1, 1, 1),
@@ -249,7 +249,7 @@ class GEKOConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GEKOConfig:
-        """The config that `to_dict` described; an unknown field raises `ValueError` by name."""
+        """The config that `to_dict` described; raises `ValueError` for unknown fields."""
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"config has unknown fields {unknown}; was it written by a newer geko_kernels?")

@@ -27,7 +27,7 @@ def score_rows_(
     logits: Tensor,
     rows: Tensor,
     targets: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     fused: bool,
     slot: int,
     start: int,
@@ -39,7 +39,7 @@ def score_rows_(
     assert not fused
     slots, part = slice(slot, slot + count), slice(start, start + count)
     stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)
-    tokens.index_copy_(1, rows[part], stats)
+    statistics.index_copy_(1, rows[part], stats)
 
 
 def gradient_rows_(
@@ -48,7 +48,7 @@ def gradient_rows_(
     sources: Tensor | None,
     end: Tensor | None,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     first: int,
     last: int,
     ready_from: int,
@@ -56,7 +56,7 @@ def gradient_rows_(
     shift: bool,
     softcap: float,
 ) -> None:
-    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
+    """See `reference.rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
 
     No row is ready before: `score_rows_` makes no gradients.
     """
@@ -70,6 +70,6 @@ def gradient_rows_(
     at = positions[first:last]
     target = (labels.roll(-1, 1) if shift else labels).flatten()[at, None]
     one, by_row = torch.ones(()), torch.empty(0, dtype=torch.int32)
-    stats, coeff = tokens[:, at], torch.ones(len(at))
+    stats, coeff = statistics[:, at], torch.ones(len(at))
     logits_grad_(one, rows[:, None, :vocab], target, stats, coeff, one, by_row, False, softcap)
     rows[:, vocab:] = 0

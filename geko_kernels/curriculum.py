@@ -26,10 +26,10 @@ _PHASES: tuple[tuple[Phase, float, tuple[float, float, float]], ...] = (
 
 
 class MountainCurriculum:
-    """Easy, hard, easy: which bucket counts how much at which progress.
+    """The bucket weights over a run: easy samples first, then hard ones, then easy ones again.
 
     `progress` is the finished share of the whole run, in [0, 1]; a phase starts at its lower end
-    (0.15 is ASCENT) and CONSOLIDATE includes 1. Another progress raises `ValueError`.
+    (0.15 is ASCENT) and CONSOLIDATE includes 1. A value outside [0, 1] raises `ValueError`.
     """
 
     def phase(self, progress: float) -> Phase:

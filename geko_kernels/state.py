@@ -22,32 +22,32 @@ if TYPE_CHECKING:
 
 NO_ERROR = torch.iinfo(torch.int64).max
 _FORMAT = "geko_kernels.SampleState"
-# 2 came with a checksum. 3: "bucket_weights" by Bucket, where earlier files have "weights" (HARD, FOCUS, LIGHT, FREEZE)
+# 2 added a checksum; 3 has "bucket_weights" in order of Bucket, earlier ones "weights" (HARD, FOCUS, LIGHT, FREEZE)
 _VERSION, _EARLIER = "3", ("2",)
 _METADATA = {"format", "config", "upstream"}  # of files of the first layout, without version and checksum
 
 
 class SampleState:
-    """What is known of each of `num_samples` training samples; `weighted_loss` reads and updates it.
+    """The statistics of each of `num_samples` training samples, which `weighted_loss` reads and updates.
 
     Columns, indexed by sample id (40 bytes a sample in all; `geko_kernels.columns` declares them):
         q_value (N,) float32: moving average of how small the loss is, in [0, 1]; starts at 0.5.
         confidence (N,) float32: mean token confidence at the last visit.
         loss_history (N, 5) float32: mean token losses of the last visits in nats, newest last.
         times_seen (N,) int32: visits counted.
-        bucket (N,) uint8: a `Bucket`; a sample never seen is FOCUS.
-        wrong_streak (N,) uint8: visits in a row, up to 255, at which the sample was not correct.
+        bucket (N,) uint8: a `Bucket`; FOCUS before the first visit.
+        wrong_streak (N,) uint8: the latest visits in a row, up to 255, at which the sample was not correct.
         quarantined (N,) bool: weight 0 whatever the bucket (set by the sampler's noise guard).
         changed (N,) bool: updated since the last `sync`.
-    `columns` is the list of them, which every op takes.
-    Derived: `quality` (N,) and `last_loss` (N,), infinite where never seen.
+    `columns` lists them, as every op takes them.
+    Derived: `quality` (N,) and `last_loss` (N,), infinite before the first visit.
 
-    Use one state on one stream at a time. Sample ids at or above `num_samples` are flagged, see `check`.
+    Use a state on one stream at a time. Sample ids at or above `num_samples` are flagged, see `check`.
 
     Args:
         num_samples: number of rows, at least 1.
-        config: thresholds and rules; `GEKOConfig()` if left out.
-        device: where the rows live: the device of the logits.
+        config: thresholds and rules; `GEKOConfig()` by default.
+        device: the device of the logits.
     """
 
     q_value: Tensor
@@ -81,7 +81,7 @@ class SampleState:
         weights = (self.config.freeze_weight, *reversed(self.config.bucket_weights))
         self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # by Bucket
 
-        # for prediction: the last backward's upstream gradient; token gradients (predicted right, corrected) so far
+        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected)
         self.upstream = torch.ones((), device=device)
         self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -98,10 +98,10 @@ class SampleState:
 
     @property
     def bucket_weights(self) -> Tensor:
-        """(4,) float32 on the device: the weight of each bucket that the next call uses, indexed by `Bucket`.
+        """(4,) float32 on the device: the weight of each bucket in the next call, indexed by `Bucket`.
 
-        Write into it (`[Bucket.HARD] = 5`, `copy_` of four); or assign three numbers (HARD, FOCUS, LIGHT), as the
-        config and `MountainCurriculum` have them, which leaves FREEZE as it is. Neither recompiles anything.
+        Write into it (`[Bucket.HARD] = 5`, or `copy_` four), or assign three numbers (HARD, FOCUS, LIGHT) as in the
+        config and `MountainCurriculum`, which leaves FREEZE unchanged. Neither recompiles anything.
         """
         return self.weights
 
@@ -124,7 +124,7 @@ class SampleState:
 
     @property
     def freeze_weight(self) -> Tensor:
-        """() float32 on the device: the weight of FREEZE, 0 unless the config or a uniform phase says else."""
+        """() float32 on the device: the weight of FREEZE, 0 unless the config or a uniform phase sets another."""
         return self.weights[Bucket.FREEZE]
 
     @property
@@ -134,7 +134,7 @@ class SampleState:
 
     @property
     def last_loss(self) -> Tensor:
-        """(N,) float32: mean token loss at the last visit, in nats; infinite where never seen."""
+        """(N,) float32: mean token loss at the last visit, in nats; infinite before the first."""
         return self.loss_history[:, -1].masked_fill(self.times_seen == 0, float("inf"))
 
     def bucket_counts(self) -> Tensor:
@@ -145,33 +145,33 @@ class SampleState:
         return torch.stack([(self.bucket == bucket).count_nonzero() for bucket in Bucket])
 
     def sync(self, group: ProcessGroup | None = None) -> None:
-        """Bring the rows that any process of `group` has updated since the last sync to all of them; clears `changed`.
+        """Bring the rows that any process of `group` has updated since the last sync to all; clears `changed`.
 
-        Every process of the group calls it. A row updated on several is taken from the one with the most visits, the
-        highest rank among equals. With one process, or without torch.distributed, nothing moves.
+        Every process of the group calls it. A row updated on several comes from the one with the most visits, among
+        equals from the highest rank. With one process, or without torch.distributed, nothing is sent.
 
-        Args: group: a process group whose backend takes tensors of `device`; None is the default one.
+        Args: group: a process group whose backend supports tensors on `device`; None is the default one.
         """
         sync_rows_({name: getattr(self, name) for name in SAVED}, self.changed, self.claim, group)
 
     def check(self) -> None:
-        """Raise if a call since the last check met a bad label or sample id; waits for the device.
+        """Raise if a call since the last check was given a bad label or sample id; waits for the device.
 
         Raises:
-            IndexError: names the first offender (lowest position). The flag is cleared.
+            IndexError: names the first bad value (lowest position). The flag is cleared.
         """
         raise_flagged(self.error, self.num_samples)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The saved columns by name and `bucket_weights`; not copies."""
+        """The saved columns by name, and `bucket_weights`; not copies."""
         return {**{name: getattr(self, name) for name in SAVED}, "bucket_weights": self.weights}
 
     def load_state_dict(self, columns: dict[str, Tensor]) -> None:
-        """Copy the columns of `state_dict()` in, also of an earlier release's ("weights" for "bucket_weights").
+        """Load `state_dict()`, also an earlier release's ("weights" for "bucket_weights").
 
         Raises:
-            ValueError: a column is missing, unknown or misshapen, or holds a value that no visit leaves there; names
-                the column and the first such row. Nothing is changed then.
+            ValueError: a column is missing, unknown or misshapen, or holds an impossible value; names the column and
+                the first such row. The state is unchanged then.
         """
         self._copy_in(columns, "state_dict")
 
@@ -184,25 +184,25 @@ class SampleState:
         self.claim.zero_()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, config and a checksum included.
+        """Write a safetensors file with the config and a checksum.
 
-        A process killed meanwhile leaves the old file whole, and so does an error.
+        After an error, or if the process is killed meanwhile, the old file is still whole.
         """
         upstream = float(self.upstream)
         metadata = {
             "config": json.dumps(self.config.to_dict()),
-            "upstream": str(upstream if math.isfinite(upstream) else 1.0),  # only a guess of the next one
+            "upstream": str(upstream if math.isfinite(upstream) else 1.0),  # only a guess at the next one
         }
         save_tensors(path, _FORMAT, self.state_dict(), metadata, _VERSION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
-        """The state that `save` wrote, with its config; also of an earlier release.
+        """The state that `save` wrote, with its config, also in an earlier release.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a state file, damaged, of a newer layout, or with a value that no visit leaves there;
-                names the file, and the column and its first such row.
+            ValueError: not a state file, damaged, of a newer layout, or with an impossible value; names the file, the
+                column and the first such row.
         """
         columns, metadata = load_tensors(path, _FORMAT, "SampleState.save", _VERSION, _EARLIER)
         if "config" not in metadata or "times_seen" not in columns:
@@ -224,7 +224,7 @@ class SampleState:
 
 
 def _by_bucket(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`columns`, with an earlier release's "weights" of (HARD, FOCUS, LIGHT, FREEZE) as "bucket_weights"."""
+    """`columns`, with an earlier release's "weights" (HARD, FOCUS, LIGHT, FREEZE) turned into "bucket_weights"."""
     weights = columns.get("weights")
     if not isinstance(weights, Tensor) or not weights.dim() or "bucket_weights" in columns:
         return columns
@@ -233,7 +233,7 @@ def _by_bucket(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
-    """(10,) float32: the numbers of `config` that the kernels read, in the order of `reference_state.Rules`."""
+    """(10,) float32: the numbers of `config` that the kernels read, in the order of `reference.visits.Rules`."""
     return torch.tensor(
         [
             config.freeze_confidence,
@@ -253,9 +253,9 @@ def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
 
 
 def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1) -> None:
-    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference_layout.error_key`.
+    """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.layout.error_key`.
 
-    `num_samples` and `vocab`, where known (>= 0), are named as what is allowed.
+    `num_samples` and `vocab`, where known (>= 0), go into the message.
     """
     key = int(error)
     if key == NO_ERROR:

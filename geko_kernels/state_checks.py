@@ -1,4 +1,4 @@
-"""What a column of the learning state may hold: checked before a file or a `state_dict` is taken over."""
+"""Checks of the learning state's columns before a file or a `state_dict` is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geko_kernels.columns import COLUMNS, Allowed
 
-_PART = 1 << 20  # rows looked at at a time
+_PART = 1 << 20  # rows checked at a time
 
 
 _WEIGHTS: Allowed = (lambda weights: (weights >= 0) & weights.isfinite(), "finite and >= 0")
@@ -20,9 +20,9 @@ _ALLOWED = {
 
 
 def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], source: str) -> None:
-    """Compare `columns` with `like` in names, shapes and dtypes, and look at every value.
+    """Check that `columns` have the names, shapes and dtypes of `like`, and check every value.
 
-    `source` says where the columns are from. Values on a meta device are none, and so not looked at.
+    `source` names the columns' origin in errors. Tensors on the meta device have no values to check.
 
     Raises:
         ValueError: names the source, the column and the first row that does not fit.
@@ -43,14 +43,14 @@ def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], sou
 
 
 def check_streaks(columns: Mapping[str, Tensor], source: str) -> None:
-    """No sample of a file was wrong at more visits running than it had; of a `state_dict` made by hand any will do."""
+    """Check, for files only, that no sample has a longer streak of wrong visits than visits."""
     for start, part in _parts(columns["wrong_streak"]):
         seen = columns["times_seen"][start : start + len(part)]
         _refuse(part <= seen, part, f"{source}['wrong_streak']", start, "at most times_seen")
 
 
 def _parts(column: Tensor) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of each part of a column; none of one without values."""
+    """(first row, rows) of each part of a column; nothing for a column without values."""
     if column.is_meta:
         return []
     return [(start, column[start : start + _PART]) for start in range(0, len(column), _PART)]

@@ -1,4 +1,4 @@
-"""`SampleState.sync`: every process ends up with the rows that any of them has updated."""
+"""`SampleState.sync`: brings the rows that any process has updated to all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, group: dist.ProcessGroup | None) -> None:
     """All-gather the rows of `columns` marked in `changed` and write them on every process; two collectives.
 
-    A row changed on several processes is taken from the one with the most visits (`times_seen`), the highest rank
-    among equals, so all agree. Without several processes only the marks are cleared.
+    Of a row changed on several processes the one with the most visits (`times_seen`) is kept; among equals, that of the
+    highest rank. With a single process only `changed` is cleared.
 
     Args: columns of (N, ...) by name, "times_seen" among them; changed (N,) bool, all False afterwards;
         claim (N,) int32: scratch, all 0 before and after.
@@ -35,7 +35,7 @@ def _width(rows: Tensor) -> int:
 
 
 def _gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(n, b) uint8 with another n on each process -> all of them in order of rank."""
+    """(n, b) uint8, n may differ between processes -> the rows of all, in order of rank."""
     world = dist.get_world_size(group)
     counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
     counts[dist.get_rank(group)] = len(rows)

@@ -1,7 +1,7 @@
-"""Every private name of torch that geko_kernels uses, each with what is done where a release lacks it.
+"""Every private name of torch that geko_kernels uses, each with a fallback for releases that lack it.
 
-No other file of the package names one. Where nothing else gives the answer, it is the one that is right but slow; where
-any guess could count a visit twice or give a wrong gradient, the call is refused.
+No other file of the package uses one. A fallback gives the answer that is right but slow; where a guess could count a
+visit twice or give a wrong gradient, the call is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-NAMES = {  # what is looked up, and why
+NAMES = {  # what it tells
     "torch._C._current_graph_task_id": "whether a call runs inside a backward",
     "torch._C._autograd._top_saved_tensors_default_hooks": "whether activation checkpointing wraps a call",
     "torch._C._autograd._get_current_graph_task_keep_graph": "whether a backward may give its gradients away",
@@ -23,7 +23,7 @@ NAMES = {  # what is looked up, and why
     "torch._C._len_torch_dispatch_stack": "whether a dispatch mode watches a call",
     "torch._C._len_torch_function_stack": "whether a function mode watches a call",
     "torch._C._get_tracing_state": "whether torch.jit.trace records a call",
-    "torch._C._FunctionBase.apply": "how a custom function runs without its look at torch.func",
+    "torch._C._FunctionBase.apply": "how a custom function runs without inspecting torch.func",
     "torch.autograd._profiler_enabled": "whether a profiler records a call",
     "torch.autograd.forward_ad._current_level": "whether forward-mode derivatives are under way",
     "torch._subclasses.fake_tensor.FakeTensor": "whether a tensor has values",
@@ -43,9 +43,9 @@ ON_CUDA = {"torch._C._cuda_getCurrentRawStream": "the address of the current str
 
 
 def find(path: str, otherwise: Any = None) -> Any:
-    """What stands at `path` ("torch.a.b"), or `otherwise` where this torch has nothing there."""
+    """The object at `path` ("torch.a.b"), or `otherwise` if this torch has none."""
     parts = path.split(".")
-    for length in range(len(parts), 0, -1):  # the longest part of it that is a module
+    for length in range(len(parts), 0, -1):  # the longest prefix that is a module
         try:
             return reduce(getattr, parts[length:], importlib.import_module(".".join(parts[:length])))
         except (ImportError, AttributeError):
@@ -64,7 +64,7 @@ def _sentence(path: str, why: str) -> str:
 
 
 def _required(path: str) -> Any:
-    """What stands at `path`; where it is missing, a function that refuses and says so."""
+    """The object at `path`; if it is missing, a function that raises."""
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError(f"{_sentence(path, NAMES[path])}: install a release of torch that it was tested with")
@@ -74,11 +74,11 @@ def _required(path: str) -> Any:
 
 graph_task_id: Callable[[], int] = _required("torch._C._current_graph_task_id")  # -1 outside a backward
 _saved_tensors_hooks: Callable[[bool], Any] = _required("torch._C._autograd._top_saved_tensors_default_hooks")
-# without it gradients are always kept for a second backward, at the price of a copy
+# without it gradients are always copied, for a possible second backward
 keeps_graph: Callable[[], bool] = find("torch._C._autograd._get_current_graph_task_keep_graph", lambda: True)
 interpreters: Callable[[], list[Any]] = _required("torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters")
 transformed: Callable[[], bool] = find("torch._C._are_functorch_transforms_active", lambda: bool(interpreters()))
-# without one of these every call takes the way by the dispatcher, which all of them see
+# if one is missing, every call goes through the dispatcher, which all of them see
 _WATCHERS: tuple[Callable[[], Any], ...] = (
     find("torch._C._len_torch_dispatch_stack", lambda: True),
     find("torch._C._len_torch_function_stack", lambda: True),
@@ -96,12 +96,12 @@ _FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
 
 
 def saves_by_hooks() -> bool:
-    """Whether hooks take what autograd saves, as those of activation checkpointing do."""
+    """Whether hooks handle the tensors that autograd saves, as in activation checkpointing."""
     return _saved_tensors_hooks(False) is not None
 
 
 def watched() -> bool:
-    """Whether a mode, a transform, a trace or a profiler would notice a call that passes the dispatcher by."""
+    """Whether a mode, a transform, a trace or a profiler would miss a call that bypasses the dispatcher."""
     dispatch, function, transforms, tracing, profiler = _WATCHERS
     return bool(dispatch() or function() or transforms() or tracing() is not None or profiler())
 
@@ -112,8 +112,17 @@ def levels(kind: str) -> list[int]:
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode derivatives are under way; without the name, they may be, and tensors are asked."""
+    """Whether forward-mode derivatives may be in use; without the name, always True, and the tensors decide."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def batched(grad_output: Tensor) -> bool:
+    """Whether several gradients are computed at once (is_grads_batched, jacrev): such a tensor has no memory."""
+    try:
+        grad_output.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_fake(tensor: Any) -> bool:
@@ -131,7 +140,7 @@ def base_of(tensor: Tensor) -> Tensor | None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often `tensor` was written to."""
+    """How often `tensor` has been written to."""
     if not hasattr(Tensor, "_version"):
         return _required("torch.Tensor._version")(tensor)
     return tensor._version
@@ -145,7 +154,7 @@ def arguments_of(op: Any) -> list[Any]:
 
 
 def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Make `value` the buffer `name` again, whatever the module's forward has made of it."""
+    """Restore `value` as the buffer `name`, whatever the module's forward has set it to."""
     if hasattr(module, "_buffers"):
         module._buffers[name] = value
     else:
@@ -153,5 +162,5 @@ def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def set_last_rates(scheduler: Any, rates: list[Any]) -> None:
-    """What `scheduler.get_last_lr()` returns; a release that keeps it elsewhere reports the last step's."""
+    """Set what `scheduler.get_last_lr()` returns; a release that keeps it elsewhere reports the last step's."""
     scheduler._last_lr = rates

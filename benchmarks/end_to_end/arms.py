@@ -208,7 +208,7 @@ class Geko(Arm):
             assert plan is not None
             left = whole - drawn if self.config.spend_saved else None
             # torch would wake a thread a core to convert them
-            ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.head
+            ids, head = torch.from_numpy(plan.ids.numpy()[:left].astype(np.int64)), plan.selected
             self.seconds["selection"] += engine.wait() - start - (self.seconds["probes"] - looking)
             factor = self.sampler.sample_weights(ids[:head].to(state.device)) if self.answers else None
             segments = [

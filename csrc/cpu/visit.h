@@ -20,7 +20,7 @@ enum Reduction : int64_t { NONE = 0, MEAN = 1, TOKEN_MEAN = 2, SUM = 3 };
 constexpr int kHistory = 5;  // losses kept per sample
 constexpr int kRules = 10;
 
-// The numbers of `GEKOConfig` in the order of `Rules` in reference_state.py; the rules tensor is one of these.
+// The numbers of `GEKOConfig` in the order of `Rules` in reference/visits.py; the rules tensor is one of these.
 struct Rules {
   float freeze_confidence, freeze_quality, focus_confidence, correct_loss, correct_accuracy;
   float q_lr, q_scale, min_q, by_accuracy, by_std;

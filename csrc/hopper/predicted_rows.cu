@@ -1,5 +1,5 @@
 // Token statistics and, scaled by a predicted factor, the logits gradient: each row of logits read once (sm_90).
-// A row whose predicted factor is 0 is not written; see reference_predicted.predicted_rows_.
+// A row whose predicted factor is 0 is not written; see reference.one_pass.predicted_rows_.
 //
 // A cluster of blocks takes a row, each block a slice of it. A producer warp keeps copying the slices of this row and
 // the next ones into a ring of chunks in shared memory; the other warps read each chunk twice: for the statistics, and,

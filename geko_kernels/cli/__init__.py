@@ -19,23 +19,23 @@ from geko_kernels.training.formats.errors import DataError
 
 _TRAINING_MODULES = ("transformers", "accelerate", "tqdm", "rich", "matplotlib", "jinja2", "yaml")
 _TRAIN_HELP = """\
-data: a .jsonl, .ndjson, .json (lines or an array), .csv, .tsv or .parquet file, the first five also with .gz behind;
-a folder of such files, read in sorted order (of several splits those of training); a directory written by
-`Dataset.save_to_disk`; or a dataset on the hub, owner/name (its "train" split). Other paths are not sought on the hub.
+data: a .jsonl, .ndjson, .json (lines or an array), .csv, .tsv or .parquet file, all but the last also with .gz added;
+a folder of such files, read in sorted order (if there are several splits, the training split); a directory written by
+`Dataset.save_to_disk`; or a dataset on the hub, owner/name (its "train" split). Other paths are not sought there.
 
-columns, found by the first record:
-  messages: [{"role": ..., "content": ...}, ...]         a chat; all turns of the assistant are trained on
-  conversations: [{"from": ..., "value": ...}, ...]      the same in ShareGPT's form: human, gpt, system, tool
+columns, taken from the first record:
+  messages: [{"role": ..., "content": ...}, ...]         a chat; every assistant turn is trained on
+  conversations: [{"from": ..., "value": ...}, ...]      the same in ShareGPT format: human, gpt, system, tool
   prompt, completion                                     texts, or lists of turns; only the completion is trained on
   instruction, output, and input if there is any         only the output is trained on
-  text, label                                            classification; labels are numbers or names, or true and false;
-                                                         those that are not 0, 1, ... without a gap are numbered in
+  text, label                                            classification; labels are numbers, names, or true and false;
+                                                         unless they are 0, 1, ... without a gap, they are numbered in
                                                          sorted order
   text                                                   every token is trained on
 Chats go through the tokenizer's chat template, and so do instructions if it has one.
 
-The report calls a sample by its position in the data, counted from 0. What is cut to --max-length or skipped, because
-no token of it would be trained, is counted and told; skipped records keep their positions. See docs/data.md.
+The report names a sample by its position in the data, counted from 0. Records that are cut to --max-length, or skipped
+because no token of them would be trained, are counted; skipped records keep their positions. See docs/data.md.
 In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` takes GEKOTrainingArguments fields.
 """
 
@@ -43,13 +43,13 @@ In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` take
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C; 141 where the reader of the
-    output has gone (`| head`).
+    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C; 141 if the reader of the
+    output is gone (`| head`).
     """
     parsed = vars(_parser().parse_args(arguments))
     command = parsed.pop("command")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are escaped
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(command, parsed)
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141
         message, status = f"cannot write the output ({error.strerror})", 2
         if gone:
-            message, status = "the output's reader has gone, which ended the run; go on with --resume", 141
-    gc.collect()  # ends the progress bars of what was stopped, which else write below the message
+            message, status = "nothing reads the output any more, so the run has stopped; go on with --resume", 141
+    gc.collect()  # ends the progress bars of the stopped run, which would write below the message
     print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
     return status
 
@@ -86,7 +86,7 @@ def _reader_gone() -> bool:
 
 
 def _drop_output() -> None:
-    """What is left to write is dropped, as the exit would fail at it again."""
+    """Drop the buffered output: writing it at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

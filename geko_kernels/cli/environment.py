@@ -97,7 +97,7 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _one_pass() -> str:
-    """Whether large losses read the logits once, predicting their gradient, and why not."""
+    """Whether large losses run in one pass, with a predicted gradient, and if not, why."""
     if os.environ.get("GEKO_BACKEND"):
         return "off: GEKO_BACKEND is set"
     reason = hopper.missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
@@ -124,7 +124,7 @@ def _backend(device: torch.device) -> str:
 
 
 def check_variables() -> None:
-    """UsageError where an environment variable asks for what `train` cannot have here."""
+    """Raise UsageError if an environment variable asks for what `train` cannot use on this machine."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     wanted = ops.backend_name(device)
     if wanted not in ops._MODULES:
@@ -134,7 +134,7 @@ def check_variables() -> None:
     if wanted == "cpp":
         try:
             importlib.import_module(ops._MODULES[wanted]).cpu_capability()
-        except ImportError:  # without the extension another backend runs, with a warning
+        except ImportError:  # another backend runs then, with a warning
             return
         except RuntimeError as error:  # GEKO_CPU_CAPABILITY
             raise UsageError(str(error)) from error

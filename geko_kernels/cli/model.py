@@ -18,7 +18,7 @@ def load_config(options: TrainOptions) -> Any:
 
 
 def load_tokenizer(options: TrainOptions) -> Any:
-    """With a padding token, the end token where it has none of its own."""
+    """The tokenizer; without a padding token of its own it pads with the end token."""
     tokenizer = _load(AutoTokenizer, options)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -30,7 +30,7 @@ def load_tokenizer(options: TrainOptions) -> Any:
 
 
 def load_model(options: TrainOptions, names: list[str] | None, tokenizer: Any) -> Any:
-    """In float32, which --precision autocasts from; with a new head where its classes are not `names`."""
+    """The model in float32, from which --precision autocasts; with a new head if its classes are not `names`."""
     if names is None:
         model = _load(AutoModelForCausalLM, options, dtype=torch.float32)
     else:
@@ -48,11 +48,11 @@ def load_model(options: TrainOptions, names: list[str] | None, tokenizer: Any) -
 
 
 def most_tokens(model: nn.Module, tokenizer: Any) -> int | None:
-    """How long a text the model can read; None where nothing limits it."""
+    """The longest input of the model, in tokens; None without a limit."""
     config: Any = model.config
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding's on
+        # RoBERTa and its variants count positions from the padding index on
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 2**31), default=None)
@@ -61,7 +61,7 @@ def most_tokens(model: nn.Module, tokenizer: Any) -> int | None:
 def _load(kind: Any, options: TrainOptions, **settings: Any) -> Any:
     try:
         return kind.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **settings)
-    except Exception as error:  # nothing of ours runs in it, and a damaged folder raises many kinds
+    except Exception as error:  # none of our code runs in it, and a damaged folder raises many kinds
         if "trust_remote_code" in str(error) and not options.trust_remote_code:
             raise UsageError(
                 f"--model {options.model} brings Python code of its own (`auto_map` in its files), which was not run: "

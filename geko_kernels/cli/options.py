@@ -18,7 +18,7 @@ _WHOLE = {
     "batch_size": (1, _MOST),
     "gradient_accumulation_steps": (1, _MOST),
     "max_length": (2, _MOST),
-    "seed": (0, 2**32 - 1),  # numpy takes no larger one
+    "seed": (0, 2**32 - 1),  # NumPy's limit
 }
 _METAVARS = {"label_column": "NAME", "str": "PATH", "int": "N", "float": "X"}
 _POSITIVE = {"epochs": 1_000_000, "learning_rate": 1_000_000}
@@ -34,10 +34,10 @@ def _mapping() -> Any:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `train` needs to know; `geko` and `training_arguments` can only be set in the YAML file.
+    """The options of `train`; `geko` and `training_arguments` can only be set in the YAML file.
 
-    geko: fields of `GEKOConfig`, over the preset's.
-    training_arguments: fields of `GEKOTrainingArguments` that have no option of their own.
+    geko: fields of `GEKOConfig`, which override the preset's.
+    training_arguments: fields of `GEKOTrainingArguments` without an option of their own.
     """
 
     model: str = _option("", "model to fine-tune: a directory or a hub name (required)")
@@ -65,7 +65,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(TrainOptions)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each option, plus `--config`; flags that are not given stay absent."""
+    """One flag for each option, plus `--config`; flags that are not given are absent from the result."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options by name; flags win over it")
     for field in _FIELDS.values():
         kind = field.metadata["kind"]

@@ -1,4 +1,4 @@
-"""The output directory of a run: what may be written there, and which checkpoint it goes on from."""
+"""The output directory of a run: whether it may be written, and which checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from geko_kernels.training.report.efficiency import REPORT_NAME
 
 
 def check_output(options: TrainOptions) -> None:
-    """Refuses an output directory that cannot be written, or that is the model's own."""
+    """Refuse an output directory that cannot be written, or that is the model's own."""
     folder = Path(options.output_dir).absolute()
     try:
         folder.lstat()
@@ -46,7 +46,7 @@ def newest_checkpoint(options: TrainOptions) -> str | None:
 
 
 def find_checkpoint(options: TrainOptions) -> str | None:
-    """The checkpoint to go on from; refuses to write over a run that is there."""
+    """The checkpoint to resume from; refuses to overwrite an existing run."""
     folder, last = Path(options.output_dir), newest_checkpoint(options)
     if not options.resume:
         if last or (folder / REPORT_NAME).exists():
@@ -68,7 +68,7 @@ def find_checkpoint(options: TrainOptions) -> str | None:
 
 
 def check_loss(checkpoint: str, loss: str) -> None:
-    """Refuses to end with one loss a run that was begun with the other."""
+    """Refuse to finish a run with another loss than it was started with."""
     state = Path(checkpoint) / STATE_NAME
     if not state.is_file():
         return  # the trainer says what is missing
@@ -79,16 +79,16 @@ def check_loss(checkpoint: str, loss: str) -> None:
     before = "standard" if config == GEKOConfig.uniform() else "geko"
     if before != loss:
         raise UsageError(
-            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with a run that "
-            f"is neither. Give --loss {before}, or start a run of its own with another --output-dir (from the weights "
-            f"trained so far with --model {checkpoint})"
+            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with another one. "
+            f"Give --loss {before}, or start a run of its own with another --output-dir (from the weights trained so "
+            f"far with --model {checkpoint})"
         )
 
 
 def check_checkpoint(checkpoint: str, model: Any) -> None:
-    """Refuses a checkpoint of another task or model, of which Transformers would load what fits.
+    """Refuse a checkpoint of another task or model, of which Transformers would load the parts that fit.
 
-    GEKO's own files in it are checked by the trainer.
+    The trainer checks GEKO's own files.
     """
     folder = Path(checkpoint)
     try:

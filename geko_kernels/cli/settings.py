@@ -29,7 +29,7 @@ _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # of e
 
 
 def make_config(options: TrainOptions) -> GEKOConfig:
-    """The preset with the `geko:` fields over it."""
+    """The preset, overridden by the `geko:` fields."""
     if options.loss == "standard":
         if options.geko or options.preset != "recommended":
             raise UsageError("`geko` settings and --preset need --loss geko; the standard loss has no use for them")
@@ -47,7 +47,7 @@ def make_config(options: TrainOptions) -> GEKOConfig:
 
 
 def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
-    """The options, and the `training_arguments:` fields, over what suits `train`."""
+    """The options and the `training_arguments:` fields, on top of `train`'s defaults."""
     from_options = {
         "output_dir": options.output_dir,
         "num_train_epochs": options.epochs,
@@ -64,7 +64,7 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
         "save_strategy": "epoch",
         "logging_steps": 10,
         "report_to": "none",
-        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs know nothing of each other
+        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs do not communicate
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     hints = typing.get_type_hints(GEKOTrainingArguments)
@@ -82,7 +82,7 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
     try:
         arguments = GEKOTrainingArguments(**{**defaults, **options.training_arguments, **from_options})
         arguments.get_process_log_level()
-    except Exception as error:  # nothing of ours runs in it, and wrong values raise many kinds
+    except Exception as error:  # none of our code runs in it, and wrong values raise many kinds
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"training_arguments: Transformers refuses these settings: {reason}") from error
     _check_report_to(arguments)
@@ -90,7 +90,7 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
 
 
 def check_best_metric(arguments: GEKOTrainingArguments, is_classification: bool) -> None:
-    """Refuses a metric that no evaluation will measure, before Transformers misses it after the first one."""
+    """Refuse a metric that no evaluation measures; Transformers would fail only after the first evaluation."""
     metrics = _METRICS + (("accuracy",) if is_classification else ())
     wanted = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if arguments.load_best_model_at_end and wanted not in metrics:
@@ -100,7 +100,7 @@ def check_best_metric(arguments: GEKOTrainingArguments, is_classification: bool)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Transformers checks few of the fields itself; objects that YAML has no words for cannot be set."""
+    """Check the kind of a field, as Transformers does for few; fields that YAML cannot express cannot be set."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
     kinds = [bool if kind is typing.Literal else kind for kind in kinds]  # the one that is there is False

@@ -30,7 +30,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 
 
 class _Task(NamedTuple):
-    """What is trained on what, and the lines that tell how the data was taken."""
+    """The model, the data, and the lines that say how the data was read."""
 
     model: Any
     tokenizer: Any
@@ -42,7 +42,7 @@ class _Task(NamedTuple):
 
 
 class _Begun(TrainerCallback):
-    """Whether the first step has come: what is refused comes before it."""
+    """Whether the first step has begun; settings are refused before it."""
 
     yes = False
 
@@ -54,9 +54,8 @@ def train(options: TrainOptions) -> None:
     """Train as `options` say; leaves checkpoints, the model, its tokenizer and the report in `output_dir`.
 
     Raises:
-        UsageError, DataError: what is asked for cannot be done; says why before anything is trained, but for a full
-            disk.
-        KeyboardInterrupt: says how to go on.
+        UsageError, DataError: the run is not possible; raised before anything is trained, except for a full disk.
+        KeyboardInterrupt: says how to resume.
     """
     check_variables()
     check_output(options)
@@ -101,7 +100,7 @@ def _interrupt_told(options: TrainOptions) -> Iterator[None]:
 
 @contextmanager
 def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
-    """One line for what the user can mend: settings refused before the first step, a full disk, a full GPU."""
+    """One line for what the user can fix: settings refused before the first step, a full disk, a full GPU."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -13,10 +13,9 @@ from geko_kernels.training.formats.files import read_bytes
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 2e-5 as a number: YAML 1.1 asks for 2.0e-5 and takes the rest as text.
+    """Reads 2e-5 as a number, which for YAML 1.1 is text: it wants 2.0e-5.
 
-    Refuses a key that is there twice, of which PyYAML keeps the last, and references, which can grow a few lines to
-    gigabytes.
+    Refuses duplicate keys, of which PyYAML keeps the last, and references, which can turn a few lines into gigabytes.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -52,7 +51,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not UTF-8 text (byte {error.start}); convert it first") from error
     except RecursionError as error:
         raise UsageError(f"--config {path} nests too deeply; it must hold `option: value` lines") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, a number of too many digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, a number with too many digits
         raise UsageError(f"--config {path} is not valid YAML: {_reason(error)}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold `option: value` lines, for example `epochs: 3`")

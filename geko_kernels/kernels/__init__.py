@@ -1,19 +1,11 @@
-"""The Triton backend: `reference`'s ops, same arguments and returns. `ops` imports it when a tensor first needs it.
-
-Launches go to the current device, so each op first makes the logits' device current where it is not.
-"""
+"""The Triton backend: `reference`'s ops, same arguments and returns. `ops` imports it when a tensor first needs it."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from geko_kernels.kernels import forward as _forward
 from geko_kernels.kernels import logits_grad as _logits_grad
 from geko_kernels.kernels import token_stats as _token_stats
+from geko_kernels.kernels.launch import on_own_device as _on_own_device
 from geko_kernels.kernels.rows import column_sums as _column_sums
 from geko_kernels.kernels.rows import gradient as _gradient_rows
 from geko_kernels.kernels.rows import lists as _linear_rows
@@ -21,18 +13,6 @@ from geko_kernels.kernels.rows import move as _move_rows
 from geko_kernels.kernels.rows import rescale as _rescale
 from geko_kernels.kernels.rows import score as _score_rows
 from geko_kernels.kernels.sample_update import kernel as _sample_update
-
-
-def _on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(op)
-    def run(first: torch.Tensor, *rest: Any) -> Any:
-        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            return op(first, *rest)
-        with torch.cuda.device_of(first):
-            return op(first, *rest)
-
-    return run
-
 
 token_stats = _on_own_device(_token_stats.token_stats)
 sample_update_ = _on_own_device(_sample_update.sample_update_)
@@ -50,22 +30,3 @@ gather_rows = _on_own_device(_move_rows.gather_rows)
 scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
 column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
-
-__all__ = [
-    "column_sums",
-    "gather_rows",
-    "gradient_rows_",
-    "kept_rows_",
-    "logits_grad",
-    "logits_grad_",
-    "loss_forward_",
-    "planned_logits_grad",
-    "planned_loss_forward",
-    "predicted_logits_grad",
-    "rescale_",
-    "sample_update_",
-    "scatter_rows_",
-    "score_rows_",
-    "scored_rows",
-    "token_stats",
-]

@@ -1,4 +1,4 @@
-"""How the kernels find a token's sample, its target, and its row of logits."""
+"""How the kernels find a token's sample id, its target, and its row of logits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# integer arguments that get no kernel of their own when they are 1 or a multiple of 16
-BATCH_INTS = ["label_b", "label_s", "id_b", "id_s", "length", "ignore_index", "token_count", "vocab", "table_rows"]
+# integer arguments for which Triton does not compile variants (1, multiples of 16)
+BATCH_INTS = ["label_b", "label_s", "id_b", "id_s", "length", "ignore_index", "token_count", "vocab", "num_samples"]
 VECTOR_BITS = tl.constexpr(128)  # widest load of one thread
 
 
@@ -29,7 +29,7 @@ def token_sample(batch, t, live, PACKED: tl.constexpr):
 
 @triton.jit
 def visit_starts(batch, t, live, PACKED: tl.constexpr):
-    """Sample id of token(s) t, and whether a visit starts there: none at padding, one a row without packing."""
+    """Sample id of token(s) t, and whether a visit starts there: never at padding; without packing once a row."""
     _, _, _, _, _, _, length, _ = batch
     sample = token_sample(batch, t, live, PACKED)
     starts = live & (t % length == 0)
@@ -41,7 +41,7 @@ def visit_starts(batch, t, live, PACKED: tl.constexpr):
 
 @triton.jit
 def token_target(batch, t, live, SHIFT: tl.constexpr, PACKED: tl.constexpr):
-    """The label that token(s) t predict(s), 0 where none, and whether there is one (inside the vocabulary or not)."""
+    """The label that token(s) t predict, 0 if none, and whether there is one (in the vocabulary or not)."""
     labels_ptr, label_b, label_s, _, _, _, length, ignore_index = batch
     sample = token_sample(batch, t, live, PACKED)
     b = (t // length).to(tl.int64)
@@ -58,7 +58,7 @@ def token_target(batch, t, live, SHIFT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def soft_cap(x, cap):
-    """`cap * tanh(x / cap)`, to an ulp or two also where tanh is small."""
+    """`cap * tanh(x / cap)`, accurate to an ulp or two even for small values."""
     u = x / cap
     square = u * u
     small = u * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
@@ -69,10 +69,10 @@ def soft_cap(x, cap):
 
 @triton.jit
 def row_span(row_ptr, vocab):
-    """Cut a contiguous row so that its inside is read and written 16 bytes at a time, wherever it starts.
+    """Split a contiguous row so that its middle is read and written 16 bytes at a time, wherever it starts.
 
-    Returns: the 16-byte boundary at or before the row; `lead`, elements between it and the row; `first` and `end`,
-    counted from the boundary: whole vectors inside the row. Up to a vector's elements remain at each end, `edge_span`.
+    Returns: the 16-byte boundary at or before the row; `lead`, the elements between it and the row; `first` and `end`,
+    counted from the boundary, of the whole vectors inside the row. `edge_span` has the elements at both ends.
     """
     PER: tl.constexpr = VECTOR_BITS // row_ptr.dtype.element_ty.primitive_bitwidth
     lead = ((row_ptr.to(tl.int64) % 16) // (16 // PER)).to(tl.int32)
@@ -84,11 +84,11 @@ def row_span(row_ptr, vocab):
 
 @triton.jit
 def edge_span(lead, end, vocab, PER: tl.constexpr):
-    """(2 * PER,) positions from the boundary of `row_span` on, and which of them are the row's ends."""
+    """(2 * PER,) positions counted from the boundary of `row_span`, and which of them are the row's ends."""
     lane = tl.arange(0, 2 * PER)
-    head = lane < PER
-    position = tl.where(head, lane, end + lane - PER)
-    return position, tl.where(head, (lead > 0) & (position >= lead), position < lead + vocab)
+    leading = lane < PER
+    position = tl.where(leading, lane, end + lane - PER)
+    return position, tl.where(leading, (lead > 0) & (position >= lead), position < lead + vocab)
 
 
 def id_strides(sample_ids: Tensor | None) -> tuple[int, int]:

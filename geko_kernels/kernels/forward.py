@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels.columns import rows_of
+from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.one_pass.plan import PredictedPlan, predicted_plan
 from geko_kernels.kernels.plan import Plan, plan_of
 from geko_kernels.kernels.sample_update.kernel import empty_outputs
@@ -34,21 +34,21 @@ def loss_forward_(
     token_weights: Tensor | None = None,
     sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; waits for nothing."""
+    """See `reference.loss_forward_`. Allocates its outputs and one scratch tensor; does not wait for the device."""
     options = (reduction, ignore_index, shift, softcap, update)
     if not labels.numel():
-        head = (logits, labels, sample_ids, rules, weights, num_items)
-        return reference.loss_forward_(*head, columns, error, *options, token_weights, sample_weights)
+        first = (logits, labels, sample_ids, rules, weights, num_items)
+        return reference.loss_forward_(*first, columns, error, *options, token_weights, sample_weights)
     weighing = (token_weights, sample_weights)
     aligned = tuple(None if given is None else given.data_ptr() % 16 for given in weighing)
     plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options, aligned)
-    tokens = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
+    statistics = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
     scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
     outputs = empty_outputs(labels, plan.packed, reduction)
     table = pointers(columns)
-    plan.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
-    plan.update(tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
-    return *outputs, tokens
+    plan.statistics_launch(logits, labels, sample_ids, statistics, *prepared_of(table), error, scratch)
+    plan.update_launch(statistics, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)
+    return *outputs, statistics
 
 
 def planned_loss_forward(
@@ -67,16 +67,16 @@ def planned_loss_forward(
 ) -> tuple[Tensor, Plan, Tensor, Tensor | None, Tensor | None]:
     """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
-    Args: upstream () as the last backward had it, where a gradient may be predicted
-        (over the logits if `inplace`); options (reduction, ignore_index, shift, softcap, update).
-    Returns: the loss; the plan; kept and, with `stats`, visits: the op's other outputs as `plan.saved` and
-        `plan.entries_of` see them; the predicted gradient, which `predicted_logits_grad` corrects, or None.
+    Args: upstream () of the last backward, if a gradient may be predicted (over the logits if `inplace`);
+        options (reduction, ignore_index, shift, softcap, update).
+    Returns: the loss; the plan; kept and, with `stats`, visits: memory that holds the op's other outputs, see
+        `plan.saved` and `plan.entries_of`; the predicted gradient, which `predicted_logits_grad` corrects, or None.
     """
     plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options)
     predicted = None
     if upstream is not None:
         predicted = _predicting(plan, inplace, logits, labels, sample_ids, columns, options)
-    apart = stats or plan.packed  # packed there are as many entries as tokens: too many to keep for nothing
+    apart = stats or plan.packed  # packed, there is an entry for each token: too much to keep unused
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, apart)
     if upstream is not None and predicted is not None:
         grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -95,10 +95,12 @@ def _predicting(
     columns: Sequence[Tensor],
     options: tuple[Any, ...],
 ) -> PredictedPlan | None:
-    """The plan that predicts the gradient of calls of `plan`, where there is one."""
+    """The plan that predicts the gradient for calls of `plan`, if there is one."""
     if inplace not in plan.predicting:
         batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
-        plan.predicting[inplace] = predicted_plan(inplace, plan.layout, *batch, sample_ids, rows_of(columns), *options)
+        plan.predicting[inplace] = predicted_plan(
+            inplace, plan.layout, *batch, sample_ids, num_samples_of(columns), *options
+        )
     return plan.predicting[inplace]
 
 
@@ -121,6 +123,6 @@ def predicted_logits_grad(
     upstream: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """The same of a forward that left `predicted`, which becomes it; see `reference_predicted.correct_rows_`."""
+    """The same after a forward that left `predicted`: corrects it in place, see `reference.one_pass.correct_rows_`."""
     plan.correct(predicted, kept, grad_output, logits, labels, upstream, counts)
     return predicted

@@ -1,20 +1,37 @@
-"""Launch a compiled Triton kernel again without asking anew what to compile it for."""
+"""Start a compiled Triton kernel again without inspecting its arguments, on the device of its tensors."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from geko_kernels.kernels.triton_private import start_of, watched
 
-MOST = 1024  # launches remembered a kind; varying sequence lengths would fill memory otherwise
+MOST = 1024  # launches cached per kind; varying sequence lengths would otherwise fill memory
+
+
+def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, with its first tensor's device made the current one, to which launches go."""
+
+    @functools.wraps(op)
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return op(first, *rest)
+        with torch.cuda.device_of(first):
+            return op(first, *rest)
+
+    return run
 
 
 class Launch:
-    """`kernel[(programs,)](*pointers, *numbers, **constants, num_warps=warps)`, all but the pointers settled.
+    """`kernel[(programs,)](*pointers, *numbers, **constants, num_warps=warps)`, with all but the pointers fixed.
 
-    Triton looks at every argument of a launch (type, alignment, divisibility by 16) to find the binary. Here only the
-    first call does; later ones start that binary straight away. So a `Launch` serves pointers of one set of types,
-    alignments and Nones on one device; once `ready`, addresses (int) do in place of tensors.
+    Triton inspects every argument of a launch (type, alignment, divisibility by 16) to find the binary. Here only the
+    first call does; later ones start that binary directly. So a `Launch` serves pointers of one set of types,
+    alignments and Nones, on one device. Once `ready`, it also takes addresses (int) instead of tensors.
 
     Args: numbers, constants: in the kernel's order, after its pointers.
     """
@@ -26,7 +43,7 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._warps = kernel, (programs, 1, 1), warps
         self._arguments, self._constants = numbers, constants
-        self.ready = False  # for good under the interpreter, and where this Triton starts kernels in an unknown way
+        self.ready = False  # always False under the interpreter, and if this Triton starts kernels in an unknown way
 
     def __call__(self, *pointers: Any) -> None:
         if not self.ready:
@@ -47,7 +64,7 @@ class Launch:
 
 
 def cdiv(size: int, step: int) -> int:
-    """`triton.cdiv` for the host, without the 4 us that serve constexpr arguments."""
+    """`triton.cdiv` for the host, without 4 us of overhead for constexpr arguments."""
     return -(-size // step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
@@ -15,12 +16,12 @@ from geko_kernels.kernels.token_stats import SMALL_VOCAB
 
 BLOCK = 4096
 WARPS = 8
-ONE, BY_ROW, BY_VISIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what the upstream gradient is indexed by
+ONE, BY_ROW, BY_VISIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how the upstream gradient is indexed
 
 
 @triton.jit
 def _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, live, length, entries, UPSTREAM: tl.constexpr):
-    """The upstream gradient of token(s) t: NaN where token_visit, another forward's, names no entry."""
+    """The upstream gradient of token(s) t; NaN if token_visit, from another forward, is no entry."""
     other = 0.0
     if UPSTREAM == BY_ROW:
         at = (t // length).to(tl.int64) * grad_stride
@@ -47,7 +48,7 @@ def _factor(
     entries,
     UPSTREAM: tl.constexpr,
 ):
-    """What multiplies `softmax - onehot` of token(s) t: exactly 0 where the coefficient is."""
+    """The factor of `softmax - onehot` of token(s) t; exactly 0 where the coefficient is 0."""
     coefficient = tl.load(coeff_ptr + t, mask=live, other=0.0)
     kept = live & (coefficient != 0)
     upstream = _upstream(grad_output_ptr, grad_stride, token_visit_ptr, t, kept, length, entries, UPSTREAM)
@@ -56,7 +57,7 @@ def _factor(
 
 @triton.jit
 def gradient_of(x, column, target, top, log_sum, factor, cap, SOFTCAP: tl.constexpr):
-    """fp32 until the last product: rounding the softmax first loses a confident target (p = .999) whole."""
+    """float32 until the last product: rounding the softmax first loses a confident target's gradient (p = .999)."""
     z = x.to(tl.float32)
     if SOFTCAP:
         z = soft_cap(z, cap)
@@ -90,7 +91,7 @@ def contiguous_tile(
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK elements of one row of stride 1; tile 0 also does the row's ends."""
+    """BLOCK elements of one row of stride 1; tile 0 also handles the row's ends."""
     PER: tl.constexpr = VECTOR_BITS // out_ptr.dtype.element_ty.primitive_bitwidth
     out, lead, first, end = row_span(out_ptr, vocab)
     x = x_ptr - lead
@@ -150,7 +151,7 @@ def _logits_grad_kernel(
     grad_output_ptr,
     logits_ptr,
     labels_ptr,
-    tokens_ptr,
+    statistics_ptr,
     coeff_ptr,
     scale_ptr,
     token_visit_ptr,
@@ -176,7 +177,7 @@ def _logits_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a tile of a row (UNIT) or of ROWS rows; the last rows first, which the forward left in cache."""
+    """One program for a tile of a row (UNIT) or of ROWS rows; last rows first, as they are still in cache."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tile = program % tiles
     if UNIT:
@@ -194,8 +195,8 @@ def _logits_grad_kernel(
         s_label = s
     target = tl.load(labels_ptr + b * label_b + s_label * label_s, mask=live, other=0)
     step = token_count.to(tl.int64)
-    top = tl.load(tokens_ptr + step + t, mask=live, other=0.0)
-    log_sum = tl.load(tokens_ptr + 2 * step + t, mask=live, other=0.0)
+    top = tl.load(statistics_ptr + step + t, mask=live, other=0.0)
+    log_sum = tl.load(statistics_ptr + 2 * step + t, mask=live, other=0.0)
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     if UNIT:
@@ -216,7 +217,7 @@ def gradient_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
 def gradient_launch(
     out: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, packed: bool, shift: bool, softcap: float
 ) -> Launch:
-    """Pointers: out, grad_output, logits, labels, tokens, coeff, scale, token_visit."""
+    """Pointers: out, grad_output, logits, labels, statistics, coeff, scale, token_visit."""
     _, length, vocab = logits.shape
     count = labels.numel()
     stride_b, stride_s, stride_v = logits.stride()
@@ -225,7 +226,7 @@ def gradient_launch(
     per = 16 // logits.element_size()
     apart = (logits.data_ptr() - out.data_ptr()) % 16 or (stride_b - out_b) % per or (stride_s - out_s) % per
     rows, block, warps = gradient_shape(vocab, unit)
-    # a contiguous row that starts off a vector's boundary spans up to per - 1 elements more
+    # a contiguous row that does not start at a vector's boundary spans up to per - 1 more elements
     tiles = cdiv(vocab + (per - 1 if unit else 0), block)
     upstream = ONE if not grad_output.dim() else BY_VISIT if packed else BY_ROW
     numbers = (
@@ -245,7 +246,7 @@ def _run(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -255,7 +256,7 @@ def _run(
     if not labels.numel():
         return
     packed = token_visit.numel() > 0
-    # all that the binary, the grid and the numbers depend on; the forward's outputs are aligned
+    # everything that the binary, the grid and the numbers depend on; the forward's outputs are aligned
     key = (
         *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
         *(out.stride(), out.data_ptr() % 16, labels.stride(), labels.data_ptr() % 16),
@@ -266,36 +267,16 @@ def _run(
         if len(_launches) >= MOST:
             _launches.clear()
         launch = _launches[key] = gradient_launch(out, grad_output, logits, labels, packed, shift, softcap)
-    launch(out, grad_output, logits, labels, tokens, coeff, scale, token_visit)
+    launch(out, grad_output, logits, labels, statistics, coeff, scale, token_visit)
 
 
-def logits_grad(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    tokens: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> Tensor:
+def logits_grad(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     """See `reference.logits_grad`. One launch."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(out, grad_output, logits, *rest)
     return out
 
 
-def logits_grad_(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    tokens: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> None:
+def logits_grad_(grad_output: Tensor, logits: Tensor, *rest: Any) -> None:
     """`logits_grad`, written over the logits."""
-    _run(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap)
+    _run(logits, grad_output, logits, *rest)

@@ -1,7 +1,7 @@
-"""One kind of call worked out once: launches, sizes, and what lies where in the memory of a step.
+"""The launches, sizes and memory layout of one kind of call, computed once.
 
-CPU overhead dominates for small shapes, and for large ones it is the time before the GPU has work. So an eager call
-does only what is left: look its `Plan` up, ask for three pieces of memory, and start the two launches with addresses.
+CPU overhead dominates for small shapes, and for large ones it delays the GPU. So an eager call only looks up its
+`Plan`, allocates three pieces of memory, and starts the two launches with addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels.columns import rows_of
+from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.launch import MOST, Launch
 from geko_kernels.kernels.logits_grad import gradient_launch
 from geko_kernels.kernels.sample_update.kernel import update_launch
@@ -22,10 +22,10 @@ from geko_kernels.kernels.token_stats import statistics_launch
 
 
 class Plan:
-    """Memory is in words of 4 bytes, each part from a multiple of 16 bytes on (T tokens, M entries, see `reference`):
+    """Sizes are in words of 4 bytes, each part starts at a multiple of 16 bytes (T tokens, M entries, see `reference`):
 
-    - kept for the backward: tokens (5, T), coeff (T,), scale (), token_visit (T,) or nothing;
-    - visits, which nobody needs but for statistics: ints (2, M), floats (6, M), flags (2, M), scratch.
+    - kept for the backward: statistics (5, T), coeff (T,), scale (), token_visit (T,) or nothing;
+    - visits, needed only for `SampleStats`: ints (2, M), floats (6, M), flags (2, M), scratch.
 
     Args: layout: see `layout_of`; logits (B, S, V); labels (B, S).
     """
@@ -36,7 +36,7 @@ class Plan:
         logits: Tensor,
         labels: Tensor,
         sample_ids: Tensor | None,
-        table_rows: int,
+        num_samples: int,
         reduction: int,
         ignore_index: int,
         shift: bool,
@@ -47,11 +47,11 @@ class Plan:
         self.packed = sample_ids is not None and sample_ids.dim() == 2
         self.count, self.shift, self.softcap = labels.numel(), shift, softcap
         self.entries = self.count if self.packed else labels.shape[0]
-        self.statistics = statistics_launch(
-            logits, labels, sample_ids, True, table_rows, ignore_index, shift, softcap, update
+        self.statistics_launch = statistics_launch(
+            logits, labels, sample_ids, True, num_samples, ignore_index, shift, softcap, update
         )
-        self.update = update_launch(
-            labels, sample_ids, table_rows, logits.shape[-1], reduction, ignore_index, shift, update
+        self.update_launch = update_launch(
+            labels, sample_ids, num_samples, logits.shape[-1], reduction, ignore_index, shift, update
         )
         self.gradients: dict[Hashable, Launch] = {}
         self.predicting: dict[bool, Any] = {}  # inplace -> `PredictedPlan` of the same calls, or None
@@ -78,12 +78,12 @@ class Plan:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss, kept, visits); logits and labels also as (B, V) and (B,); for `gradient` see `PredictedPlan`.
 
-        Unless `apart` both lie in one piece of memory, which the backward then keeps, and visits is None.
+        Unless `apart`, both are in one piece of memory, which the backward then keeps, and visits is None.
         """
         loss = weights.new_empty(self.loss_shape)
         kept = weights.new_empty(self.kept_words + (0 if apart else self.visit_words))
         visits = weights.new_empty(self.visit_words) if apart else None
-        if self.update.ready:
+        if self.update_launch.ready:
             at = kept.data_ptr()
             by = at + 4 * self.kept_words if visits is None else visits.data_ptr()
             ids = None if sample_ids is None else sample_ids.data_ptr()
@@ -112,7 +112,7 @@ class Plan:
         return loss, kept, visits
 
     def _work(self, kept: Tensor, visits: Tensor) -> tuple[Tensor, ...]:
-        """What one launch leaves for the next: tokens, scratch."""
+        """What the first launch writes and the second reads: statistics, scratch."""
         return self.saved(kept)[0], visits[self.scratch :].view(torch.int32)
 
     def _work_at(self, kept: int, visits: int) -> tuple[int, ...]:
@@ -121,19 +121,19 @@ class Plan:
     def _launch(self, batch: Any, rules: Any, table: Any, error: Any, work: Any, outputs: Any, entries: Any) -> None:
         """Both launches, with tensors or with addresses."""
         logits, labels, sample_ids = batch
-        tokens, scratch = work
-        self.statistics(logits, labels, sample_ids, tokens, *prepared_of(table), error, scratch)
-        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
+        statistics, scratch = work
+        self.statistics_launch(logits, labels, sample_ids, statistics, *prepared_of(table), error, scratch)
+        self.update_launch(statistics, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
-        """Whether these can be the forward's: hooks of saved tensors may have laid them out anew."""
+        """Whether these have the forward's layout: saved-tensor hooks may have changed it."""
         return layout_of(logits, labels) == self.layout
 
     def saved(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(tokens, coeff, scale, token_visit) as the op has them."""
-        tokens = kept[: 5 * self.count].view(5, self.count)
+        """(statistics, coeff, scale, token_visit) as the op has them."""
+        statistics = kept[: 5 * self.count].view(5, self.count)
         token_visit = kept[self.token_visit :][: self.count if self.packed else 0].view(torch.int32)
-        return tokens, kept[self.coeff :][: self.count], kept[self.scale], token_visit
+        return statistics, kept[self.coeff :][: self.count], kept[self.scale], token_visit
 
     def entries_of(self, visits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(floats, ints, flags) as the op has them."""
@@ -146,7 +146,7 @@ class Plan:
     def gradient(
         self, out: Tensor, kept: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, inplace: bool
     ) -> None:
-        """Fill `out`; tensors laid out as those of the forward. `out`: the logits, or new and contiguous."""
+        """Fill `out`: the logits, or new and contiguous. The tensors have the layout of the forward's."""
         upstream = grad_output.data_ptr()
         key = (inplace, grad_output.dtype, grad_output.stride(), upstream % 16)
         launch = self.gradients.get(key)
@@ -178,7 +178,7 @@ _plans: dict[Hashable, Plan] = {}
 
 
 def layout_of(logits: Tensor, labels: Tensor) -> tuple[Hashable, ...]:
-    """What a plan depends on in logits and labels."""
+    """The properties of logits and labels that a plan depends on."""
     return (
         *(logits.shape, logits.stride(), logits.dtype, logits.get_device(), logits.data_ptr() % 16),
         *(labels.stride(), labels.data_ptr() % 16),
@@ -199,17 +199,17 @@ def plan_of(
     update: bool,
     weighing: Hashable = (None, None),
 ) -> Plan:
-    """The plan of such calls; logits (B, S, V) or (B, V); weighing: how token_weights and sample_weights are aligned.
+    """The plan of such calls; logits (B, S, V) or (B, V); weighing: the alignment of token_weights and sample_weights.
 
     `Plan.forward` is for calls without those weights.
     """
     ids = None if sample_ids is None else (sample_ids.stride(), sample_ids.data_ptr() % 16)
-    table_rows = rows_of(columns)
-    # all that the binaries, the grids and the numbers depend on; new memory and the state are aligned
+    num_samples = num_samples_of(columns)
+    # everything that binaries, grids and numbers depend on; new memory and the state are aligned
     items = None if num_items is None else num_items.data_ptr() % 16
     layout = layout_of(logits, labels)
     key = (
-        *(layout, ids, table_rows, error is None, items),
+        *(layout, ids, num_samples, error is None, items),
         *(reduction, ignore_index, shift, softcap, update, weighing),
     )
     plan = _plans.get(key)
@@ -219,7 +219,7 @@ def plan_of(
         logits = logits.detach()
         batch = (logits[:, None], labels[:, None]) if logits.dim() == 2 else (logits, labels)
         plan = Plan(
-            *(layout, *batch, sample_ids, table_rows, reduction, ignore_index, shift, softcap, update),
+            *(layout, *batch, sample_ids, num_samples, reduction, ignore_index, shift, softcap, update),
         )
         _plans[key] = plan
     return plan

@@ -1,4 +1,4 @@
-"""The columns of a state as launches take them: pointers in the order of `geko_kernels.columns`."""
+"""The columns of a state as kernel pointers, in the order of `geko_kernels.columns`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from geko_kernels.columns import NAMES
 
 NO_STATE = (None,) * len(NAMES)
 QUARANTINED = NAMES.index("quarantined")
-# of `pointers`, those that `prepare_visits` reads, in its order
+# those of `pointers` that `prepare_visits` reads, in its order
 prepared_of = itemgetter(*map(NAMES.index, ("q_value", "loss_history", "times_seen", "bucket", "claim")))
 
 
 def pointers(columns: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """One a column; None for each without a state."""
+    """One for each column; all None without a state."""
     return columns or NO_STATE

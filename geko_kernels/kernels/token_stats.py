@@ -25,13 +25,13 @@ SMALL_VOCAB = 1024  # up to here a program takes several rows
 
 @triton.jit
 def _base2(x, top):
-    """`exp(x - top)` by the base-2 exponent; the difference first, so that a large common offset costs nothing."""
+    """`exp(x - top)` in base 2; the difference comes first, so that a large common offset loses no digits."""
     return tl.exp2((x - top) * LOG2E)
 
 
 @triton.jit
 def _accumulate(top, total, z, AXIS: tl.constexpr):
-    """One step of the online softmax: maximum and sum of exponentials along AXIS join `top` and `total`."""
+    """One step of the online softmax: adds the maximum and sum of exponentials along AXIS to `top` and `total`."""
     new = tl.maximum(top, tl.max(z, AXIS))
     safe = tl.where(new == float("-inf"), 0.0, new)  # all -inf so far: adds 0, not exp(-inf + inf)
     return new, total * _base2(top, safe) + tl.sum(_base2(z, tl.expand_dims(safe, AXIS)), AXIS)
@@ -51,7 +51,7 @@ def _contiguous_row(x_ptr, target, vocab, cap, SOFTCAP: tl.constexpr, BLOCK: tl.
     PER: tl.constexpr = VECTOR_BITS // x_ptr.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // PER
     aligned, lead, first, end = row_span(x_ptr, vocab)
-    block = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]  # one 16-byte vector a lane
+    block = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]  # one 16-byte vector for each lane
     top = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     at_target = tl.full([LANES], float("-inf"), tl.float32)
@@ -61,7 +61,7 @@ def _contiguous_row(x_ptr, target, vocab, cap, SOFTCAP: tl.constexpr, BLOCK: tl.
         column = start + block
         inside = (column >= first) & (column < end)
         z = _capped(tl.load(aligned + column, mask=inside, other=float("-inf")), inside, cap, SOFTCAP)
-        if SOFTCAP:  # taken from the same values as the maximum, so that a hit is exact
+        if SOFTCAP:  # from the same values as the maximum, so that a hit is exact
             at_target = tl.maximum(at_target, tl.max(tl.where(column - lead == target, z, float("-inf")), 1))
         top, total = _accumulate(top, total, z, 1)
     peak = tl.maximum(tl.max(top, 0), tl.max(z_ends, 0))
@@ -93,14 +93,14 @@ def _strided_rows(x_ptr, stride_v, target, live, vocab, cap, SOFTCAP: tl.constex
 
 
 @triton.jit
-def _store_statistics(tokens_ptr, t, live, scored, top, total, z_target, token_count):
+def _store_statistics(statistics_ptr, t, live, scored, top, total, z_target, token_count):
     """Loss, maximum, log-sum, confidence and hit of token(s) t; zeros where not scored."""
     total = tl.where(top == float("-inf"), float("nan"), total)  # 0 / 0, as in PyTorch
     top = tl.where((total != total) & (tl.abs(top) != float("inf")), total, top)  # the maximum of a NaN is NaN
     log_sum = tl.log(total)
     loss = log_sum - (z_target - top)
     hit = (z_target == top) & (loss == loss)
-    out = tokens_ptr + t
+    out = statistics_ptr + t
     count = token_count.to(tl.int64)
     tl.store(out, tl.where(scored, loss, 0.0), mask=live)
     tl.store(out + count, tl.where(scored, top, 0.0), mask=live)
@@ -114,7 +114,7 @@ def _statistics_kernel(
     logits_ptr,
     labels_ptr,
     ids_ptr,
-    tokens_ptr,
+    statistics_ptr,
     q_value_ptr,
     loss_history_ptr,
     times_seen_ptr,
@@ -134,7 +134,7 @@ def _statistics_kernel(
     token_count,
     vocab,
     softcap,
-    table_rows,
+    num_samples,
     prep_programs,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -145,12 +145,12 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The first `prep_programs` programs prepare the sample update; then one program a row (UNIT) or tile of rows."""
+    """The first `prep_programs` programs prepare the sample update; then one for each row (UNIT) or tile of rows."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     program = tl.program_id(0)
     if scratch_ptr is not None:  # noqa: SIM102 (known when compiled; the next one is not)
         if program < prep_programs:
-            table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+            table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples)
             prepare_visits(
                 program, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE
             )
@@ -165,16 +165,16 @@ def _statistics_kernel(
         x = logits_ptr + (t // length).to(tl.int64) * stride_b + (t % length).to(tl.int64) * stride_s
         if not UNIT:
             top, total, z_target = _strided_rows(x, stride_v, target, scored, vocab, softcap, SOFTCAP, BLOCK)
-            _store_statistics(tokens_ptr, t, live, scored, top, total, z_target, token_count)
+            _store_statistics(statistics_ptr, t, live, scored, top, total, z_target, token_count)
         elif scored:
             top, total, z_target = _contiguous_row(x, target, vocab, softcap, SOFTCAP, BLOCK)
-            _store_statistics(tokens_ptr, t, True, True, top, total, z_target, token_count)
+            _store_statistics(statistics_ptr, t, True, True, top, total, z_target, token_count)
         else:
-            _store_statistics(tokens_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
+            _store_statistics(statistics_ptr, t, True, False, 0.0, 1.0, 0.0, token_count)
 
 
 def statistics_shape(vocab: int, unit: bool) -> tuple[int, int, int]:
-    """(rows, block, warps) of a program; 4096 x 8 was the fastest of the sketches on an H200."""
+    """(rows, block, warps) of a program; 4096 x 8 was the fastest of those tried on an H200."""
     block = min(next_power_of_2(vocab), 4096)
     if vocab <= SMALL_VOCAB or not unit:
         block = min(block, SMALL_VOCAB)
@@ -188,15 +188,15 @@ def statistics_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
     prepare: bool,
-    table_rows: int,
+    num_samples: int,
     ignore_index: int,
     shift: bool,
     softcap: float,
     update: bool,
 ) -> Launch:
-    """The launch that fills tokens (5, T) and, with `prepare`, prepares the sample update in its first programs.
+    """The launch that fills statistics (5, T) and, with `prepare`, prepares the sample update in its first programs.
 
-    Pointers: logits, labels, sample_ids, tokens, q_value, loss_history, times_seen, bucket, claim, error, scratch.
+    Pointers: logits, labels, sample_ids, statistics, q_value, loss_history, times_seen, bucket, claim, error, scratch.
     """
     _, length, vocab = logits.shape
     count = labels.numel()
@@ -206,7 +206,7 @@ def statistics_launch(
     prep_programs = cdiv(count, PREP_TILE) if prepare else 0
     numbers = (
         *(*logits.stride(), *labels.stride(), *id_strides(sample_ids)),
-        *(length, ignore_index, count, vocab, softcap, table_rows, prep_programs),
+        *(length, ignore_index, count, vocab, softcap, num_samples, prep_programs),
     )
     constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "SOFTCAP": softcap != 0}
     shape = {"UNIT": unit, "ROWS": rows, "BLOCK": block, "TILE": PREP_TILE}
@@ -216,9 +216,9 @@ def statistics_launch(
 def token_stats(
     logits: Tensor, labels: Tensor, sample_ids: Tensor | None, ignore_index: int, shift: bool, softcap: float
 ) -> Tensor:
-    """See `reference.token_stats`. One launch; a token that predicts nothing costs no reading."""
-    tokens = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
+    """See `reference.token_stats`. One launch; logits of a token that predicts nothing are not read."""
+    statistics = torch.empty((5, labels.numel()), dtype=torch.float32, device=logits.device)
     if labels.numel():
         launch = statistics_launch(logits, labels, sample_ids, False, -1, ignore_index, shift, softcap, False)
-        launch(logits, labels, sample_ids, tokens, *[None] * 7)
-    return tokens
+        launch(logits, labels, sample_ids, statistics, *[None] * 7)
+    return statistics

@@ -1,7 +1,7 @@
-"""Every internal of Triton that geko_kernels uses: how a compiled kernel starts without a look at its arguments.
+"""Every internal of Triton that geko_kernels uses: how a compiled kernel starts without inspecting its arguments.
 
-No other file of the package names one. Where the installed Triton starts its kernels in another way than is known
-here, `start_of` finds none, and each launch goes by `kernel[grid](...)`, which is right but slower for the host.
+No other file of the package uses one. If the installed Triton starts its kernels in another way, `start_of` returns
+None, and each launch is `kernel[grid](...)`, which is right but slower on the host.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Start(NamedTuple):
 
 @functools.cache
 def missing() -> list[str]:
-    """One sentence for each thing that the installed Triton does not have, or does in another way."""
+    """One sentence for each internal that the installed Triton lacks or has changed."""
     says = f"Triton {triton.__version__}"
     absent = [
         f"{says} has no {name}, by which geko_kernels {why}"
@@ -57,7 +57,7 @@ def missing() -> list[str]:
             (getattr(knobs, "runtime", None), "launch_exit_hook", "learns whether a profiler watches launches"),
             (driver, "active", "learns the device and its stream"),
         )
-        if name not in dir(holder)  # a look at `driver.active` would need a device
+        if name not in dir(holder)  # reading `driver.active` would need a device
     ]
     found = _run_arguments()
     if found != STARTS_WITH:
@@ -69,7 +69,7 @@ def missing() -> list[str]:
 
 
 def _run_arguments() -> tuple[str, ...]:
-    """What `CompiledKernel.__getitem__` passes to `self.run`; () where it cannot be read."""
+    """What `CompiledKernel.__getitem__` passes to `self.run`; () if its source cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(CompiledKernel.__getitem__)))
     except (AttributeError, OSError, SyntaxError, TypeError):
@@ -79,7 +79,7 @@ def _run_arguments() -> tuple[str, ...]:
 
 
 def start_of(binary: Any) -> Start | None:
-    """How `binary` starts on the current device; None where that is not known, as under the interpreter."""
+    """How `binary` starts on the current device; None if unknown, as under the interpreter."""
     if binary is None or missing():
         return None
     about = (binary.function, binary.packed_metadata, None, None, None)
@@ -87,6 +87,6 @@ def start_of(binary: Any) -> Start | None:
 
 
 def watched() -> bool:
-    """Whether a profiler (Proton) wants to know of launches: an empty chain of hooks would cost a call each."""
+    """Whether a profiler (Proton) has hooks on launches; calling empty chains of hooks would cost time."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from geko_kernels.state import SampleState, raise_flagged
 from geko_kernels.torch_private import base_of, is_fake
 
 ReductionName = Literal["none", "mean", "token_mean", "sum"]
+
+
+class LossOptions(TypedDict, total=False):
+    """What both losses take by name, for their overloads."""
+
+    reduction: ReductionName
+    shift: bool
+    ignore_index: int
+    num_items: int | float | Tensor | None
+    softcap: float | None
+    token_weights: Tensor | None
+    sample_weights: Tensor | None
+    update: bool | None
+
+
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
 _FLOAT32 = torch.finfo(torch.float32)
 _IN_RANGE = f"in float32's range, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}"
@@ -24,7 +39,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_batch(
     name: str,
-    tokens: Tensor,
+    inputs: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     state: SampleState | None,
@@ -32,31 +47,31 @@ def check_batch(
     ignore_index: int,
     softcap: float | None,
 ) -> tuple[int, float]:
-    """What Python can see of a batch without its values; `tokens` is the argument `name`, one vector a token.
+    """What Python can see of a batch without its values; `inputs` is the argument `name`, one vector a token.
 
     Returns: `ignore_index` and `softcap` (0 for None) as Python's own numbers.
     """
-    for key, tensor in ((name, tokens), ("labels", labels), ("sample_ids", sample_ids)):
+    for key, tensor in ((name, inputs), ("labels", labels), ("sample_ids", sample_ids)):
         if type(tensor) is not Tensor:
             _check_kind(key, tensor)
         if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
             raise_layout(key, tensor)
     if state is not None and not isinstance(state, SampleState):
         raise TypeError(f"state must be a SampleState or None, got {type(state).__name__}")
-    if tokens.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tokens.dtype}")
+    if inputs.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {inputs.dtype}")
     shape = labels.shape
-    if tokens.dim() not in (2, 3) or tokens.shape[-1] < 1:
+    if inputs.dim() not in (2, 3) or inputs.shape[-1] < 1:
         size = "V" if name == "logits" else "H"
-        raise ValueError(f"{name} must be (B, S, {size}) or (B, {size}) with {size} >= 1, got {tuple(tokens.shape)}")
+        raise ValueError(f"{name} must be (B, S, {size}) or (B, {size}) with {size} >= 1, got {tuple(inputs.shape)}")
     if labels.dtype != torch.int64:
-        _raise_label_dtype(name, labels, tokens)
-    if shape != tokens.shape[:-1]:
+        _raise_label_dtype(name, labels, inputs)
+    if shape != inputs.shape[:-1]:
         raise ValueError(
-            f"labels must be {tuple(tokens.shape[:-1])} for {name} of {tuple(tokens.shape)}, got {tuple(shape)}"
-            + _shape_hint(name, tokens.shape, shape)
+            f"labels must be {tuple(inputs.shape[:-1])} for {name} of {tuple(inputs.shape)}, got {tuple(shape)}"
+            + _shape_hint(name, inputs.shape, shape)
         )
-    device = tokens.device
+    device = inputs.device
     for key, where in (("labels", labels), ("sample_ids", sample_ids)):
         if where is not None and where.device != device:
             raise ValueError(f"{key} must be on the device of {name}, {device}, got {where.device}")
@@ -68,14 +83,14 @@ def check_batch(
     return ignore_index, 0.0 if softcap is None else _softcap(softcap)
 
 
-def check_switches(name: str, tokens: Tensor, shift: bool, update: bool | None, **others: bool) -> None:
+def check_switches(name: str, inputs: Tensor, shift: bool, update: bool | None, **others: bool) -> None:
     """`shift`, `update` and `others` are True or False (`update` also None), and `shift` has positions to shift."""
     for key, value in (("shift", shift), *others.items()):
         if value is not True and value is not False:
             raise TypeError(f"{key} must be True or False, got {value!r}")
     if update is not None and update is not True and update is not False:
         raise TypeError(f"update must be None, True or False, got {update!r}")
-    if shift and tokens.dim() == 2:
+    if shift and inputs.dim() == 2:
         raise ValueError(f"shift=True needs {name} of 3 dimensions: in 2 there is no next position to predict")
 
 
@@ -115,10 +130,10 @@ def raise_layout(key: str, tensor: Tensor) -> None:
     raise TypeError(f"{key} must be a dense tensor, got {how}")
 
 
-def _raise_label_dtype(name: str, labels: Tensor, tokens: Tensor) -> None:
+def _raise_label_dtype(name: str, labels: Tensor, inputs: Tensor) -> None:
     if not (labels.is_floating_point() or labels.is_complex()):
         raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
-    if labels.shape == tokens.shape or (name == "hidden" and labels.dim() == tokens.dim()):  # V is not known here
+    if labels.shape == inputs.shape or (name == "hidden" and labels.dim() == inputs.dim()):  # V is not known here
         raise TypeError(
             f"labels must be int64 class indices, one a token, got {labels.dtype} of shape {tuple(labels.shape)}: "
             "class probabilities are not supported; use F.cross_entropy for them"
@@ -129,11 +144,11 @@ def _raise_label_dtype(name: str, labels: Tensor, tokens: Tensor) -> None:
     )
 
 
-def _shape_hint(name: str, tokens: torch.Size, labels: torch.Size) -> str:
+def _shape_hint(name: str, inputs: torch.Size, labels: torch.Size) -> str:
     """What is probably meant by these shapes, as the end of a sentence."""
-    if labels == tokens:
+    if labels == inputs:
         return "; one-hot labels need labels.argmax(-1)"
-    if len(tokens) == 3 and labels == (tokens[0], tokens[2]):
+    if len(inputs) == 3 and labels == (inputs[0], inputs[2]):
         return f"; {name} with the classes in dimension 1, as F.cross_entropy takes them, need {name}.transpose(1, 2)"
     return ""
 
@@ -238,8 +253,8 @@ def check_values(
     if sample_ids is not None and sample_ids.numel() and state is not None and not suspect:
         suspect = bool(sample_ids.min() < -1 or sample_ids.max() >= state.num_samples)
     if suspect:
-        rows = -1 if state is None else state.num_samples
-        raise_flagged(layout(labels, sample_ids, rows, vocab, ignore_index, shift).error.clone(), rows, vocab)
+        known = -1 if state is None else state.num_samples
+        raise_flagged(layout(labels, sample_ids, known, vocab, ignore_index, shift).error.clone(), known, vocab)
 
 
 def debugging() -> bool:

@@ -1,4 +1,4 @@
-"""Which derivatives the losses have: the first, in reverse mode. Any other is refused and never silently zero."""
+"""The losses have a first derivative, in reverse mode. Any other is refused, and never silently zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLAIN = {
 
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:
-    """Raise `NotImplementedError` where a transform around the call of `name` would get no or a wrong derivative."""
+    """Raise `NotImplementedError` if a transform around the call of `name` would get no derivative or a wrong one."""
     if torch_private.forward_mode() and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, jacfwd, hessian); use "
@@ -56,7 +56,7 @@ def _has_tangent(tensor: Any) -> bool:
 
 
 def check_upstream(name: str, grad_output: Tensor) -> None:
-    """Raise `NotImplementedError` where `grad_output` of a backward of `name` has a tangent, which would be lost."""
+    """Raise `NotImplementedError` if `grad_output` of a backward of `name` has a tangent, which would be lost."""
     if torch_private.forward_mode() and _has_tangent(grad_output):
         raise NotImplementedError(
             f"the gradient of {name} has no forward-mode derivative (forward_ad or torch.func.jvp around a backward); "
@@ -65,18 +65,18 @@ def check_upstream(name: str, grad_output: Tensor) -> None:
 
 
 def once(name: str, grad: Tensor, *sources: Tensor) -> Tensor:
-    """`grad`, of which there is no derivative; `sources` carry the graph of all it depends on."""
+    """`grad`, whose derivative raises; `sources` carry the graph of everything it depends on."""
     return _NoSecondDerivative.apply(name, grad, *sources) if torch.is_grad_enabled() else grad
 
 
 def link(*tensors: Tensor | None) -> Tensor:
-    """An empty tensor with a graph that leads to `tensors`, for `once`: it keeps none of their values."""
+    """An empty tensor whose graph leads to `tensors`, for `once`: it keeps none of their values."""
     with torch.enable_grad():
-        return super(torch.autograd.Function, _Link).apply(*tensors)  # past torch.func, which is refused
+        return super(torch.autograd.Function, _Link).apply(*tensors)  # bypasses torch.func, which is refused
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient under create_graph: usable as a value, an error in the backward, never silently a constant."""
+    """A gradient under create_graph: usable as a value; its backward raises, so it is never silently a constant."""
 
     @staticmethod
     def forward(name: str, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -103,12 +103,3 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
         raise AssertionError("behind _NoSecondDerivative, which raises")
-
-
-def batched(grad_output: Tensor) -> bool:
-    """Whether several gradients are asked for at once (is_grads_batched, jacrev): then the tensor has no memory."""
-    try:
-        grad_output.data_ptr()
-    except RuntimeError:
-        return True
-    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from geko_kernels import ops, torch_private
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    LossOptions,
     ReductionName,
     check_batch,
     check_flag,
@@ -21,10 +22,10 @@ from geko_kernels.losses.arguments import (
     debugging,
     num_items_tensor,
 )
-from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, link, once
-from geko_kernels.losses.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
+from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
+from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import SampleStats, Visits, table_of
+from geko_kernels.losses.logits import ForwardResult, SampleStats, state_arguments
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
@@ -38,7 +39,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class _Call:
     """One call's arguments but for hidden, weight and bias."""
 
-    batch: Batch
+    batch: LabelBatch
     scored: Scored
     state: SampleState | None
     num_items: Tensor | None
@@ -46,25 +47,25 @@ class _Call:
     writes: bool
     chunk_mib: float | None
 
-    def score(self, head: Head, gradients: HeadGradients | None) -> Visits:
-        """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
-        rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
-        rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
+    def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
+        """The result; `gradients` take what is to be multiplied by the upstream gradient."""
+        room = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
+        room = room if gradients is not None else min(room, _SCORE_ROWS)
         batch = self.batch
-        chunks = Chunks(head, batch, rows, gradients, self.state is None and batch.sample_weights is None)
-        rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
+        chunks = Chunks(head, batch, room, gradients, self.state is None and batch.sample_weights is None)
+        rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
 
-        def update(tokens: Tensor, last: bool) -> Visits:
+        def update(statistics: Tensor, last: bool) -> ForwardResult:
             outcome = ops.sample_update_(
-                *(tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
+                *(statistics, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
                 *(head.vocab, self.reduction, batch.ignore_index, batch.shift, self.writes and last),
                 *(batch.token_weights, batch.sample_weights),
             )
-            return Visits._make((*outcome, tokens))
+            return ForwardResult._make((*outcome, statistics))
 
-        visits = chunks.run(self.scored, update, lambda visits: visits.scale)
+        result = chunks.run(self.scored, update, lambda result: result.scale)
         check_flag(error, self.state, head.vocab)
-        return visits
+        return result
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -75,28 +76,28 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, seen: list[Visits]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, seen: list[ForwardResult]
     ) -> Tensor:
         head = make_head(hidden, weight, bias)
         ctx.call, ctx.gradients, ctx.link = call, None, link(hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         if call.reduction == Reduction.NONE:
             ctx.save_for_backward(hidden, weight, bias, call.batch.labels)
-            visits = call.score(head, None)
-            ctx.visits = visits.tokens, visits.coeff, visits.token_visit  # those of the forward that was counted
+            result = call.score(head, None)
+            ctx.saved = result.statistics, result.coeff, result.token_visit  # those of the forward that was counted
         elif ops.recomputing():  # what runs is the backward of the first forward
-            visits = call.score(head, None)
+            result = call.score(head, None)
         else:
             gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
-            visits = call.score(head, gradients)
+            result = call.score(head, gradients)
             ctx.gradients = _unpadded(gradients, head)
-        seen.append(visits)
-        return visits.loss
+        seen.append(result)
+        return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         check_upstream("weighted_linear_loss", grad_output)
-        if batched(grad_output):
+        if torch_private.batched(grad_output):
             raise NotImplementedError(
                 "weighted_linear_loss makes one gradient at a time, and several are asked for at once "
                 "(is_grads_batched); call torch.autograd.grad for each, or use weighted_loss of the logits"
@@ -131,7 +132,7 @@ def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
 
 def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     hidden, weight, bias, labels = ctx.saved_tensors
-    tokens, coeff, token_visit = ctx.visits
+    statistics, coeff, token_visit = ctx.saved
     batch = replace(ctx.call.batch, labels=labels)
     head = make_head(hidden, weight, bias)
     upstream = grad_output.to(coeff.dtype)
@@ -142,10 +143,10 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     coeff = torch.where(coeff != 0, coeff * upstream, 0)
     gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
     chunks = Chunks(head, batch, buffer_rows(head, ctx.call.chunk_mib, gradients.narrow), gradients)
-    rows = torch.arange(len(coeff), device=coeff.device)
-    positions, sources = torch.empty_like(rows), torch.empty_like(rows)
-    kept = int(HostCopy(ops.direct.kept_rows_(coeff, rows, positions, sources, 0, 0, len(rows))).wait())
-    chunks.add_rows(tokens, positions[:kept], coeff, coeff)
+    every = torch.arange(len(coeff), device=coeff.device)
+    positions, sources = torch.empty_like(every), torch.empty_like(every)
+    kept = int(HostCopy(ops.direct.kept_rows_(coeff, every, positions, sources, 0, 0, len(every))).wait())
+    chunks.add_rows(statistics, positions[:kept], coeff, coeff)
     return _unpadded(gradients, head)
 
 
@@ -190,16 +191,9 @@ def weighted_linear_loss(
     state: SampleState | None = ...,
     *,
     bias: Tensor | None = ...,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -212,16 +206,9 @@ def weighted_linear_loss(
     state: SampleState | None = ...,
     *,
     bias: Tensor | None = ...,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[True],
     chunk_mib: int | float | None = ...,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, SampleStats]: ...
 
 
@@ -289,7 +276,7 @@ def weighted_linear_loss(
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     if device.type == "cpu":
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
-    batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
+    batch = LabelBatch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
     call = _Call(
         batch=batch,
         scored=Scored(batch, weight.shape[0]),
@@ -299,14 +286,14 @@ def weighted_linear_loss(
         writes=state is not None and ops.counts(update),
         chunk_mib=budget,
     )
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    seen: list[Visits] = []
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    seen: list[ForwardResult] = []
     with torch.autocast(device.type, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-            loss = _LinearLoss.apply(rows, weight, bias, call, seen)
+            loss = _LinearLoss.apply(flat, weight, bias, call, seen)
         else:
             with torch.no_grad():
-                seen.append(call.score(make_head(rows, weight, bias), None))
+                seen.append(call.score(make_head(flat, weight, bias), None))
             loss = seen[0].loss
     return (loss, seen[0].stats()) if return_stats else loss
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
-from geko_kernels.losses.logits import Visits
+from geko_kernels.losses.logits import ForwardResult
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # of the first rows say whether most are kept
@@ -44,7 +44,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Batch:
+class LabelBatch:
     """What the logits are scored against; see `weighted_loss`."""
 
     labels: Tensor  # (B, S)
@@ -80,7 +80,7 @@ class HostCopy:
 class Scored:
     """The tokens of a batch that predict something; how many, the host learns later. See `ops.scored_rows`."""
 
-    def __init__(self, batch: Batch, vocab: int) -> None:
+    def __init__(self, batch: LabelBatch, vocab: int) -> None:
         self.rows, self.targets, visits = ops.direct.scored_rows(
             batch.labels, batch.sample_ids, vocab, batch.ignore_index, batch.shift
         )
@@ -107,7 +107,7 @@ class Chunks:
     """Passes over a batch with one buffer of logits.
 
     Args:
-        rows: how many rows of logits the buffer holds.
+        room: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
         all_kept: every row is known to be kept.
 
@@ -115,23 +115,26 @@ class Chunks:
     """
 
     def __init__(
-        self, head: Head, batch: Batch, rows: int, gradients: HeadGradients | None, all_kept: bool = False
+        self, head: Head, batch: LabelBatch, room: int, gradients: HeadGradients | None, all_kept: bool = False
     ) -> None:
         self.head, self.batch, self.gradients = head, batch, gradients
         device, dtype = head.hidden.device, head.weight.dtype
         able = gradients is not None and ops.backend_name(device, dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
-        self.buffer = torch.empty(rows, head.weight.shape[0], dtype=dtype, device=device)
-        self.positions = torch.empty(rows, dtype=torch.int64, device=device)  # token of each slot of the buffer
+        self.buffer = torch.empty(room, head.weight.shape[0], dtype=dtype, device=device)
+        self.positions = torch.empty(room, dtype=torch.int64, device=device)  # token of each slot of the buffer
         self.sources = torch.empty_like(self.positions)
         self.used: Tensor | None = None  # (T,) coefficients in what was flushed, once a visit was foreseen
 
     def run(
-        self, scored: Scored, update: Callable[[Tensor, bool], Visits], factor: Callable[[Visits], Tensor | float]
-    ) -> Visits:
+        self,
+        scored: Scored,
+        update: Callable[[Tensor, bool], ForwardResult],
+        factor: Callable[[ForwardResult], Tensor | float],
+    ) -> ForwardResult:
         """Score all rows, and add up the gradients of those with weight, times `coeff * factor`.
 
-        Args: update: statistics (5, T) -> `Visits`, with True at its last call, when all statistics are there.
+        Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
         room = len(self.buffer)
         self.rows, self.targets = scored.rows, scored.targets
@@ -140,7 +143,7 @@ class Chunks:
         if not known:
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
         real = torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
-        self.tokens = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
+        self.statistics = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
@@ -158,20 +161,20 @@ class Chunks:
                 continue
             crossing |= self._foresee(part.stop)
             if crossing and self.used is None:
-                self.used = torch.zeros_like(self.tokens[0])
-            visits = update(self.tokens, False)
-            before, held = held, self._keep(visits, part, held, ready_from)
+                self.used = torch.zeros_like(self.statistics[0])
+            result = update(self.statistics, False)
+            before, held = held, self._keep(result, part, held, ready_from)
             self.fused = self.fused is not False and held - before > FUSED_SHARE * (part.stop - part.start)
             if 2 * held > room:
-                self._flush(visits.coeff * factor(visits), held, last=False)
+                self._flush(result.coeff * factor(result), held, last=False)
                 held = 0
-        visits = update(self.tokens, True)
+        result = update(self.statistics, True)
         if self.gradients is not None:
-            held = self._keep(visits, part, held, ready_from) if count else 0
-            self._finish(visits.coeff * factor(visits), held, list(crossing.values()))
-        return visits
+            held = self._keep(result, part, held, ready_from) if count else 0
+            self._finish(result.coeff * factor(result), held, list(crossing.values()))
+        return result
 
-    def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], Visits]) -> int:
+    def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], ForwardResult]) -> int:
         """Statistics of the scored rows `part`, whose logits go to slots from `held` on; the first `ahead` are there.
 
         Whether that writes the gradients too the host decides, by how many of the first rows are kept; it learns so
@@ -182,7 +185,7 @@ class Chunks:
         if self.fused is None and 0 < sample < count:
             self._statistics(held, part.start, sample, False)
             self._foresee(part.start + sample)
-            coeff, done = update(self.tokens, False).coeff, sample
+            coeff, done = update(self.statistics, False).coeff, sample
             where = (self.rows, self.positions, self.sources, held, part.start, sample)
             kept = HostCopy(ops.direct.kept_rows_(coeff, *where))
         self._logits(part.start + ahead, part.stop, held + ahead)
@@ -200,7 +203,7 @@ class Chunks:
             self.head.logits(rows, self.buffer[slot : slot + stop - start])
 
     def _statistics(self, slot: int, start: int, count: int, fused: bool) -> None:
-        where = (self.rows, self.targets, self.tokens, fused, slot, start, count)
+        where = (self.rows, self.targets, self.statistics, fused, slot, start, count)
         ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap)
 
     def _foresee(self, stop: int) -> dict[int, Tensor]:
@@ -212,22 +215,22 @@ class Chunks:
             return {}
         start, end = (int(self.visit.searchsorted(self.visit[stop], side)) for side in ("left", "right"))
         scored, batch = self.rows[start:stop], self.batch
-        expected = self.tokens.index_select(1, scored)
+        expected = self.statistics.index_select(1, scored)
         if batch.token_weights is None:
             expected = expected.mean(1, keepdim=True)
         else:
             by_token = batch.token_weights.flatten().index_select(0, scored + batch.shift)
             expected = (expected * (by_token / by_token.sum())).sum(1, keepdim=True)
-        self.tokens.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
+        self.statistics.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
         return {start: self.rows[start:end]}
 
-    def _keep(self, visits: Visits, part: slice, held: int, ready_from: int) -> int:
+    def _keep(self, result: ForwardResult, part: slice, held: int, ready_from: int) -> int:
         """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
         count = part.stop - part.start
-        end = ops.direct.kept_rows_(visits.coeff, self.rows, self.positions, self.sources, held, part.start, count)
+        end = ops.direct.kept_rows_(result.coeff, self.rows, self.positions, self.sources, held, part.start, count)
         kept = HostCopy(end)
         batch = self.batch
-        where = (self.positions, self.sources, end, batch.labels, self.tokens, held, held + count)
+        where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
         ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
         return int(kept.wait())
 
@@ -251,9 +254,9 @@ class Chunks:
         if held:
             self._flush(coeff, held, last=not wrong)
         if wrong:
-            self.add_rows(self.tokens, again[:wrong], missing, coeff)
+            self.add_rows(self.statistics, again[:wrong], missing, coeff)
 
-    def add_rows(self, tokens: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor) -> None:
+    def add_rows(self, statistics: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor) -> None:
         """Add the gradients of the tokens `positions`, of which the statistics (5, T) are known.
 
         Args: missing (T,) what is to be added of each token's coefficient, coeff (T,) what that makes in all.
@@ -264,6 +267,6 @@ class Chunks:
             rows = positions[start : start + step]
             slots = self.buffer[: len(rows)]
             self.head.logits(rows, slots)
-            where = (rows, None, None, batch.labels, tokens, 0, len(rows), len(rows))
+            where = (rows, None, None, batch.labels, statistics, 0, len(rows), len(rows))
             ops.direct.gradient_rows_(self.buffer, *where, self.head.vocab, batch.shift, batch.softcap)
             self.gradients.add(slots, rows, missing, coeff, last=start + len(rows) == len(positions))

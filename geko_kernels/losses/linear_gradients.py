@@ -28,7 +28,7 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 class WeightGradient:
-    """`sum(tile.T @ rows)` over calls of `add`, (rows, columns) in `dtype`, summed in float32 (float64 for float64).
+    """`sum(tile.T @ hidden)` over calls of `add`, (rows, columns) in `dtype`, summed in float32 (float64 for float64).
 
     A single product goes straight to `dtype`. Else the sum is held in float32; where `dtype` is narrower, its upper
     half lies in the memory of the result, so that the narrow copy at the end takes no more.
@@ -40,18 +40,18 @@ class WeightGradient:
         self.result = self.memory[: rows * columns].view(rows, columns)
         self.parts: list[Tensor] = []  # float32 sums of the rows, in order
 
-    def add(self, tile: Tensor, rows: Tensor, last: bool) -> None:
-        """Args: tile (n, rows of dW), rows (n, columns); last: nothing will follow."""
+    def add(self, tile: Tensor, hidden: Tensor, last: bool) -> None:
+        """Args: tile (n, rows), hidden (n, columns); last: nothing will follow."""
         first = not self.parts
         if first and last and self.dtype == self.compute:
-            multiply_(self.result, tile.t(), rows)
+            multiply_(self.result, tile.t(), hidden)
             self.parts = [self.result]
             return
         if first:
             self._hold()
         start = 0
         for part in self.parts:
-            multiply_(part, tile[:, start : start + len(part)].t(), rows, add=not first)
+            multiply_(part, tile[:, start : start + len(part)].t(), hidden, add=not first)
             start += len(part)
 
     def _hold(self) -> None:
@@ -146,9 +146,9 @@ class HeadGradients:
         at = positions[: len(tile)]
         if self.weight_grad is not None:
             fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
-            rows = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
-            self.weight_grad.add(tile, rows, last)
-            del rows
+            hidden = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
+            self.weight_grad.add(tile, hidden, last)
+            del hidden
         if self.bias_grad is not None:
             self.bias_grad.add(tile, missing.index_select(0, at))
         if self.hidden_needed:

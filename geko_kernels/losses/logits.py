@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from geko_kernels import ops, torch_private
 from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
+    LossOptions,
     ReductionName,
     check_batch,
     check_flag,
@@ -20,7 +21,7 @@ from geko_kernels.losses.arguments import (
     debugging,
     num_items_tensor,
 )
-from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, once
+from geko_kernels.losses.derivatives import check_transforms, check_upstream, once
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
 
@@ -43,7 +44,7 @@ class SampleStats(NamedTuple):
     weight: Tensor  # (M,) float32: the bucket's times the sample's; 0 where the visit has no valid token
 
 
-class Visits(NamedTuple):
+class ForwardResult(NamedTuple):
     """What the forward op returned: what the backward and `SampleStats` are made of. See `reference.sample_update_`."""
 
     loss: Tensor
@@ -53,7 +54,7 @@ class Visits(NamedTuple):
     floats: Tensor
     ints: Tensor
     flags: Tensor
-    tokens: Tensor
+    statistics: Tensor
 
     def stats(self) -> SampleStats:
         return _stats_of(self.floats, self.ints, self.flags)
@@ -72,21 +73,23 @@ class _LogitsLoss(torch.autograd.Function):
     """Ties a loss that is already computed to the logits it came from."""
 
     @staticmethod
-    def forward(logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, inplace: bool) -> Tensor:
-        return visits.loss
+    def forward(
+        logits: Tensor, labels: Tensor, result: ForwardResult, shift: bool, softcap: float, inplace: bool
+    ) -> Tensor:
+        return result.loss
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        logits, labels, visits, ctx.shift, ctx.softcap, ctx.inplace = inputs
+        logits, labels, result, ctx.shift, ctx.softcap, ctx.inplace = inputs
         ctx.save_for_backward(logits, labels)
         # on ctx, not saved: checkpointing's backward has to use the forward that updated the state
-        ctx.visits = visits.tokens, visits.coeff, visits.scale, visits.token_visit
+        ctx.saved = result.statistics, result.coeff, result.scale, result.token_visit
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         check_upstream("weighted_loss", grad_output)
         logits, labels = ctx.saved_tensors
-        grad = _logits_grad(grad_output, logits, labels, ctx.visits, ctx.shift, ctx.softcap, ctx.inplace)
+        grad = _logits_grad(grad_output, logits, labels, ctx.saved, ctx.shift, ctx.softcap, ctx.inplace)
         return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
 
 
@@ -153,7 +156,7 @@ def _apply(*args: Any) -> Tensor:
 
 
 def _check_single(grad_output: Tensor) -> None:
-    if batched(grad_output):
+    if torch_private.batched(grad_output):
         raise NotImplementedError(
             "inplace=True has room for one gradient, where the logits are, neither for several at once "
             "(is_grads_batched, jacrev) nor for the transforms of torch.func; leave inplace=False"
@@ -167,16 +170,9 @@ def weighted_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[False] = ...,
     inplace: bool = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -187,16 +183,9 @@ def weighted_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    reduction: ReductionName = ...,
-    shift: bool = ...,
-    ignore_index: int = ...,
-    num_items: int | float | Tensor | None = ...,
-    softcap: float | None = ...,
-    token_weights: Tensor | None = ...,
-    sample_weights: Tensor | None = ...,
-    update: bool | None = ...,
     return_stats: Literal[True],
     inplace: bool = ...,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, SampleStats]: ...
 
 
@@ -293,7 +282,7 @@ def weighted_loss(
         )
     if eager and logits.device.type == "cpu":
         check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
-    rules, weights, columns, error = table_of(state, logits.device, eager)
+    rules, weights, columns, error = state_arguments(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
     options = (code, ignore_index, shift, cap, writes)
     table = (rules, weights, items, columns, error)
@@ -305,8 +294,8 @@ def weighted_loss(
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
-        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
-        loss = visits.loss
+        result = ForwardResult(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
+        loss = result.loss
     else:
         loss, plan, _, entries, _ = planned
     if eager:
@@ -314,15 +303,15 @@ def weighted_loss(
     if differentiable:
         if planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
-            loss = _apply(logits, labels, visits, shift, cap, overwrite)
+            loss = _apply(logits, labels, result, shift, cap, overwrite)
         else:
             loss = _apply_planned(logits, labels, (*planned, prediction), inplace)
     if not return_stats:
         return loss
-    return loss, visits.stats() if planned is None else _stats_of(*plan.entries_of(entries))
+    return loss, result.stats() if planned is None else _stats_of(*plan.entries_of(entries))
 
 
-def table_of(
+def state_arguments(
     state: SampleState | None, device: torch.device, eager: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
     """Rules, weights, columns and error flag of `state` as `sample_update_` takes them."""

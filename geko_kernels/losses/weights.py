@@ -1,4 +1,4 @@
-"""`token_weights` and `sample_weights` of the losses: what they may be, and what the ops take for them."""
+"""Checks the losses' `token_weights` and `sample_weights`, and brings them into the form of the ops."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def prepare_weights(
     sample_weights: Tensor | None,
     look: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The labels, `ignore_index` where a token weighs 0; the token weights (B, S) and the sample weights for the ops.
+    """The labels, with `ignore_index` for tokens of weight 0; the token weights (B, S) and sample weights for the ops.
 
-    Args: labels (B, S) or (B,); real: in which dtype the ops compute; look: raise for a value that is no finite number
-        of 0 or more; without, it becomes NaN, which the loss shows.
+    Args: labels (B, S) or (B,); real: the dtype in which the ops compute; look: raise for a value that is not a finite
+        number of 0 or more; without it, such a value becomes NaN, and so does the loss.
     """
     if token_weights is not None:
         token_weights = _checked("token_weights", token_weights, labels, labels.shape, "one a label")
@@ -39,7 +39,7 @@ def prepare_weights(
 
 
 def _checked(name: str, weights: Tensor, labels: Tensor, shape: torch.Size, each: str) -> Tensor:
-    """`weights`, the argument `name`, after a look at all but its values."""
+    """`weights`, the argument `name`, after checks of everything but its values."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(weights).__name__}")
     if hasattr(weights, "full_tensor"):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from geko_kernels import torch_private
-from geko_kernels.losses.derivatives import batched
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
@@ -155,7 +154,7 @@ def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sample_update(
-    tokens: Tensor,
+    statistics: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     _rules: Tensor,
@@ -169,17 +168,17 @@ def _fake_sample_update(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     entries = _entries(labels, sample_ids)
     packed = sample_ids is not None and sample_ids.dim() == 2
-    value = tokens.new_empty(() if reduction else (entries,))
-    coeff = tokens.new_empty(labels.numel())
+    value = statistics.new_empty(() if reduction else (entries,))
+    coeff = statistics.new_empty(labels.numel())
     token_visit = labels.new_empty(labels.numel() if packed else 0, dtype=torch.int32)
-    floats, ints = tokens.new_empty((6, entries)), labels.new_empty((2, entries))
+    floats, ints = statistics.new_empty((6, entries)), labels.new_empty((2, entries))
     flags = labels.new_empty((2, entries), dtype=torch.uint8)
-    return value, tokens.new_empty(()), coeff, token_visit, floats, ints, flags
+    return value, statistics.new_empty(()), coeff, token_visit, floats, ints, flags
 
 
 def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    tokens, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
-    return *_fake_sample_update(tokens, labels, sample_ids, *table, logits.shape[-1], *options), tokens
+    statistics, (table, options) = _fake_token_stats(logits, labels), (rest[:5], rest[5:])
+    return *_fake_sample_update(statistics, labels, sample_ids, *table, logits.shape[-1], *options), statistics
 
 
 def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -333,7 +332,7 @@ def planned_logits_grad(
     backend = _planning(logits, labels, grad_output)
     if inplace and predicted is not None:
         backend = _load("triton")
-    elif backend is None or batched(grad_output) or not plan.fits(logits, labels):
+    elif backend is None or torch_private.batched(grad_output) or not plan.fits(logits, labels):
         return None
     if predicted is None:
         grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)

@@ -114,7 +114,7 @@ def _check_reduction(reduction: int) -> None:
 
 
 def _sample_update(
-    tokens: Tensor,
+    statistics: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     rules: Tensor,
@@ -127,10 +127,10 @@ def _sample_update(
     *options: Any,
 ) -> None:
     _check_batch(labels, sample_ids, (None, None))
-    _check("tokens", tokens, (5, labels.numel()), _STATISTICS, labels.device)
+    _check("tokens", statistics, (5, labels.numel()), _STATISTICS, labels.device)
     _check_update(labels, rules, weights, num_items, columns, error)
     _check_reduction(reduction)
-    _check_visit_weights(labels, sample_ids, tokens.dtype, *options[3:])
+    _check_visit_weights(labels, sample_ids, statistics.dtype, *options[3:])
 
 
 def _loss_forward(
@@ -155,7 +155,7 @@ def _logits_grad(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -166,7 +166,7 @@ def _logits_grad(
     count, device = labels.numel(), labels.device
     real = (torch.float64,) if logits.dtype == torch.float64 else _FLOAT32
     packed = token_visit.numel() > 0
-    _check("tokens", tokens, (5, count), real, device)
+    _check("tokens", statistics, (5, count), real, device)
     _check("coeff", coeff, (count,), real, device)
     _check("scale", scale, (), real, device)
     _check("token_visit", token_visit, (count if packed else 0,), _INT32, device)
@@ -191,7 +191,7 @@ def _score_rows(
     logits: Tensor,
     rows: Tensor,
     targets: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     fused: bool,
     slot: int,
     start: int,
@@ -203,7 +203,7 @@ def _score_rows(
     _check("logits", logits, (None, None), _REAL, device)
     _check("rows", rows, (None,), _INT64, device)
     _check("targets", targets, tuple(rows.shape), _INT64, device)
-    _check("tokens", tokens, (5, None), _STATISTICS, device)
+    _check("tokens", statistics, (5, None), _STATISTICS, device)
     _check_range("slots", slot, slot + count, len(logits))
     _check_range("rows [start, start + count)", start, start + count, len(rows))
     _check_range("columns", 0, vocab, logits.shape[1])
@@ -227,7 +227,7 @@ def _gradient_rows(
     sources: Tensor | None,
     end: Tensor | None,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     first: int,
     last: int,
     ready_from: int,
@@ -239,7 +239,7 @@ def _gradient_rows(
     _check("logits", logits, (None, None), _REAL, device)
     _check("positions", positions, (None,), _INT64, device)
     _check_batch(labels, None, (None, None))
-    _check("tokens", tokens, (5, labels.numel()), _STATISTICS, device)
+    _check("tokens", statistics, (5, labels.numel()), _STATISTICS, device)
     slots = min(len(logits), len(positions))
     if sources is not None:
         _check("sources", sources, (None,), _INT64, device)

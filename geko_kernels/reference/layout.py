@@ -32,8 +32,8 @@ def layout(
     """Split (B, S) labels into visits; `num_samples` < 0 means no table, so any id but -1 counts."""
     batch, length = labels.shape
     device = labels.device
-    rows = torch.arange(batch, device=device)
-    ids = rows if sample_ids is None else sample_ids
+    each_row = torch.arange(batch, device=device)
+    ids = each_row if sample_ids is None else sample_ids
     packed = ids.dim() == 2
     token_ids = ids if packed else ids[:, None].expand(batch, length)  # (B, S)
     target = labels
@@ -52,7 +52,7 @@ def layout(
         visit_ids[torch.where(start, visit, entries).flatten()] = token_ids.flatten()
         visit_ids = visit_ids[:-1]
     else:
-        visit = rows[:, None].expand(batch, length)
+        visit = each_row[:, None].expand(batch, length)
         entries, visit_ids = batch, ids
     visit = torch.where(token_ids == -1, -1, visit).flatten()
     target, token_ids = target.flatten(), token_ids.flatten()

@@ -1,4 +1,4 @@
-"""The predicted gradient in plain PyTorch: what the kernels of `kernels.predicted_plan` are tested against.
+"""The predicted gradient in plain PyTorch: what the kernels of `kernels.one_pass` are tested against.
 
 Shapes as in `reference`. The factor of each token's gradient, `coeff * scale * upstream`, is predicted before the
 logits are read, so that one pass over them does; afterwards, rows of which the prediction was wrong are corrected.
@@ -28,15 +28,15 @@ def predict(
 
     Returns: target (T,) int32, -1 where a token predicts nothing; coeff (T,); count (): what divides the loss.
     """
-    rows = -1 if bucket is None else bucket.shape[0]
-    where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
+    num_samples = -1 if bucket is None else bucket.shape[0]
+    where = layout(labels, sample_ids, num_samples, vocab, ignore_index, shift)
     entries = where.ids.shape[0]
     slot = torch.where(where.visit < 0, entries, where.visit)
     count = torch.zeros(entries + 1, dtype=torch.int64, device=labels.device)
     count = count.index_add_(0, slot, where.valid.long())[:-1]
     weight = torch.ones(entries, device=labels.device)
     if bucket is not None and quarantined is not None:
-        row = where.ids.clamp(0, rows - 1)
+        row = where.ids.clamp(0, num_samples - 1)
         shut_out = quarantined.view(torch.uint8)[row] != 0
         weight = torch.where(shut_out, 0, weights[bucket[row].long().clamp(max=3)])
     by_token = reduction == Reduction.TOKEN_MEAN
@@ -52,7 +52,7 @@ def predicted_rows_(
     """Token statistics, and the gradient of those rows whose predicted factor is not 0; other rows stay as they are.
 
     Args: logits, grad (B, S, V), maybe the same; divisor () of the loss, None for a sum; upstream ().
-    Returns: tokens (5, T), see `reference.token_stats`; factor (T,): `coeff / divisor * upstream`.
+    Returns: statistics (5, T), see `reference.token_stats`; factor (T,): `coeff / divisor * upstream`.
     """
     vocab = logits.shape[-1]
     scored = target >= 0
@@ -63,18 +63,18 @@ def predicted_rows_(
     at_target = z.gather(1, y)[:, 0]
     loss = total.log() - (at_target - top)
     hit = (at_target == top) & ~loss.isnan()
-    tokens = torch.zeros(5, target.numel(), device=logits.device)
-    tokens[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.float()])
+    statistics = torch.zeros(5, target.numel(), device=logits.device)
+    statistics[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.float()])
     scale = 1 if divisor is None else torch.where(divisor > 0, 1 / divisor.float(), 0)
     factor = torch.where(scored & (coeff != 0), coeff * scale * upstream, 0)
     written = factor != 0
     kept = written[scored]
-    rows = (z[kept] - top[kept, None]).exp() / total[kept, None]
-    rows.scatter_add_(1, y[kept], -torch.ones_like(rows[:, :1]))
+    softmax = (z[kept] - top[kept, None]).exp() / total[kept, None]
+    softmax.scatter_add_(1, y[kept], -torch.ones_like(softmax[:, :1]))
     length = grad.shape[1]
     at = written.nonzero()[:, 0]
-    grad[at // length, at % length] = (rows * factor[at, None]).to(grad.dtype)
-    return tokens, factor
+    grad[at // length, at % length] = (softmax * factor[at, None]).to(grad.dtype)
+    return statistics, factor
 
 
 def correct_rows_(
@@ -82,7 +82,7 @@ def correct_rows_(
     grad_output: Tensor,
     logits: Tensor,
     target: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     factor: Tensor,
@@ -105,7 +105,7 @@ def correct_rows_(
         elif inplace and factor[t] != 0:
             row.copy_(row.float() * (true[t] / factor[t]))
         else:
-            softmax = (source.float() - tokens[1, t] - tokens[2, t]).exp()
+            softmax = (source.float() - statistics[1, t] - statistics[2, t]).exp()
             softmax[target[t]] -= 1
             row.copy_(softmax * true[t])
     counts += torch.stack([((factor == true) & (true != 0)).sum(), (factor != true).sum()])

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from geko_kernels.columns import rows_of, table_of
+from geko_kernels.columns import num_samples_of, table_of
 from geko_kernels.reference.layout import Layout, layout
-from geko_kernels.reference.visits import Visits, learn, sum_dtype, visit_means, write_rows_
+from geko_kernels.reference.visits import VisitMeans, learn, sum_dtype, visit_means, write_rows_
 
 
 class Reduction(enum.IntEnum):
@@ -62,7 +63,7 @@ def token_stats(
 
 
 def sample_update_(
-    tokens: Tensor,
+    statistics: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     rules: Tensor,
@@ -80,7 +81,8 @@ def sample_update_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Visit means, learning state, bucket and weight of each visit, and the loss.
 
-    Args: tokens (5, T) from `token_stats`; the columns of `SampleState`, or none (plain loss, weight 1);
+    Args: statistics (5, T) from `token_stats`, `tokens` in the schema;
+        the columns of `SampleState`, or none (plain loss, weight 1);
         weights (4,) by `Bucket`; num_items () replaces the divisor of mean and token_mean;
         token_weights (B, S) beside the labels, above 0 where those are not ignore_index: the means become weighted;
         sample_weights (B,), or with one id a token (B, S), of which a visit's first counts: multiply its weight.
@@ -93,14 +95,14 @@ def sample_update_(
         floats (6, M): loss, confidence, accuracy, quality, q_value, weight;
         ints (2, M) int64: sample id, valid tokens;  flags (2, M) uint8: bucket, correct.
     """
-    rows, table = rows_of(columns), table_of(columns)
-    where = layout(labels, sample_ids, rows, vocab, ignore_index, shift)
+    num_samples, table = num_samples_of(columns), table_of(columns)
+    where = layout(labels, sample_ids, num_samples, vocab, ignore_index, shift)
     by_token = None if token_weights is None else (token_weights.roll(-1, 1) if shift else token_weights).flatten()
-    visits = visit_means(tokens, where, rows, by_token)
+    visits = visit_means(statistics, where, num_samples, by_token)
     learnt = learn(visits, table, rules)
     weight = torch.ones_like(visits.loss)
     if table:
-        weight = weights[learnt.bucket.clamp(max=3)].to(tokens.dtype)
+        weight = weights[learnt.bucket.clamp(max=3)].to(statistics.dtype)
         shut_out = table["quarantined"].view(torch.uint8)[visits.row] != 0  # a damaged file's bytes need not be 0 or 1
         weight = torch.where(visits.in_table & shut_out, 0, weight)
     if sample_weights is not None:
@@ -132,7 +134,7 @@ def _per_visit(sample_weights: Tensor, where: Layout) -> Tensor:
 
 
 def _reduce(
-    visits: Visits,
+    visits: VisitMeans,
     weight: Tensor,
     where: Layout,
     by_token: Tensor | None,
@@ -175,18 +177,18 @@ def loss_forward_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`token_stats`, then `sample_update_`: the forward of the logits path in one op.
 
-    Returns: `sample_update_`'s seven and `tokens` (5, T) last.
+    Returns: `sample_update_`'s seven and `statistics` (5, T) last.
     """
-    tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap)
+    statistics = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap)
     rest = (logits.shape[-1], reduction, ignore_index, shift, update, token_weights, sample_weights)
-    return *sample_update_(tokens, labels, sample_ids, rules, weights, num_items, columns, error, *rest), tokens
+    return *sample_update_(statistics, labels, sample_ids, rules, weights, num_items, columns, error, *rest), statistics
 
 
 def logits_grad(
     grad_output: Tensor,
     logits: Tensor,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     coeff: Tensor,
     scale: Tensor,
     token_visit: Tensor,
@@ -200,16 +202,16 @@ def logits_grad(
     """
     batch, length, vocab = logits.shape
     if grad_output.dim():
-        rows = torch.arange(batch, device=labels.device).repeat_interleave(length)
-        upstream = grad_output[(token_visit.long() if token_visit.numel() else rows)]
+        row_of = torch.arange(batch, device=labels.device).repeat_interleave(length)
+        upstream = grad_output[(token_visit.long() if token_visit.numel() else row_of)]
     else:
         upstream = grad_output
-    g = torch.where(coeff != 0, coeff * scale * upstream.to(tokens.dtype), 0)  # (T,)
+    g = torch.where(coeff != 0, coeff * scale * upstream.to(statistics.dtype), 0)  # (T,)
     kept = g != 0
     target = labels.roll(-1, 1) if shift else labels
-    raw = logits.flatten(0, 1)[kept].to(tokens.dtype)
+    raw = logits.flatten(0, 1)[kept].to(statistics.dtype)
     z = _cap(raw, softcap)
-    grad = (z - tokens[1, kept, None] - tokens[2, kept, None]).exp()
+    grad = (z - statistics[1, kept, None] - statistics[2, kept, None]).exp()
     grad.scatter_add_(1, target.flatten()[kept, None], -torch.ones_like(grad[:, :1]))
     if softcap:
         grad *= 1 - (z / softcap).square()
@@ -218,16 +220,6 @@ def logits_grad(
     return out.view(batch, length, vocab)
 
 
-def logits_grad_(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    tokens: Tensor,
-    coeff: Tensor,
-    scale: Tensor,
-    token_visit: Tensor,
-    shift: bool,
-    softcap: float,
-) -> None:
+def logits_grad_(grad_output: Tensor, logits: Tensor, *rest: Any) -> None:
     """`logits_grad`, written over the logits."""
-    logits.copy_(logits_grad(grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap))
+    logits.copy_(logits_grad(grad_output, logits, *rest))

@@ -41,7 +41,7 @@ def score_rows_(
     logits: Tensor,
     rows: Tensor,
     targets: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     fused: bool,
     slot: int,
     start: int,
@@ -49,18 +49,19 @@ def score_rows_(
     vocab: int,
     softcap: float,
 ) -> None:
-    """`tokens[:, rows] = token_stats(logits)` of the scored rows [start, start + count), whose logits are in the slots
-    from `slot` on.
+    """`statistics[:, rows] = token_stats(logits)` of the scored rows [start, start + count).
 
-    Args: logits (R, ld); rows, targets (T,) from `scored_rows`; tokens (5, T); fused: also write `softmax - onehot`
+    Their logits are in the slots from `slot` on.
+
+    Args: logits (R, ld); rows, targets (T,) from `scored_rows`; statistics (5, T); fused: also write `softmax - onehot`
         over the logits, 0 beyond `vocab`.
     """
     slots, part = slice(slot, slot + count), slice(start, start + count)
     target = targets[part]
     stats = token_stats(logits[slots, None, :vocab], target[:, None], None, -1, False, softcap)
-    tokens.index_copy_(1, rows[part], stats)
+    statistics.index_copy_(1, rows[part], stats)
     if fused:
-        x = logits[slots, :vocab].to(tokens.dtype)
+        x = logits[slots, :vocab].to(statistics.dtype)
         logits[slots, :vocab] = _gradient(x, target, stats[1, :, None], stats[2, :, None], softcap).to(logits.dtype)
         logits[slots, vocab:] = 0
 
@@ -97,7 +98,7 @@ def gradient_rows_(
     sources: Tensor | None,
     end: Tensor | None,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     first: int,
     last: int,
     ready_from: int,
@@ -109,18 +110,18 @@ def gradient_rows_(
 
     Args:
         logits (R, ld); positions (R,) and sources (R,) from `kept_rows_`: z is `logits[sources[slot]]`, without
-            sources that of the slot itself; end () int32, without it `last`; labels (B, S); tokens (5, T) statistics;
+            sources that of the slot itself; end () int32, without it `last`; labels (B, S); statistics (5, T);
         ready_from: sources from this slot on are gradients already and only move.
     """
     last = last if end is None else min(last, int(end))
     slots = torch.arange(first, last, device=logits.device)
     source = slots if sources is None else sources[slots]
-    rows, at = logits[source], positions[slots]
+    raw, at = logits[source], positions[slots]
     target = (labels.roll(-1, 1) if shift else labels).flatten()[at]
-    top, log_sum = tokens[1:3, at, None]
-    grad = torch.zeros_like(rows)
-    grad[:, :vocab] = _gradient(rows[:, :vocab].to(tokens.dtype), target, top, log_sum, softcap).to(logits.dtype)
-    logits[slots] = torch.where((source >= ready_from)[:, None], rows, grad)
+    top, log_sum = statistics[1:3, at, None]
+    grad = torch.zeros_like(raw)
+    grad[:, :vocab] = _gradient(raw[:, :vocab].to(statistics.dtype), target, top, log_sum, softcap).to(logits.dtype)
+    logits[slots] = torch.where((source >= ready_from)[:, None], raw, grad)
 
 
 def _gradient(x: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, softcap: float) -> Tensor:
@@ -149,8 +150,8 @@ def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:
     """
     total = torch.zeros(tile.shape[1], dtype=sum_dtype(tile.device), device=tile.device)
     for start in range(0, len(tile), SUMMED_ROWS):
-        rows = slice(start, start + SUMMED_ROWS)
-        total += torch.mv(tile[rows].t().to(by_row.dtype), by_row[rows])
+        part = slice(start, start + SUMMED_ROWS)
+        total += torch.mv(tile[part].t().to(by_row.dtype), by_row[part])
     return total
 
 

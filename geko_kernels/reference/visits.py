@@ -31,7 +31,7 @@ class Rules(enum.IntEnum):
 Table = Mapping[str, Tensor]  # columns of the `SampleState` by name, (N, ...); empty without one
 
 
-class Visits(NamedTuple):
+class VisitMeans(NamedTuple):
     """Means over the tokens of each visit, (M,) each."""
 
     ids: Tensor
@@ -64,8 +64,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
-def visit_means(tokens: Tensor, where: Layout, rows: int, by_token: Tensor | None) -> Visits:
-    """Means over the valid tokens (5, T) of each visit, weighted `by_token` (T,); `rows` of the table, -1 without."""
+def visit_means(statistics: Tensor, where: Layout, num_samples: int, by_token: Tensor | None) -> VisitMeans:
+    """Means of the statistics (5, T) over each visit's valid tokens, weighted `by_token` (T,).
+
+    `num_samples` is -1 without a table.
+    """
     entries = where.ids.shape[0]
     slot = torch.where(where.visit < 0, entries, where.visit)
 
@@ -74,23 +77,23 @@ def visit_means(tokens: Tensor, where: Layout, rows: int, by_token: Tensor | Non
         return sums.index_add_(0, slot, values)[:-1]
 
     num_tokens = per_visit(where.valid.long())
-    wide, items = tokens.to(sum_dtype(tokens.device)), num_tokens
+    wide, items = statistics.to(sum_dtype(statistics.device)), num_tokens
     if by_token is not None:
         by_token = by_token.to(wide.dtype)
         wide, items = wide * by_token, per_visit(torch.where(where.valid, by_token, 0))
     divisor = torch.where(num_tokens > 0, items, 1)
     sums = [per_visit(torch.where(where.valid, wide[i], 0)) for i in (0, 3, 4)]
-    loss, sure, accuracy = ((part / divisor).to(tokens.dtype) for part in sums)
-    loss_sum = sums[0].to(tokens.dtype)
+    loss, sure, accuracy = ((part / divisor).to(statistics.dtype) for part in sums)
+    loss_sum = sums[0].to(statistics.dtype)
     counted = num_tokens > 0
     finite = counted & loss.float().isfinite() & sure.isfinite()
-    row = where.ids.clamp(0, max(rows - 1, 0))
-    in_table = (where.ids >= 0) & (where.ids < rows)
+    row = where.ids.clamp(0, max(num_samples - 1, 0))
+    in_table = (where.ids >= 0) & (where.ids < num_samples)
     means = (loss_sum, loss, sure, accuracy)
-    return Visits(where.ids, row, in_table, num_tokens, items, divisor, counted, finite, *means)
+    return VisitMeans(where.ids, row, in_table, num_tokens, items, divisor, counted, finite, *means)
 
 
-def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
+def learn(visits: VisitMeans, table: Table, rules: Tensor) -> Learnt:
     """The new row of each visit; a visit without finite means leaves Q-value and quality as they were."""
 
     def old(name: str) -> Tensor:
@@ -118,12 +121,12 @@ def learn(visits: Visits, table: Table, rules: Tensor) -> Learnt:
     return Learnt(q, history, seen, quality, bucket, correct)
 
 
-def write_rows_(visits: Visits, learnt: Learnt, table: Table) -> None:
+def write_rows_(visits: VisitMeans, learnt: Learnt, table: Table) -> None:
     """The rows of finite visits; of a sample visited twice the last one's."""
-    rows = len(table["q_value"])
-    place = torch.where(visits.finite, visits.ids, rows)
+    num_samples = len(table["q_value"])
+    place = torch.where(visits.finite, visits.ids, num_samples)
     position = torch.arange(len(place), device=place.device)
-    last = torch.full((rows + 1,), -1, device=place.device).scatter_reduce_(0, place, position, "amax")
+    last = torch.full((num_samples + 1,), -1, device=place.device).scatter_reduce_(0, place, position, "amax")
     write = visits.finite & (last[place] == position)
     at = visits.ids[write]
     streak = (table["wrong_streak"][at].int() + 1).clamp(max=255)

@@ -1,4 +1,4 @@
-"""`GEKOTrainingArguments`: Transformers' arguments and the few that GEKO adds."""
+"""`GEKOTrainingArguments`: Transformers' arguments and those that GEKO adds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import TrainingArguments
 class GEKOTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and:
 
-    probe_batch_size: samples per device in a forward-only probe batch; 4 * per_device_train_batch_size if left out.
-        `GEKOConfig.probe_batch_size`, where it is given, is taken instead.
-    shift_labels: whether position t predicts label t + 1. Left out: as in the model's own loss, which GEKOTrainer asks
-        it for; for a module without one yes where labels are (B, S), no where they are (B,). Given: the cross-entropy
-        of the logits is trained, whatever loss the model has of its own.
+    probe_batch_size: samples per device in a forward-only probe batch; 4 * per_device_train_batch_size by default.
+        `GEKOConfig.probe_batch_size`, if set, takes precedence.
+    shift_labels: whether position t predicts label t + 1. None: as in the model's own loss, which GEKOTrainer runs to
+        find out; for a module without a loss, True for labels (B, S) and False for labels (B,). True or False: the
+        cross-entropy of the logits is trained, whatever the model's own loss is.
     """
 
     probe_batch_size: int | None = field(

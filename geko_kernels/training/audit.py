@@ -1,4 +1,4 @@
-"""GEKO works by hooks of Trainer. A subclass or another Transformers may pass them by: then training stops."""
+"""GEKO works through hooks of Trainer. If a subclass or another Transformers bypasses one, training stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRAIN_BATCHES = ("compute_loss", "training_step", "_prepare_inputs")
 
 
 def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
-    """The error for `what` went wrong; it names those of `hooks` that a subclass replaces, and what they have to do."""
+    """The error for `what` went wrong; names those of `hooks` that a subclass replaces, and what each has to do."""
     own = [(_replaced_by(type(trainer), hook), hook) for hook in hooks]
     reasons = [f"{cls.__name__}.{hook} {METHODS[hook].advice}" for cls, hook in own if cls is not None]
     if not reasons:
@@ -28,13 +28,13 @@ def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
 
 
 def _is_users(cls: type, hook: str) -> bool:
-    """Whether a class of the user's, before GEKO's part or behind it, has a `hook` of its own."""
+    """Whether a class of the user's, derived from GEKO's or a base of it, defines `hook`."""
     owners = [base for base in cls.__mro__ if hook in vars(base)]
     return any(base.__module__.split(".")[0] not in ("geko_kernels", "transformers", "trl") for base in owners)
 
 
 def _replaced_by(cls: type, hook: str) -> type | None:
-    """The class outside geko_kernels and Transformers whose `hook` an instance runs; None where it runs theirs."""
+    """The class outside geko_kernels and Transformers whose `hook` runs; None if it is one of theirs."""
     owner = next((base for base in cls.__mro__ if hook in vars(base)), None)
     if owner is None or owner.__module__.split(".")[0] in ("geko_kernels", "transformers"):
         return None
@@ -42,10 +42,10 @@ def _replaced_by(cls: type, hook: str) -> type | None:
 
 
 class Audit:
-    """Follows one run: every epoch has to be planned, and the visits of every training batch counted.
+    """Checks during a run that every epoch is planned, and the visits of every training batch are counted.
 
-    Hooks report themselves by `saw`, and what comes after them asks by `need`: Trainer may have stopped calling one.
-    `check` tells within a step. It costs nothing on the device.
+    Hooks report their calls by `saw`. Code that depends on a hook asks by `need`, as Trainer may no longer call it.
+    `check` finds a skipped hook within a step. Nothing runs on the device.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -58,9 +58,9 @@ class Audit:
         self.called.update(hooks)
 
     def need(self, hook: str, otherwise: str, caller: str | None = None) -> None:
-        """Raise, saying `otherwise`, where `hook` was not called.
+        """Raise an error that says `otherwise` if `hook` was not called.
 
-        With `caller`, the hook whose part it is: not where the user's own `hook` or `caller` does without it.
+        `caller`: the hook that should call it; there is no error if the user replaces `hook` or `caller`.
         """
         if hook in self.called:
             return
@@ -68,7 +68,7 @@ class Audit:
             raise bypassed(self.trainer, otherwise, (hook,))
 
     def planned(self) -> None:
-        """The run is about to begin: the loader has been made."""
+        """The run is about to start: the loader exists."""
         if self.trainer.sampler is None:
             raise bypassed(self.trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
         self.need("_inner_training_loop", "the run did not begin by it")
@@ -85,12 +85,12 @@ class Audit:
         for batch in batches:
             if not isinstance(batch, Mapping) or "sample_ids" not in batch:
                 raise bypassed(trainer, "a training batch has no 'sample_ids'", _MAKE_BATCHES)
-        dispatched = trainer.args.accelerator_config.dispatch_batches  # the other processes' samplers rest
+        dispatched = trainer.args.accelerator_config.dispatch_batches  # other processes' samplers are not used
         if batches and sampler.position == 0 and not sampler.handed_out and not dispatched:
             raise bypassed(trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
 
     def check(self) -> None:
-        """What was fetched so far has been trained."""
+        """Everything fetched so far has been trained."""
         counted = self.trainer.efficiency.batches
         if counted < self.fetched:
             what = f"{self.fetched - counted} of {self.fetched} training batches were trained without its loss"

@@ -1,4 +1,4 @@
-"""The trainer that `GEKOMixin` stands before: which one it is, and whether the two go together."""
+"""The trainer class that `GEKOMixin` is combined with, and whether the two are compatible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-_REPLACED = {  # hooks that GEKO answers without asking the trainer below
+_REPLACED = {  # hooks that GEKO answers without calling super()
     "compute_loss": "a loss of its own, which GEKO's would replace",
     "get_train_dataloader": "training batches of its own, which GEKO's plans would replace",
     "_get_train_sampler": "an order of its own, which GEKO's plans would replace",
@@ -15,16 +15,16 @@ _REPLACED = {  # hooks that GEKO answers without asking the trainer below
 
 
 def trainer_below(cls: type, mixin: type) -> type | None:
-    """The first class behind `mixin` in the order of `cls` that is a trainer without it."""
+    """The first class after `mixin` in the MRO of `cls` that is a trainer without the mixin."""
     behind = cls.__mro__[cls.__mro__.index(mixin) :]
     return next((base for base in behind if issubclass(base, Trainer) and not issubclass(base, mixin)), None)
 
 
 def check_bases(cls: type, mixin: type) -> None:
-    """Refuse a class in which the mixin's part would not run, or would replace another trainer's.
+    """Refuse a class in which the mixin would not run, or would replace what another trainer does.
 
     Raises:
-        TypeError: says what to write, or what does not go together.
+        TypeError: says what to write, or what cannot be combined.
     """
     order = cls.__mro__
     before = [base for base in order[: order.index(mixin)] if issubclass(base, Trainer) and not issubclass(base, mixin)]
@@ -49,12 +49,12 @@ def arguments_of(trainer: type | None, args: tuple[Any, ...], named: dict[str, A
     """`args` and `named` by name, as `trainer.__init__` takes them.
 
     Raises:
-        TypeError: they do not fit; or there is no trainer behind the mixin.
+        TypeError: they do not match its parameters, or no trainer follows the mixin.
     """
     if trainer is None:
         raise TypeError("GEKOMixin needs a trainer behind it: class MyTrainer(GEKOMixin, transformers.Trainer)")
     made = (vars(base)["__init__"] for base in trainer.__mro__ if "__init__" in vars(base))
-    signatures = (inspect.signature(init).parameters.values() for init in made)  # `*args` is handed on to the next one
+    signatures = (inspect.signature(init).parameters.values() for init in made)  # `*args` is passed on to the next one
     parameters = next(own for own in signatures if not any(p.kind is p.VAR_POSITIONAL for p in own))
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if len(args) > len(names):

@@ -1,15 +1,12 @@
-"""Where a run begins: of which model, and, with `auto_find_batch_size`, again at a smaller batch."""
+"""The start of a run: with which model, and again at a smaller batch with `auto_find_batch_size`."""
 
 from __future__ import annotations
 
 import copy
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -17,6 +14,7 @@ from transformers.utils import logging
 
 from geko_kernels.state import SampleState
 from geko_kernels.training.progress import ProgressMixin
+from geko_kernels.training.random_numbers import RandomNumbers
 from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.report.visits import VisitLog
 
@@ -24,18 +22,18 @@ logger = logging.get_logger(__name__)
 
 
 class BeginningMixin(ProgressMixin):
-    """`transformers.Trainer` whose learning state is of the model that it trains."""
+    """`transformers.Trainer` whose learning state belongs to the model that it trains."""
 
     model_wrapped: Any
     sample_state: SampleState | None
-    _beginning: Beginning | None  # of the run, where it may have to begin again at a smaller batch
-    _saved: Path | None  # the checkpoint that holds the run as it stands
+    _snapshot: Snapshot | None  # of the start of the run, if it may have to start again at a smaller batch
+    _saved: Path | None  # the checkpoint of the run's current step
 
     def _forget_model(self) -> None:
-        """Forget what has been found out about the model's layers."""
+        """Forget what was found out about the model's layers."""
 
     def _follow_model(self) -> None:
-        """Begin the learning state anew where the model is another one; train a model that was set since."""
+        """Reset the learning state if the model is another one; train a model that was set since."""
         whole, wrapped = (
             extract_model_from_parallel(m, keep_torch_compile=False) for m in (self.model, self.model_wrapped)
         )
@@ -52,19 +50,19 @@ class BeginningMixin(ProgressMixin):
         self._remember_model()
 
     def _remember_model(self) -> None:
-        """Remember of which model the learning state is."""
-        kept = self.model_init is None  # else it is made anew, and the old one's memory is to be free
+        """Remember which model the learning state belongs to."""
+        kept = self.model_init is None  # else a new one is made, and the old one must not keep its memory
         model = extract_model_from_parallel(self.model, keep_torch_compile=False) if kept else None
         self._known: tuple[nn.Module | None, SampleState | None] = model, self.sample_state
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
         self._audit.need("train", "the run was not begun by it")
         assert self.sample_state is not None
-        if self.args.auto_find_batch_size:  # is called again after running out of memory
-            if self._beginning is None:
-                self._beginning = Beginning(self.sample_state, self.efficiency)
+        if self.args.auto_find_batch_size:  # called again after running out of memory
+            if self._snapshot is None:
+                self._snapshot = Snapshot(self.sample_state, self.efficiency)
             else:
-                self._beginning.restore_(self.sample_state, self.efficiency)
+                self._snapshot.restore_(self.sample_state, self.efficiency)
                 self.current_flos, self._saved = 0, None
                 self._forget_model()
         self._begin_run()
@@ -85,10 +83,10 @@ class BeginningMixin(ProgressMixin):
         return Efficiency(self.args.device, dist.all_reduce if several else None, visits)
 
 
-class Beginning:
-    """Copies of the learning state, of the counts, and of the random numbers' states.
+class Snapshot:
+    """Copies of the learning state, the counts and the states of the random number generators.
 
-    The model keeps what a given up attempt has trained, as in Trainer.
+    As in Trainer, the model keeps what a failed attempt has trained.
     """
 
     def __init__(self, state: SampleState, counts: Efficiency) -> None:
@@ -96,10 +94,10 @@ class Beginning:
         self._upstream = state.upstream.clone()
         self._counts = copy.deepcopy(counts.state_dict())
         self._visits = 0 if counts.visits is None else counts.visits.mark()
-        self._random = _random_states()
+        self._random = RandomNumbers()
 
     def restore_(self, state: SampleState, counts: Efficiency) -> None:
-        """Forget what an attempt that ran out of memory has left; its wall time goes to "other"."""
+        """Undo an attempt that ran out of memory; its wall time is counted as "other"."""
         state.load_state_dict(self._columns)
         state.upstream.copy_(self._upstream)
         state.predictions.zero_()
@@ -108,19 +106,4 @@ class Beginning:
         counts.spent["other"] += spent - sum(counts.spent.values())
         if counts.visits is not None:
             counts.visits.rewind(self._visits)
-        _set_random_states(self._random)
-
-
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        self._random.restore()

@@ -1,33 +1,24 @@
-"""The progress bar with the bucket shares, and what `epoch` means in logs and checkpoints."""
+"""The progress bar with the bucket shares, and the `epoch` of logs and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 
 class BucketBar(ProgressCallback):
-    """Transformers' progress bar; its end moves with the plans, and it shows what share of the samples is where."""
+    """Transformers' progress bar, whose end follows the plans, with each bucket's share of the samples."""
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None and self.training_bar.total != state.max_steps:
             self.training_bar.total = state.max_steps
             self.training_bar.refresh()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(*args, logs=logs, **kwargs)
         if self.training_bar is not None and logs and "geko_freeze" in logs:
             shares = (f"{name} {logs[f'geko_{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
             self.training_bar.set_postfix_str(", ".join(shares))
@@ -36,26 +27,19 @@ class BucketBar(ProgressCallback):
 class RunEpoch(TrainerCallback):
     """Sets `state.epoch` to `epoch()` after each step, before other callbacks and the log see it.
 
-    Trainer takes each of its epochs for one whole pass over the data. Log steps and saves that did not go by GEKO's
-    part are told to `need(hook, otherwise)`.
+    Trainer takes each epoch for a whole pass over the data. Log steps and saves that bypassed GEKO are reported to
+    `need(hook, otherwise)`.
     """
 
     def __init__(self, epoch: Callable[[], float], need: Callable[[str, str], None]) -> None:
         self.epoch, self.need = epoch, need
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.need("log", "its figures are not in the log")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.need("_save_checkpoint", "the checkpoint has no learning state")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         state.epoch = self.epoch()

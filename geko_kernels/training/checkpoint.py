@@ -21,14 +21,14 @@ from geko_kernels.training.report.efficiency import strict, write_json
 STATE_NAME = "geko_state.safetensors"
 SAMPLER_NAME = "geko_sampler.safetensors"
 EFFICIENCY_NAME = "geko_efficiency.json"
-_TRAINER_STATE = "trainer_state.json"  # Transformers' name, written out since importing Transformers takes seconds
+_TRAINER_STATE = "trainer_state.json"  # Transformers' name; importing it would take seconds
 _FORMAT = "geko_kernels.GEKOSampler"
 
 
 def save_files(
     folder: str | os.PathLike[str], state: SampleState, sampler: dict[str, Any], efficiency: dict[str, Any]
 ) -> None:
-    """Write the three files, each of them whole or not at all."""
+    """Write the three files, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state.save(folder / STATE_NAME)
@@ -42,9 +42,9 @@ def save_files(
 def load_files(
     folder: str | os.PathLike[str], num_samples: int, device: torch.device, like: dict[str, Any]
 ) -> tuple[SampleState, dict[str, Any], dict[str, Any]]:
-    """(state, sampler's values, efficiency's values) of a checkpoint; efficiency's are of the kinds of those in `like`.
+    """(state, sampler's values, efficiency's values) of a checkpoint; efficiency's have the kinds of those in `like`.
 
-    What the sampler's values are is looked at by `GEKOSampler.load_state_dict`.
+    `GEKOSampler.load_state_dict` checks the sampler's values.
 
     Raises:
         ValueError: not a whole checkpoint of GEKOTrainer, a damaged file, or the state of another dataset; names it.
@@ -122,7 +122,7 @@ def _check_trainer_state(path: Path) -> None:
 
 
 def _of_kind(value: Any, like: Any, name: str) -> Any:
-    """`value` if it has the keys and kinds of `like`, NaN in place of a number that is None; lists are of dicts."""
+    """`value` if it has the keys and kinds of `like`, with NaN for a number that is None; lists hold dicts."""
     if isinstance(like, dict):
         if not isinstance(value, dict) or value.keys() != like.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -145,7 +145,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def set_aside(folder: Path, final_name: str) -> None:
-    """Rename a checkpoint that is about to be written again: it lasts until the new one is whole."""
+    """Rename a checkpoint that is about to be rewritten; it is kept until the new one is whole."""
     kept = folder.with_name(f".{folder.name}.old")
     if _is_whole(folder, final_name):
         shutil.rmtree(kept, ignore_errors=True)
@@ -155,7 +155,7 @@ def set_aside(folder: Path, final_name: str) -> None:
 
 
 def drop_set_aside(output_dir: Path) -> None:
-    """A new checkpoint is whole: what `set_aside` has kept is no longer needed."""
+    """Delete what `set_aside` has kept: the new checkpoint is whole."""
     for kept in output_dir.glob(".checkpoint-*.old"):
         shutil.rmtree(kept, ignore_errors=True)
 
@@ -163,8 +163,8 @@ def drop_set_aside(output_dir: Path) -> None:
 def last_complete(output_dir: str | os.PathLike[str], final_name: str) -> str | None:
     """The newest `checkpoint-N` whose last-written file `final_name` (JSON) is whole; None if there is none.
 
-    A process killed while it saves leaves a folder without that file, or with half of it; if that was a step that had
-    been saved before, what `set_aside` kept of it is taken.
+    A process killed while saving leaves a folder without that file, or with half of it. If that step had been saved
+    before, the copy kept by `set_aside` is used.
     """
     folder = Path(output_dir)
     found = []

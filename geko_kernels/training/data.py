@@ -1,4 +1,4 @@
-"""Sample ids through dataset and collator, without touching the user's items."""
+"""Carries sample ids through dataset and collator without changing the user's items."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ IGNORED = -100
 
 
 class Identified(NamedTuple):
-    """One item as the user's dataset gave it, and its sample id; -1 for a repeat that only fills a batch."""
+    """An item of the user's dataset and its sample id; -1 for a repeat that only fills a batch."""
 
     sample_id: int
     item: Any
 
 
 class IdDataset(Dataset[Identified]):
-    """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. Any dataset with `[]` and `len()`.
+    """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. For any dataset with `[]` and `len()`.
 
-    A batch of packs, lists of indices, gives the items of all of them one after the other.
+    For packs, which are lists of indices, a batch has the items of all packs one after the other.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -50,18 +50,18 @@ class IdDataset(Dataset[Identified]):
 class IdCollator:
     """`collator(items)` with `batch["sample_ids"]` added: (B,) int64, or one id a token where rows were merged.
 
-    Rows that the collator merged into one (padding-free collators) get the id of each item for each of its tokens,
-    by the length of the items' `input_ids`. A collator that packs in another way takes a keyword `sample_ids`
-    (list of int, one an item) and returns `batch["sample_ids"]` itself: (B, S), -1 for padding.
-    Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator sees it; the labels
+    If the collator merges rows (padding-free collators), each token gets the id of its item, by the length of the
+    items' `input_ids`. A collator that packs in another way takes a keyword `sample_ids` (list of int, one an item) and
+    returns `batch["sample_ids"]` itself: (B, S), -1 for padding.
+    Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator gets it; the labels
     are the first of `label_names` that the batch has.
 
-    The columns `weights`, `token_weights` (as long as the labels) and `sample_weights` (a number) or one of them, leave
-    the items before `collator` sees them, and join the batch as `weighted_loss` takes them, 0 where it padded.
+    The columns `weights` (`token_weights`, as long as the labels, `sample_weights`, a number, or both) are taken out of
+    the items before `collator` gets them, and added to the batch in the form of `weighted_loss`, 0 for padding.
 
     Raises:
-        ValueError: no labels in the batch, no telling which token belongs to which item, or a weight that is no finite
-            number of 0 or more.
+        ValueError: the batch has no labels, it is unknown which token belongs to which item, or a weight is not a
+            finite number of 0 or more.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class IdCollator:
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
-        batch = copy.copy(batch)  # it may be an item of the dataset's
+        batch = copy.copy(batch)  # it may be an item of the dataset itself
         name = label_of(batch, self.label_names)
         if name is None:
             raise ValueError(
@@ -121,7 +121,7 @@ def takes_ids(collator: Collator) -> bool:
 
 
 def _ids_of(ids: list[int], items: list[Any], labels: Tensor) -> Tensor:
-    """(B,) one id a row, or (1, S) one a token where the items were joined end to end (-1 behind them)."""
+    """(B,) one id a row, or (1, S) one a token if the items were joined end to end (-1 after them)."""
     if labels.dim() and labels.shape[0] == len(items):
         return torch.tensor(ids)
     lengths = [len(item["input_ids"]) for item in items if isinstance(item, Mapping) and "input_ids" in item]
@@ -146,12 +146,12 @@ def _without_repeats(labels: Tensor, sample_ids: Tensor) -> Tensor:
 class CausalCollator:
     """Pads items of a causal LM on the right: the default where no collator is given.
 
-    `input_ids` with `pad_token_id`, `labels` (or `label_ids`, `label`; a copy of `input_ids` where an item has none of
-    them) with -100, and, where there is padding or the items bring it, `attention_mask`. Other keys must be of one
-    shape and are stacked; text and None are left out, as by Transformers' default collator.
+    `input_ids` are padded with `pad_token_id`, `labels` (or `label_ids`, `label`; a copy of `input_ids` if an item has
+    none of them) with -100. `attention_mask` is added if there is padding or the items have it. Other keys must have
+    one shape and are stacked; text and None are dropped, as by Transformers' default collator.
 
     Raises:
-        ValueError: an item without `input_ids`, or with labels of another length; names it.
+        ValueError: an item has no `input_ids`, or labels of another length; names it.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -173,7 +173,7 @@ class CausalCollator:
         return batch
 
 
-LABEL_KEYS = ("labels", "label_ids", "label")  # of an item; what Transformers' default collator takes for labels
+LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transformers' default collator takes for labels
 
 
 def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _integers(values: Any) -> Tensor:
     tensor = torch.as_tensor(values)
-    return tensor if tensor.numel() else tensor.long()  # an empty list makes floats
+    return tensor if tensor.numel() else tensor.long()  # an empty list becomes float32
 
 
 def _padded(values: Tensor, length: int, fill: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""What a trainer's evaluation computes: the model's own loss, without all logits where nobody asks for them."""
+"""A trainer's evaluation: the model's own loss, without all logits if nobody needs them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +16,15 @@ from geko_kernels.training.stopping.mixin import StoppingMixin
 
 
 class EvaluationMixin(StoppingMixin):
-    """`Trainer`'s evaluation. Where the loss alone is wanted and training computes it with the head, so does this."""
+    """`Trainer`'s evaluation. If only the loss is needed and training fuses it with the head, so does evaluation."""
 
     model_accepts_loss_kwargs: bool
     _found: FoundLoss | None
     _evaluates_itself: bool | None
     _takes_num_items: bool
-    _only_loss = False  # within an evaluation that needs no logits
+    _only_loss = False  # set during an evaluation that needs no logits
+    _find_loss: Callable[[nn.Module, dict[str, Any]], FoundLoss]
+    _forward_loss: Callable[..., ModelLoss]
 
     def prediction_step(
         self,
@@ -43,7 +46,7 @@ class EvaluationMixin(StoppingMixin):
         if self._found is None and self.train_dataset is not None:  # evaluated before it is trained
             try:
                 self._find_loss(model, inputs)
-            except ValueError:  # training will say why
+            except ValueError:  # training raises it again
                 return False
         return self._found is not None and self._found.head is not None
 
@@ -60,7 +63,7 @@ class EvaluationMixin(StoppingMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Does a module that is not of Transformers compute a loss of its own? Asked at its first evaluation."""
+        """Does a module from outside Transformers compute a loss? Found out at its first evaluation."""
         if self._evaluates_itself is None:
             name = label_of(inputs, self.label_names)
             takes = name is not None and computes_loss(self._base(), name)
@@ -71,23 +74,10 @@ class EvaluationMixin(StoppingMixin):
     def _own_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Tensor | int | None
     ) -> Any:
-        """The loss that the model computes, as Trainer takes it: of evaluation batches."""
+        """The loss that the model computes for an evaluation batch, as in Trainer."""
         ours = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = self._takes_num_items
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items)
         finally:
             self.model_accepts_loss_kwargs = ours
-
-    def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
-        raise NotImplementedError
-
-    def _forward_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        probe: bool = False,
-        update: bool = True,
-    ) -> ModelLoss:
-        raise NotImplementedError

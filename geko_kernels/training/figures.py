@@ -1,4 +1,4 @@
-"""The figures of a `GEKOTrainer`'s run: what it logs, counts and reports."""
+"""What a `GEKOTrainer` logs, counts and reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
     """`Trainer`'s log with GEKO's figures in it, and the report."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; the entries of training steps also get the keys that `efficiency.py` lists."""
+        """As `Trainer.log`; entries of training steps also have the keys listed in `efficiency.py`."""
         self._audit.saw("log")
         if self.is_in_train and "loss" in logs and self.sampler is not None:
             logs.update(self._measures())
@@ -29,7 +29,7 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
         state.check()
         new = self.efficiency.collect()
         counts = state.bucket_counts()
-        if self.efficiency.reduce is not None:  # each process knows its own rows' moves since the last sync
+        if self.efficiency.reduce is not None:  # each process knows only how its own rows moved since the last sync
             moved = counts - self._counts_at_sync
             self.efficiency.reduce(moved)
             counts = self._counts_at_sync + moved
@@ -51,9 +51,9 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
         return measures
 
     def get_efficiency_report(self) -> dict[str, Any]:
-        """What was truly forwarded and backpropagated so far, beside what a standard run would have; see efficiency.py.
+        """The measured forward and backward work so far, next to a standard run's; see efficiency.py.
 
-        With several processes the figures are those of the last log step, checkpoint or epoch.
+        With several processes the figures are those of the last log step, checkpoint or end of an epoch.
         """
         if self.efficiency.reduce is None and self.is_in_train:
             self.efficiency.collect()

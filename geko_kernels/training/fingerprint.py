@@ -1,11 +1,9 @@
-"""Tells whether a checkpoint was written with the same training set: digests of a few of its items."""
+"""A fingerprint of the training set for checkpoints: digests of a few of its items."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-ITEMS = 64  # at most, at even distances from the first to the last
-_NUMBERS = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float64}  # a list and an array of them are the same
+from geko_kernels.training.random_numbers import fixed_random_numbers
+
+ITEMS = 64  # at most, evenly spaced from the first to the last
+_NUMBERS = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float64}  # a list and an array are equal
 
 
 def fingerprint(dataset: Any, in_worker: bool = False, context: Any = None) -> dict[str, Any]:
     """{"length": len(dataset), "items": a digest, or None, for each of up to 64 rows at fixed positions}.
 
-    None stands for an item that cannot be compared: it differs from one reading to the next, cannot be read here, or
-    holds nothing but values of unknown types. What an unknown type holds is left out, so is a change between the rows.
-    The global random numbers are as before, and the same for each reading: random augmentation is no change.
+    None stands for an item that cannot be compared: it changes from one read to the next, cannot be read here, or has
+    only values of unknown types. Values of unknown types are ignored, and so are rows between those read.
+    The global random state is restored, and is the same for each read, so random augmentation is no change.
 
-    in_worker: read the items in a loader's worker, as training does; datasets may open files that must not be
-        shared with a process forked later. `context` is the loader's multiprocessing context.
+    in_worker: read the items in a loader worker, as training does: a dataset may open files that must not be shared
+        with a process forked later. `context` is the loader's multiprocessing context.
     """
     length = len(dataset)
     rows = sorted({round(k * (length - 1) / (ITEMS - 1)) for k in range(ITEMS)}) if length else []
@@ -37,7 +37,7 @@ def fingerprint(dataset: Any, in_worker: bool = False, context: Any = None) -> d
 
 
 def changed_items(before: dict[str, Any], now: dict[str, Any]) -> tuple[int, int]:
-    """(how many items differ, how many can be compared) of two fingerprints of one length."""
+    """(how many items differ, how many can be compared) in two fingerprints of equal length."""
     pairs = [(a, b) for a, b in zip(before["items"], now["items"], strict=True) if a is not None and b is not None]
     return sum(a != b for a, b in pairs), len(pairs)
 
@@ -57,28 +57,14 @@ def _digest(dataset: Any, row: int) -> str | None:
         try:
             with fixed_random_numbers():
                 known = _feed(hasher, dataset[row])
-        except Exception:  # whatever a dataset of the user's raises: training will show it
+        except Exception:  # whatever the user's dataset raises: training will raise it too
             return None
         readings.append(hasher.hexdigest()[:16] if known else None)
     return readings[0] if readings[0] == readings[1] else None
 
 
-@contextmanager
-def fixed_random_numbers() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-
-
 def _feed(hasher: Any, value: Any) -> bool:
-    """Add `value` to the digest; False where it holds nothing of a known type."""
+    """Add `value` to the digest; False if it has nothing of a known type."""
     if isinstance(value, Mapping):
         known = False
         for name in sorted(value, key=str):

@@ -1,4 +1,4 @@
-"""The batches of a `GEKOLoader`: each process's share of the planned ids, its items collated and on the device."""
+"""The batches of a `GEKOLoader`: each process's share of the planned ids, collated and moved to the device."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from geko_kernels.training.data import IdDataset, Identified
 class Batch(NamedTuple):
     """One batch of the plan, or of the probes before an epoch."""
 
-    data: Any  # what the collate function made, its tensors on the device
-    ids: Tensor  # (B,) int64 on the device; -1 for a repeat that only fills up a process's share
+    data: Any  # the collate function's result, its tensors on the device
+    ids: Tensor  # (B,) int64 on the device; -1 for a repeat that only fills a process's share
     epoch: int
-    trains: bool  # False: a look, forward only
+    trains: bool  # False: a probe, forward only
 
 
-class Shares(Sampler[list[int]]):
-    """For each `batch_size * world` of `ids` (n,) every world-th of them, from `rank` on: one process's batch.
+class ProcessShares(Sampler[list[int]]):
+    """One process's batches: of each `batch_size * world` of `ids` (n,) every world-th, from `rank` on.
 
-    So all processes have as many batches, and their batches as many items: where the last ids do not suffice, `~id` of
-    a repeat fills up, which `IdDataset` turns into the item with id -1.
+    All processes have the same number of batches, with the same number of items. If the last ids are too few, a
+    repeat is added as `~id`, which `IdDataset` turns into the item with id -1.
     """
 
     def __init__(self, ids: Tensor, batch_size: int, rank: int, world: int) -> None:
@@ -72,14 +72,14 @@ class BatchSource:
         self.collate = _Collate(collate_fn or default_collate)
 
     def load(self, ids: Tensor, seed: int) -> Iterator[tuple[Any, Tensor, int]]:
-        """(data, ids, how many of `ids` the batches of all processes hold) of one batch after another."""
+        """Yields (data, ids, how many of `ids` the batches of all processes hold) for each batch."""
         loader = DataLoader(
             IdDataset(self.dataset),
-            batch_sampler=Shares(ids, self.batch_size, self.rank, self.world),
+            batch_sampler=ProcessShares(ids, self.batch_size, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=self.collate,
-            pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU already
-            # of the workers' random numbers: leaves the global one alone, and differs between processes
+            pin_memory=self.device.type == "cuda" and self.num_workers > 0,  # else items may be on the GPU
+            # seeds the workers: leaves the global generator alone, and differs between processes
             generator=torch.Generator("cpu").manual_seed(seed * self.world + self.rank),
         )
         left, size = len(ids), self.batch_size * self.world
@@ -89,7 +89,7 @@ class BatchSource:
 
 
 class _Collate:
-    """(batch, ids (B,) int64) of items with their ids; a class, so that worker processes can be given it."""
+    """(batch, ids (B,) int64) of items with ids; a class, so that it can be pickled for worker processes."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.collate_fn = collate_fn
@@ -115,10 +115,10 @@ def check_dataset(dataset: Any) -> None:
 
 
 def moved(data: Any, device: torch.device) -> Any:
-    """`data` with every tensor in it on `device`; what has a `to` of its own is asked."""
+    """`data` with every tensor moved to `device`; objects with a `to` method move themselves."""
     if isinstance(data, Tensor):
         return data.to(device, non_blocking=True)
-    if callable(getattr(data, "to", None)):  # a PackedSequence among them, which is a named tuple
+    if callable(getattr(data, "to", None)):  # such as a PackedSequence, which is a named tuple
         return data.to(device)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(moved(part, device) for part in data))

@@ -1,4 +1,4 @@
-"""What a loop of the user's own has done with its batches, told from the learning state, for the report."""
+"""Counts for the report what a user's own loop has done with its batches, from the learning state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, LABEL_KEYS
 from geko_kernels.training.report.efficiency import Efficiency, count_tokens
 
-_TIE = 1e-5  # nats: the label has the largest logit where loss + log(confidence) is 0 but for rounding
+_TIE = 1e-5  # nats: the label has the largest logit if loss + log(confidence) is 0 up to rounding
 _UNKNOWN = {
     "tokens": "tokens (they show in attention_mask and input_ids, or in labels)",
     "hits": "accuracy (it shows where batches have one label a sample)",
@@ -23,25 +23,25 @@ _BEYOND = "validation and checkpoints (within an epoch they are part of the step
 
 
 class HandedOut(NamedTuple):
-    """What is told of a batch before the user's loop gets it, which may change its dict."""
+    """What is recorded of a batch before the user's loop gets it, which may change its dict."""
 
     ids: Tensor  # (B,)
     trains: bool
     before: Tensor  # (B,) visits of each
-    tokens: Tensor | None  # () of its own samples, if it shows them
+    tokens: Tensor | None  # () of its own samples, if known
     one_label: bool  # it has one label a sample
 
 
 class LoopCounts(Efficiency):
-    """`Efficiency` of a loop that hands over neither losses nor tokens. Nothing of it waits for the device.
+    """`Efficiency` of a loop that passes on neither losses nor tokens. It never waits for the device.
 
-    A visit of a batch's sample was counted if `times_seen` has grown since the batch was handed out; then its loss is
-    `last_loss`. `loss` in the report is the mean over visits, each of them the mean over its tokens. `steps` are
-    training batches, and `seconds["steps"]` goes from one to the next, loading included. `samples_uncounted` are those
-    whose visit was not counted: without a label, with a loss that is not finite, or left out of the call.
+    A sample's visit has been counted if its `times_seen` has grown since the batch was handed out; its loss is then
+    `last_loss`. `loss` in the report is the mean over visits of the mean over tokens. `steps` are training batches, and
+    `seconds["steps"]` runs from one to the next, loading included. `samples_uncounted` are those whose visit was not
+    counted: without a label, with a loss that is not finite, or left out of the call.
 
     Not measured, and None in the report: `evaluation` and `checkpoints` in `seconds`, `samples_nonfinite`; `tokens_*`
-    where a batch does not show its tokens; `accuracy` where batches do not have one label a sample.
+    if batches do not show their tokens; `accuracy` if batches do not have one label a sample.
     """
 
     def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:
@@ -59,11 +59,11 @@ class LoopCounts(Efficiency):
         return self.state.times_seen[ids.clamp(min=0)]
 
     def visited(self, batch: HandedOut) -> Tensor:
-        """(B,) bool: was a visit of it counted since it was handed out?"""
+        """(B,) bool: has a visit been counted since the batch was handed out?"""
         return (self._seen(batch.ids) > batch.before) & (batch.ids >= 0)
 
     def add(self, batch: HandedOut) -> None:
-        """Count a batch that the user's loop is done with."""
+        """Count a batch that the user's loop has finished."""
         state, ids, counted = self.state, batch.ids, self.visited(batch)
         at = ids.clamp(min=0)
         loss, bucket = state.loss_history[at, -1], state.bucket[at].long()
@@ -92,7 +92,7 @@ class LoopCounts(Efficiency):
 
     @property
     def not_measured(self) -> list[str]:
-        """What the page says of it."""
+        """The note on the report page."""
         return [_BEYOND, *(_UNKNOWN[what] for what in self.unknown)]
 
     def report(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class LoopCounts(Efficiency):
 
 
 def find_labels(data: Any, size: int) -> Tensor | None:
-    """The labels of a batch of `size`: by their name in a dict, the second of a pair, taken as (inputs, labels)."""
+    """The labels of a batch of `size`: found by name in a dict; the second of a pair (inputs, labels)."""
     if isinstance(data, Mapping):
         found = [data[name] for name in LABEL_KEYS if name in data]
     else:
@@ -124,7 +124,7 @@ def find_labels(data: Any, size: int) -> Tensor | None:
 
 
 def count_batch(data: Any, labels: Tensor | None, ids: Tensor) -> Tensor | None:
-    """() tokens that the model reads for the batch's own samples: by its mask, its input_ids, or its labels."""
+    """() number of tokens of the batch's own samples: from its mask, its input_ids, or its labels."""
     if isinstance(data, Mapping):
         rows = [data.get(name) for name in ("attention_mask", "input_ids")]
         if any(isinstance(part, Tensor) and part.dim() == 2 and len(part) == len(ids) for part in rows):

@@ -1,4 +1,4 @@
-"""Where a `GEKOLoader` stands, for a checkpoint: what its `state_dict` and `load_state_dict` do."""
+"""The position of a `GEKOLoader` in a checkpoint: its `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from geko_kernels.training.fingerprint import changed_items
 if TYPE_CHECKING:
     from geko_kernels.training.loader import GEKOLoader
 
-_SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # of both runs
+_SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # must be equal in both runs
 _KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts"}
 
 
 def position_of(loader: GEKOLoader) -> dict[str, Any]:
-    """What `GEKOLoader.state_dict` returns; all processes call it."""
+    """`GEKOLoader.state_dict()`; all processes call it."""
     sampler, state = loader.sampler, loader.state
     state.sync()
     size, trained = loader._size_visited(), loader._trains_at_hand
@@ -76,7 +76,7 @@ def _own(loader: GEKOLoader) -> dict[str, int]:
 
 
 def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> dict[str, Any]:
-    """The report's counts, with the batch at hand or without it; those of the run stay."""
+    """A copy of the report's counts, with or without the current batch."""
     counts = loader.counts
     counts.collect()
     before = copy.deepcopy(counts.state_dict())

@@ -1,4 +1,4 @@
-"""`geko_report.json` and its page, written for runs that no `GEKOTrainer` has trained."""
+"""Writes `geko_report.json` and its page for runs without a `GEKOTrainer`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def write_run(
 ) -> Path:
     """Write the figures, then `report.html` and its PNGs into `folder`; returns the page's path.
 
-    Args: summary: as `run_summary` makes it; not_measured: what the page says is missing; skipped_rows: those that the
-        dataset has left out of the user's data, ascending.
+    Args: summary: from `run_summary`; not_measured: named as missing on the page; skipped_rows: rows of the user's data
+        that are not in the dataset, ascending.
 
     Raises:
-        ImportError: matplotlib or jinja2 is missing; `geko_report.json` is there all the same.
+        ImportError: matplotlib or jinja2 is missing; `geko_report.json` is written nevertheless.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from geko_kernels.training.observed_report import ObservedCounts, summary_of
 from geko_kernels.training.observed_tokens import (
     OF_LOGITS,
     QUANTITIES,
-    Visits,
+    ObservedVisits,
     check_fused_loss,
     find_shift,
     of_fused_head,
@@ -240,7 +240,7 @@ class Observation(TrainerCallback):
         if not fused and not logits:
             kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
             raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none")
-        visits: Visits | None
+        visits: ObservedVisits | None
         if fused:
             visits = self._of_fused_head(fused[-1], ids, loss, num_items)
         else:
@@ -252,7 +252,7 @@ class Observation(TrainerCallback):
         row[:, at[real]] = torch.where(visits.num_tokens > 0, visits.means, row[:, at.clamp(min=0)])[:, real]
         self.counts.add(visits, inputs, ids)
 
-    def _of_fused_head(self, outputs: Any, ids: Tensor, loss: Tensor, num_items: Any) -> Visits:
+    def _of_fused_head(self, outputs: Any, ids: Tensor, loss: Tensor, num_items: Any) -> ObservedVisits:
         if self._fused is None and bool(loss.isfinite()):
             check_fused_loss(outputs, loss, num_items, self._trainer.args.world_size)
             self._fused = True
@@ -262,7 +262,9 @@ class Observation(TrainerCallback):
             )
         return of_fused_head(outputs, ids)
 
-    def _of_logits(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> Visits | None:
+    def _of_logits(
+        self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any
+    ) -> ObservedVisits | None:
         shift = self._shift
         if shift is None:
             if not bool((labels != IGNORED).any() & loss.isfinite()):

@@ -1,4 +1,4 @@
-"""Which sample each row or token of a batch belongs to, for `observe`: the trainer's dataset and collator with ids."""
+"""Sample ids for `observe`: which sample each row or token of the trainer's batches belongs to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers.utils import is_datasets_available
 
 from geko_kernels.training.data import IGNORED, Collator, IdCollator, IdDataset, Identified, label_of
 
-LENGTHS = "seq_lengths"  # TRL's column of packed rows: how long each sequence in the row is
+LENGTHS = "seq_lengths"  # TRL's column of packed rows: the length of each sequence in the row
 
 
 class Samples:
-    """The samples of a dataset: its rows, or the sequences of its rows where these have `seq_lengths`.
+    """The samples of a dataset: its rows, or the sequences in its rows if they have `seq_lengths`.
 
     Attributes:
-        first: (rows + 1,) int64, the sample that each row begins with; None where a row is a sample.
+        first: (rows + 1,) int64, the first sample of each row; None if a row is a sample.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -32,7 +32,7 @@ class Samples:
         return self.rows if self.first is None else int(self.first[-1])
 
     def places(self) -> tuple[list[int], list[int]]:
-        """Of each sample of packed rows the row of the dataset, and which of its sequences it is."""
+        """For each sample of packed rows: its row of the dataset, and its position in the row."""
         assert self.first is not None
         counts = self.first.diff()
         rows = torch.arange(self.rows).repeat_interleave(counts)
@@ -40,7 +40,7 @@ class Samples:
 
 
 def _lengths(dataset: Any) -> Any:
-    """The column of `seq_lengths`, if there is one; items of a dataset that may compute them are not looked at."""
+    """The column `seq_lengths`, if there is one; items of a dataset that may compute them are not read."""
     if LENGTHS in (getattr(dataset, "column_names", None) or ()):
         return dataset[LENGTHS]
     plain = isinstance(dataset, list | tuple) and isinstance(dataset[0], Mapping) and LENGTHS in dataset[0]
@@ -48,11 +48,11 @@ def _lengths(dataset: Any) -> Any:
 
 
 class ObservingCollator(IdCollator):
-    """`IdCollator` whose ids are those of `Samples`: of packed rows one id a token, by `seq_lengths`.
+    """`IdCollator` with the ids of `Samples`: for packed rows one id a token, by `seq_lengths`.
 
     Raises:
-        ValueError: several samples in one row, and `position_ids` do not show that each is attended to apart; or a
-            row of several samples that is not said to be one.
+        ValueError: a row has several samples, and `position_ids` do not show that they are kept apart, or there is no
+            `seq_lengths`.
     """
 
     def __init__(self, collator: Collator, samples: Samples, label_names: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ class ObservingCollator(IdCollator):
     def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
         batch = super().__call__(features)
         name = label_of(batch, self.label_names)
-        assert name is not None  # IdCollator has seen to it
+        assert name is not None  # checked by IdCollator
         _check_positions(batch, torch.as_tensor(batch[name]))
         return batch
 
@@ -77,7 +77,7 @@ class _Packed:
         batch = self.collator(items)
         name = label_of(batch, self.label_names)
         if name is None:
-            return batch  # IdCollator says so
+            return batch  # IdCollator raises for it
         rows = [self._of_row(item, row) for item, row in zip(items, sample_ids, strict=True)]
         shape = tuple(torch.as_tensor(batch[name]).shape)
         total = sum(map(len, rows))
@@ -125,7 +125,7 @@ def _check_positions(batch: MutableMapping[str, Any], labels: Tensor) -> None:
 
 
 def _restarts(positions: Tensor, labels: Tensor, mask: Any) -> Tensor:
-    """Where a position is 0 again behind another token, and labels follow: not in the padding of either side."""
+    """Where a position is 0 again after another token and labels follow, so not in padding on either side."""
     if positions.shape != labels.shape:
         return torch.zeros(0, dtype=torch.bool)
     labelled = labels != IGNORED
@@ -145,7 +145,7 @@ def with_ids(
     sampler_fn: Any,
     **rest: Any,
 ) -> Any:
-    """The trainer's training dataloader, by its own `make`, with `sample_ids` in the batches; its order stays."""
+    """The trainer's training dataloader from its own `make`, with `sample_ids` in the batches; same order."""
     collator = trainer.data_collator
     wrapped = collator
     if is_datasets_available() and hasattr(dataset, "remove_columns"):

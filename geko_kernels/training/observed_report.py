@@ -1,4 +1,4 @@
-"""The report of a run that was only observed: `geko_report.json` as `efficiency.py` describes it."""
+"""The report of an observed run: `geko_report.json`, as described in `efficiency.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
-from geko_kernels.training.observed_tokens import Visits
+from geko_kernels.training.observed_tokens import ObservedVisits
 from geko_kernels.training.report.efficiency import Efficiency, bucket_names, count_tokens
 from geko_kernels.training.report.forecast import forecast
 from geko_kernels.training.report.summary import run_summary
@@ -23,7 +23,7 @@ _MISSED_WITHOUT_LOGITS = [
 
 
 class ObservedCounts(Efficiency):
-    """`Efficiency` of a run that trains every sample with weight 1, so that it is its own standard run."""
+    """`Efficiency` of a run that trains every sample with weight 1, and so is its own standard run."""
 
     def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:
         super().__init__(state.device, reduce)
@@ -31,8 +31,8 @@ class ObservedCounts(Efficiency):
         self.was_correct = torch.zeros(len(state), dtype=torch.bool)
         self.forgotten = torch.zeros(len(state), dtype=torch.uint8)  # times, up to 255
 
-    def add(self, visits: Visits, inputs: Any, ids: Tensor) -> None:
-        """Count a batch; `ids` as the batch had them."""
+    def add(self, visits: ObservedVisits, inputs: Any, ids: Tensor) -> None:
+        """Count a batch with these `ids`."""
         labelled = visits.num_tokens > 0
         means = torch.where(labelled, visits.means, 0.0)
         stats: Any = SimpleNamespace(
@@ -45,9 +45,9 @@ class ObservedCounts(Efficiency):
         self.count(stats, count_tokens(inputs, ids))
 
     def close_epoch(self, record: Tensor, step: int, end: float, fused: bool) -> None:
-        """End the epoch of which `record` (5, N), on the CPU, has everything.
+        """End the epoch that `record` (5, N), on the CPU, describes.
 
-        Forgotten are samples that were right when last seen before, and are wrong in it.
+        A sample is forgotten if it was right when last seen, and is wrong in this epoch.
         """
         losses, hits = record[0], record[2]
         config, seen = self.state.config, ~losses.isnan()
@@ -71,7 +71,7 @@ class ObservedCounts(Efficiency):
         return values
 
     def not_measured(self, fused: bool) -> list[str]:
-        """What the page says of it."""
+        """The note on the report page."""
         return [*_MISSED, *(_MISSED_WITHOUT_LOGITS if fused else ())]
 
 

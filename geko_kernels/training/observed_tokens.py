@@ -1,4 +1,4 @@
-"""What a forward says of each sample, from the logits, or from TRL's fused head, which makes none."""
+"""Each sample's figures in a forward pass, from the logits or from TRL's fused head, which makes none."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from geko_kernels.training.data import IGNORED
 
 QUANTITIES = ("losses", "label_probabilities", "hits", "confidences", "margins")
 OF_LOGITS = QUANTITIES[3:]
-_CHUNK = 1024  # tokens whose logits are held in float32 at a time
-_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 0.02 where the model may have rounded its loss
+_CHUNK = 1024  # tokens with logits in float32 at a time
+_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 0.02 if the model may have rounded its loss
 
 
-class Visits(NamedTuple):
-    """Means over the labelled tokens of each sample in a batch, NaN where it has none, or where they are unknown."""
+class ObservedVisits(NamedTuple):
+    """Means over the labelled tokens of each sample in a batch; NaN without any, or if unknown."""
 
     ids: Tensor  # (M,) int64
     num_tokens: Tensor  # (M,) int64
     means: Tensor  # (5, M) float32, in the order of QUANTITIES
 
 
-def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> Visits:
+def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> ObservedVisits:
     """logits (B, V) or (B, S, V); labels (B,) or (B, S); ids (B,), or (B, S) one a token."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -41,8 +41,8 @@ def of_logits(logits: Tensor, labels: Tensor, ids: Tensor, shift: bool) -> Visit
     return _means(torch.cat(found, 1), labels != IGNORED, ids)
 
 
-def of_fused_head(outputs: Any, ids: Tensor) -> Visits:
-    """`trl.trainer.utils.FusedCausalLMOutput`: log_probs, is_top1 and label_mask (B, S - 1), shifted already."""
+def of_fused_head(outputs: Any, ids: Tensor) -> ObservedVisits:
+    """From `trl.trainer.utils.FusedCausalLMOutput`: log_probs, is_top1 and label_mask (B, S - 1), already shifted."""
     mask = outputs.label_mask
     if ids.dim() == 2 and ids[:, 1:].shape != mask.shape:
         raise ValueError(
@@ -65,7 +65,7 @@ def _of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss, (-loss).exp(), hit.float(), (-spread).exp(), chosen - torch.where(hit, second, most)])
 
 
-def _means(values: Tensor, valid: Tensor, ids: Tensor) -> Visits:
+def _means(values: Tensor, valid: Tensor, ids: Tensor) -> ObservedVisits:
     """values (5, T) of the `valid` tokens, in their order; valid (B,) or (B, S); ids (B,) or (B, S)."""
     if ids.dim() == 1:
         visits = ids
@@ -80,11 +80,11 @@ def _means(values: Tensor, valid: Tensor, ids: Tensor) -> Visits:
     sums = torch.zeros(len(values), len(visits), dtype=torch.float64, device=values.device)
     sums.index_add_(1, visit, values.double())
     counts = torch.bincount(visit, minlength=len(visits))
-    return Visits(visits, counts, (sums / counts).float())
+    return ObservedVisits(visits, counts, (sums / counts).float())
 
 
 def find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any, processes: int = 1) -> tuple[bool, bool]:
-    """Is the trainer's loss the cross-entropy of shifted labels? And is that certain, or do both fit this batch?"""
+    """(Is the trainer's loss the cross-entropy of shifted labels? Is that certain, or do both fit this batch?)"""
     found = {}
     for shift in (False, True) if logits.dim() == 3 else (False,):
         means = [float(weighted_loss(logits, labels, reduction="token_mean", shift=shift))]
@@ -99,7 +99,7 @@ def find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any, pro
 
 
 def check_fused_loss(outputs: Any, loss: Tensor, num_items: Any, processes: int) -> None:
-    """Raise `ValueError` unless the loss is the cross-entropy that the fused head gives."""
+    """Raise `ValueError` unless the loss is the cross-entropy from the fused head."""
     total = -float(outputs.log_probs.detach().double().sum())
     scales = [1 / max(int(outputs.label_mask.sum()), 1)]
     if num_items is not None:

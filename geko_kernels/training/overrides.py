@@ -1,6 +1,6 @@
-"""What geko_kernels replaces, calls and reads of `transformers.Trainer` (and of `trl.SFTTrainer`): all of it.
+"""All that geko_kernels overrides, calls or reads of `transformers.Trainer` and `trl.SFTTrainer`.
 
-`tests/training/test_overrides.py` compares the table with the installed releases, and with the classes of this package.
+`tests/training/test_overrides.py` compares the table with the installed releases and with the classes of this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MORE = "..."  # others may follow
 class Method(NamedTuple):
     """A method of the trainer below."""
 
-    parameters: tuple[str, ...]  # behind self, in order
+    parameters: tuple[str, ...]  # after self, in order
     why: str
     advice: str = ""  # what a subclass that replaces it has to do
 
@@ -157,15 +157,15 @@ METHODS = {**SFT_REPLACED, **REPLACED, **CALLED}
 
 
 def missing_methods(trainer: type, methods: Iterable[str]) -> list[str]:
-    """Those of `methods` that `trainer`, a class without GEKO's part, does not have."""
+    """Those of `methods` that `trainer`, a class without GEKO, does not have."""
     return [name for name in methods if not callable(getattr(trainer, name, None))]
 
 
 def check_trainer(trainer: type = transformers.Trainer) -> None:
-    """Raise where Transformers has dropped or renamed what is replaced or called: its loop would go on without it.
+    """Raise if Transformers has dropped or renamed a method in the table: its loop would run on without GEKO.
 
     Raises:
-        RuntimeError: names each, and what it is for.
+        RuntimeError: names each such method and its purpose.
     """
     gone = missing_methods(trainer, (*REPLACED, *CALLED))
     if gone:
@@ -177,7 +177,7 @@ def check_trainer(trainer: type = transformers.Trainer) -> None:
 
 
 def changes(trainer: type, methods: dict[str, Method], read: dict[str, str]) -> list[str]:
-    """One sentence for each difference between the table and `trainer` as it is installed."""
+    """One sentence for each difference between the table and the installed `trainer`."""
     found = []
     names = names_in(trainer)
     for name, method in methods.items():
@@ -193,7 +193,7 @@ def changes(trainer: type, methods: dict[str, Method], read: dict[str, str]) -> 
                 f"{trainer.__name__}.{name} takes ({', '.join(have)}) now, and GEKO, which {method.why}, expects "
                 f"({', '.join(method.parameters)})"
             )
-        elif name not in names and not name.startswith("__") and name not in ("train", "predict"):  # users call those
+        elif name not in names and not name.startswith("__") and name not in ("train", "predict"):  # called by users
             found.append(f"no method of {trainer.__name__} calls {name} any more: GEKO {method.why} by it")
     found += [
         f"{trainer.__name__} has no attribute {name} any more: GEKO takes it for {why}"
@@ -204,6 +204,6 @@ def changes(trainer: type, methods: dict[str, Method], read: dict[str, str]) -> 
 
 
 def names_in(trainer: type) -> set[str]:
-    """The names of all attributes that the methods of `trainer`, without those of its bases, touch."""
+    """The names of all attributes that the methods of `trainer` itself, not of its bases, use."""
     functions = [inspect.unwrap(value) for value in vars(trainer).values() if callable(value)]
     return {name for each in functions if isinstance(each, types.FunctionType) for name in each.__code__.co_names}

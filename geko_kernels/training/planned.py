@@ -1,15 +1,14 @@
-"""The run of a `GEKOTrainer`: planned epochs of their own lengths, progress, checkpoints and exact resume."""
+"""The run of a `GEKOTrainer`: planned epochs of varying length, checkpoints and exact resume."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
@@ -37,25 +36,26 @@ logger = logging.get_logger(__name__)
 class PlannedMixin(BeginningMixin):
     """`transformers.Trainer` whose epochs are as long as the plans of a `GEKOSampler`.
 
-    A subclass looks at samples forward-only in `_probe` and writes the report in `_write_report`.
+    A subclass runs probes in `_probe` and writes the report in `_write_report`.
     """
 
     control: Any
-    _resume: dict[str, Any] | None  # the sampler's values of the checkpoint to go on from
-    _seeds_anew: bool  # persistent workers start anew, whose seed the resumed run has drawn in its first epoch,
-    _evaluates_anew: bool  # and those of the evaluation, which it drew before its first one
+    _probe: Callable[[nn.Module, Tensor], None]
+    _write_report: Callable[[], None]
+    _resume: dict[str, Any] | None  # the sampler's values in the checkpoint to resume from
+    _seeds_anew: bool  # persistent workers restart, whose seed the interrupted run drew in its first epoch,
+    _evaluates_anew: bool  # and those of the evaluation, whose seed it drew before its first one
     _rng_to_keep: Tensor | None  # torch's generator before those workers drew their seed
-    _counts_at_sync: Tensor  # (4,) samples per bucket when all processes last knew the same
+    _counts_at_sync: Tensor  # (4,) samples per bucket at the last sync
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
-        """As `Trainer.train`; True resumes from the newest checkpoint that was saved to its end.
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest complete checkpoint.
 
-        Called again, it goes on with the learning state as it does with the model, and begins the plan, the counts
-        and the report anew. Where `model_init` makes the model, or `trainer.model` is another one than before, nothing
-        has been learnt yet, and so the learning state begins anew too.
+        Called again, it keeps the model and the learning state, and starts a new plan, new counts and a new report. If
+        `model_init` makes the model, or `trainer.model` is another one than before, the learning state is new, too.
 
-        A resumed run equals the one that never stopped, to the bit, where items and batches do not depend on random
-        numbers: Trainer does not carry on those of loader workers, nor what a collator drew for batches fetched ahead.
+        A resumed run equals the uninterrupted one bit for bit, if items and batches do not depend on random numbers:
+        Trainer restores neither those of loader workers, nor those a collator has drawn for batches fetched ahead.
         """
         check_trainer()
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
@@ -72,7 +72,7 @@ class PlannedMixin(BeginningMixin):
             logger.info(f"Resuming from {resume_from_checkpoint}")
         self._forget_model()
         self._follow_model()
-        self.efficiency, self._resume, self._beginning = self._new_efficiency(), None, None
+        self.efficiency, self._resume, self._snapshot = self._new_efficiency(), None, None
         self._fingerprint: dict[str, Any] | None = None
         self._saved, self._rng_to_keep, self._evaluates_anew = None, None, False
         self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers
@@ -99,7 +99,7 @@ class PlannedMixin(BeginningMixin):
         if holds_only_the_model(checkpoint):
             logger.warning(
                 f"{checkpoint} holds no optimizer and no random numbers (save_only_model=True): the run goes on with a "
-                "new optimizer, and is not the run that would have gone on."
+                "new optimizer, so it will differ from an uninterrupted one."
             )
         self._resume["run"] = {**self._resume.get("run", {}), "GEKOConfig": state.config.to_dict()}
         self._saved = Path(checkpoint).resolve()
@@ -135,7 +135,7 @@ class PlannedMixin(BeginningMixin):
         return epochs, batches
 
     def _go_on(self, resume: dict[str, Any], checkpoint: Path) -> tuple[int, int]:
-        """(epoch, batches of it to skip) where the run of the checkpoint stands."""
+        """(epoch, batches of it to skip) at which the checkpoint was written."""
         sampler, accumulate = self._planned(), self.args.gradient_accumulation_steps
         try:
             sampler.load_state_dict({name: value for name, value in resume.items() if name not in ("data", "run")})
@@ -154,8 +154,8 @@ class PlannedMixin(BeginningMixin):
         if changed:
             sampler.relocate_(self._first_step / self._run_steps if self.counts_steps else None)
             logger.warning(
-                "The run goes on with other settings than its checkpoint was written with, so it is not the run that "
-                "would have gone on. " + ". ".join(changed) + "."
+                "The run goes on with other settings than its checkpoint was written with, so it will differ from an "
+                "uninterrupted one. " + ". ".join(changed) + "."
             )
         epoch = sampler.epoch + finished
         over = self.state.global_step >= self._run_steps if self.counts_steps else epoch >= self._num_epochs
@@ -163,32 +163,23 @@ class PlannedMixin(BeginningMixin):
             logger.warning(f"The checkpoint's run is past the end of this one (epoch {epoch}): nothing is trained.")
         return epoch, 0 if finished or self.args.ignore_data_skip else batches
 
-    def _run_epoch(
-        self,
-        *,
-        model: nn.Module,
-        epoch: int,
-        train_dataloader: DataLoader,
-        resume_from_checkpoint: str | None,
-        epochs_trained: int,
-        steps_trained_in_current_epoch: int,
-        **rest: Any,
-    ) -> None:
+    def _run_epoch(self, *, model: nn.Module, epoch: int, **given: Any) -> None:
         self._audit.saw("_run_epoch")
         self._audit.need("_init_training_state", "it is not known where the run begins")
         self._audit.need("create_scheduler", "the learning rate does not follow its epochs")
-        resumed = resume_from_checkpoint is not None and epoch == epochs_trained
-        done = steps_trained_in_current_epoch if resumed else 0
+        checkpoint = given["resume_from_checkpoint"]
+        resumed = checkpoint is not None and epoch == given["epochs_trained"]
+        done = given["steps_trained_in_current_epoch"] if resumed else 0
         if self.counts_steps and self.state.global_step >= self._run_steps:
             self.control.should_training_stop = True  # resumed after its end
             return
         if resumed and done == 0:
-            self._load_rng_state(resume_from_checkpoint)  # before the probes, as it was in the run that saved it
-            resume_from_checkpoint = None
+            self._load_rng_state(checkpoint)  # before the probes, as in the run that saved it
+            given["resume_from_checkpoint"] = None
         if done == 0:
             self._begin_epoch(model, epoch)
         after_empty = self._epoch_batches == 0
-        self._place(done, len(train_dataloader))
+        self._place(done, len(given["train_dataloader"]))
         if after_empty and self._follows:
             read_progress_(self.lr_scheduler)
         if not self.counts_steps:
@@ -196,28 +187,21 @@ class PlannedMixin(BeginningMixin):
             self.state.max_steps = self._first_step + self._epoch_steps + later
         self._counts_at_sync = self._planned().state.bucket_counts()
         if self._epoch_batches == 0:
-            self._pass_empty_epoch(model, epoch, rest)
+            self._pass_empty_epoch(model, epoch, given)
             return
         if self._seeds_anew and done == 0:
             self._rng_to_keep, self._seeds_anew = torch.get_rng_state(), False
         with self.efficiency.timed("steps"):
-            super()._run_epoch(
-                model=model,
-                epoch=epoch,
-                train_dataloader=train_dataloader,
-                resume_from_checkpoint=resume_from_checkpoint,
-                epochs_trained=epochs_trained,
-                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-                **{**rest, "steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps},
-            )
-            self.efficiency.collect()  # waits for the device, so the steps' time is theirs
+            lengths = {"steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps}
+            super()._run_epoch(model=model, epoch=epoch, **{**given, **lengths})
+            self.efficiency.collect()  # waits for the device, so that the time counts for the steps
         if not (self.control.should_epoch_stop or self.control.should_training_stop):
             self._audit.check()
         self._audit.end(self.state.global_step - self._begun_at[0])
 
-    def _pass_empty_epoch(self, model: nn.Module, epoch: int, rest: dict[str, Any]) -> None:
-        """Nothing is left to teach in this epoch, or no batch can be made: log, evaluate and save all the same."""
-        if self.counts_steps:  # the next ones would be as empty
+    def _pass_empty_epoch(self, model: nn.Module, epoch: int, given: dict[str, Any]) -> None:
+        """An epoch without a batch: log, evaluate and save nevertheless."""
+        if self.counts_steps:  # the next ones would be empty, too
             self.control.should_training_stop = True
             logger.warning(self._why_nothing())
         args, step, last = self.args, self.state.global_step, self.state.global_step >= self.state.max_steps
@@ -227,11 +211,11 @@ class PlannedMixin(BeginningMixin):
         self.control.should_save |= last and args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
         if last and args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= step:
             self.control.should_evaluate |= step % self.state.eval_steps != 0  # as Trainer does at its last step
-        trial, ignored, start = rest["trial"], rest["ignore_keys_for_eval"], rest["start_time"]
+        trial, ignored, start = given["trial"], given["ignore_keys_for_eval"], given["start_time"]
         self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignored, start)
 
     def _begin_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Close the last epoch, probe what is due, draw the plan."""
+        """Close the last epoch, probe the samples that are due, draw the plan."""
         sampler, counts = self._planned(), self.efficiency
         start = self.state.global_step / self._run_steps if self.counts_steps else None
         falls = self._rate_falls()
@@ -251,9 +235,9 @@ class PlannedMixin(BeginningMixin):
             self._fill_up(epoch, start, falls)
 
     def _fill_up(self, epoch: int, start: float | None, falls: bool) -> None:
-        """Fill up a plan too small to train, where without it the run would not end or its rate would not fall.
+        """Fill up a plan too small to train, if the run could not end or its learning rate not fall without it.
 
-        The last epoch of a run counted in epochs, if it is empty, becomes as long as the epochs were on average.
+        If the last epoch of a run counted in epochs is empty, it gets the average length of the epochs.
         """
         sampler, counts = self._planned(), self.efficiency
         assert sampler.plan is not None
@@ -265,7 +249,7 @@ class PlannedMixin(BeginningMixin):
             wanted = before + batch - size
         elif falls and epoch + 1 == self._num_epochs and self.state.global_step > 0:
             wanted = max(batch, math.ceil(counts.train["samples"] / self._num_epochs))
-        while wanted > before:  # more samples may make no more packs
+        while wanted > before:  # more samples need not make more packs
             sampler.fill_up_(wanted, start)
             added, before = len(sampler.plan.ids) - before, len(sampler.plan.ids)
             wanted = before + batch - sampler.plan.units if added else 0
@@ -312,7 +296,7 @@ class PlannedMixin(BeginningMixin):
         try:
             return super().training_step(*args, **named)
         except TypeError as error:
-            if "sample_ids" in str(error):  # a model was given the batch as it came
+            if "sample_ids" in str(error):  # the model got the batch with the ids
                 raise bypassed(self, f"the model was called with 'sample_ids' ({error})", ("compute_loss",)) from error
             raise
 
@@ -321,7 +305,7 @@ class PlannedMixin(BeginningMixin):
         sampler = self._planned()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self._epoch_batches == 0 and self._saved == folder.resolve():
-            return  # only empty epochs since: who resumes from it passes them again, and finds the same
+            return  # only empty epochs since, which a run resumed from it repeats with the same result
         with self.efficiency.timed("checkpoints"):
             sampler.state.sync()
             self._counts_at_sync = sampler.state.bucket_counts()
@@ -337,14 +321,14 @@ class PlannedMixin(BeginningMixin):
                 save_files(folder, sampler.state, position, self.efficiency.state_dict())
                 assert self.efficiency.visits is not None
                 self.efficiency.visits.save(folder)
-            super()._save_checkpoint(model, trial)  # ends with trainer_state.json: its presence says all is there
+            super()._save_checkpoint(model, trial)  # trainer_state.json comes last and marks it complete
             if self.args.should_save:
                 drop_set_aside(folder.parent)
             self._saved = folder.resolve()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # every rank's file is there before trainer_state.json
+        self.accelerator.wait_for_everyone()  # every rank's file exists before trainer_state.json
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         rng, anew = torch.get_rng_state(), self._evaluates_anew
@@ -354,9 +338,3 @@ class PlannedMixin(BeginningMixin):
             torch.set_rng_state(rng)
             self._evaluates_anew = False
         return metrics
-
-    def _probe(self, model: nn.Module, ids: Tensor) -> None:
-        raise NotImplementedError
-
-    def _write_report(self) -> None:
-        raise NotImplementedError

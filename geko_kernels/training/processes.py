@@ -1,4 +1,4 @@
-"""The processes of torch.distributed: which one this is, and whether all were given the same."""
+"""The processes of torch.distributed: this one's rank, and whether all have the same settings."""
 
 from __future__ import annotations
 

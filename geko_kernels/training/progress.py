@@ -1,4 +1,4 @@
-"""Where a run of planned epochs stands: its progress, the epoch and the speeds that are logged, the learning rate."""
+"""The progress of a run of planned epochs: the logged epoch and speeds, and the learning rate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ else:
 class ProgressMixin(_Base):
     """A `transformers.Trainer` that counts by plans: each epoch is a share of the run, however many steps it takes.
 
-    A subclass makes the sampler and its `_micro_batch` (samples, or packs of them, in one batch of all processes) in
-    `_get_train_sampler`.
+    A subclass makes the sampler in `_get_train_sampler`, and sets `_micro_batch`: how many samples, or packs, one batch
+    of all processes has.
     """
 
     config: GEKOConfig
@@ -48,7 +48,7 @@ class ProgressMixin(_Base):
 
     @property
     def counts_steps(self) -> bool:
-        """Is the run's length counted in steps, in as many planned epochs as they take?"""
+        """Is the run's length given in steps, with as many planned epochs as they take?"""
         return self.args.max_steps > 0 or self.config.spend_saved
 
     def _planned(self) -> GEKOSampler:
@@ -57,7 +57,7 @@ class ProgressMixin(_Base):
         return self.sampler
 
     def _begin_run(self) -> None:
-        """Forget where an earlier run stood."""
+        """Forget the progress of an earlier run."""
         self.sampler, self._audit = None, Audit(self)
         self._begun_at = 0, 0.0  # steps and samples trained before this call of `train`
         self._batches, self._epoch_batches, self._epoch_steps, self._first_step = 0, 1, 1, 0
@@ -83,15 +83,15 @@ class ProgressMixin(_Base):
         if not self.counts_steps:
             sampler.num_epochs = self._run_steps / self._standard.epoch_steps
             sampler.last_slots = self._standard.last_samples
-        # a run counted in steps goes on for as many planned epochs as they take
+        # a run counted in steps has as many planned epochs as they take
         return (sys.maxsize, *values[1:]) if self.counts_steps else values
 
     def _place(self, batches: int, epoch_batches: int) -> None:
-        """Record how many batches of this epoch are done."""
+        """Record how many batches of this epoch have been trained."""
         accumulate = self.args.gradient_accumulation_steps
         self._batches, self._epoch_batches = batches, epoch_batches
         self._epoch_steps = math.ceil(epoch_batches / accumulate)
-        self._first_step = self.state.global_step - math.ceil(batches / accumulate)  # at which the epoch began
+        self._first_step = self.state.global_step - math.ceil(batches / accumulate)  # the step at which the epoch began
 
     def _steps_fetched(self) -> int:
         return math.ceil(self._batches / self.args.gradient_accumulation_steps)
@@ -109,7 +109,7 @@ class ProgressMixin(_Base):
         return self.sampler.progress(len(self.sampler.plan.ids) * self._share())
 
     def _epoch(self) -> float:
-        """`epoch` as Trainer logs it: of a run counted in steps passes over the data that they could have made."""
+        """`epoch` as Trainer logs it; in a run counted in steps, the passes over the data that they could have made."""
         if self.counts_steps:
             return self._standard.epoch(self.state.global_step)
         epoch = self._planned().epoch
@@ -117,7 +117,7 @@ class ProgressMixin(_Base):
         return epoch + share * self._standard.epoch(self._standard.steps_of(epoch))
 
     def _consumed(self) -> int:
-        """Samples of the plan that the batches fetched so far hold."""
+        """Samples of the plan in the batches fetched so far."""
         plan = self._planned().plan
         if plan is None or self._batches >= self._epoch_batches:
             return 0 if plan is None else len(plan.ids)
@@ -142,7 +142,7 @@ class ProgressMixin(_Base):
         return scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; the speeds at the end are of the samples and steps that this call of `train` trained."""
+        """As `Trainer.log`; the final speeds count the samples and steps trained in this call of `train`."""
         seconds = logs.get("train_runtime")
         if self.is_in_train and seconds:
             self.efficiency.collect()

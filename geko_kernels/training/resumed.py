@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint under other settings than it was written with: refused, or told what differs."""
+"""Resuming with other settings than the checkpoint was written with: an error, or a warning that names them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from geko_kernels.training.fingerprint import changed_items
 
 
 class ResumeError(ValueError):
-    """This run cannot go on from that checkpoint."""
+    """The checkpoint cannot be resumed by this run."""
 
 
 _LENGTH = "the learning rate goes on from where the run stands in its new length"
-_BATCH = "samples of the epoch at hand that a new step would cut in two are trained again"
+_BATCH = "samples of the epoch at hand that do not fill a step of the new size are trained again"
 _EFFECTS = {
     "num_train_epochs": _LENGTH,
     "max_steps": _LENGTH,
@@ -27,7 +27,7 @@ _EFFECTS = {
 
 
 def run_settings(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it, plain values by name."""
+    """The settings that a checkpoint records, plain values by name."""
     args = trainer.args
     return {
         "counted in": "steps" if trainer.counts_steps else "epochs",
@@ -42,10 +42,10 @@ def run_settings(trainer: Any) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line a setting that is not what it was, with what that means for the run.
+    """One line for each setting that has changed, with what that means for the run.
 
     Raises:
-        ResumeError: one run is counted in steps and the other in epochs.
+        ResumeError: one run is counted in steps, the other in epochs.
     """
     if before.get("counted in", now["counted in"]) != now["counted in"]:
         raise ResumeError(
@@ -79,14 +79,14 @@ def _shown(name: str, before: Any, now: Any) -> str:
 
 
 def check_data(checkpoint: str, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Refuse a training set that is not the one that the checkpoint's learning state is of.
+    """Refuse a training set other than that of the checkpoint's learning state.
 
     Raises:
-        ResumeError: items differ; says how many, and how to go on on purpose.
+        ResumeError: items differ; says how many, and how to train on the new data nevertheless.
     """
     if before is None or len(before["items"]) != len(
         now["items"]
-    ):  # an older checkpoint; another length is told before
+    ):  # an older checkpoint; another length is refused earlier
         return
     changed, compared = changed_items(before, now)
     if changed:

@@ -1,4 +1,4 @@
-"""What a `GEKOTrainer` writes of each of its samples."""
+"""What a `GEKOTrainer` writes about each sample."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class SamplesMixin(PlannedMixin):
     """`write_samples`."""
 
     def write_samples(self, path: str | os.PathLike[str]) -> None:
-        """Write what the run knows of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
+        """Write the statistics of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
 
-        A run of up to 200,000 samples ends by writing `samples.jsonl` into `output_dir`. The columns:
+        At its end a run of up to 200,000 samples writes `samples.jsonl` into `output_dir`. The columns:
 
             id                  the row of the user's data
             record_id, text     of `load_dataset` and the command line alone: the data's own `id`, if they have one,
@@ -27,25 +27,25 @@ class SamplesMixin(PlannedMixin):
             hits                of each visit the share of its tokens predicted right
             bucket, times_seen  at the end
             times_forgotten     how often the sample was found wrong after it had been right
-            quarantined         the noise guard holds it back at the end
-            suspected           it does, or would if there were more like it; null where the guard judged nothing: it
-                                was off, the run had one epoch, or its model did not generalise
-            label_error         in [0, 1], higher where a wrong label is more likely, see `label_error_scores`; null
-                                where there was no visit
-            duplicate_group     the `id` of the first sample with the same `input_ids`; null where no other has them, or
-                                the dataset is no list, no `datasets.Dataset` and not of `load_dataset`
+            quarantined         whether the noise guard holds it back at the end
+            suspected           whether it does, or would if there were more like it; null if the guard did not judge:
+                                it was off, the run had one epoch, or its model did not generalise
+            label_error         in [0, 1], higher if a wrong label is more likely, see `label_error_scores`; null
+                                without a visit
+            duplicate_group     the `id` of the first sample with the same `input_ids`; null if no other has them, or
+                                if the dataset is not a list, a `datasets.Dataset` or from `load_dataset`
 
-        Of several processes the first writes.
+        With several processes only the first writes.
 
         Raises:
-            RuntimeError: before `train`.
-            ValueError, ImportError: another ending; pandas or pyarrow is missing for `.parquet`.
+            RuntimeError: called before `train`.
+            ValueError: another ending. ImportError: pandas or pyarrow is missing for `.parquet`.
         """
         if self.sampler is None or self.efficiency.visits is None:
             raise RuntimeError("write_samples: nothing has been recorded yet; call it after train()")
         if not self.is_world_process_zero():
             return
-        if self.efficiency.reduce is None:  # called in the middle of an epoch it has the visits so far
+        if self.efficiency.reduce is None:  # in the middle of an epoch it has the visits so far
             self.efficiency.flush_visits()
         rows = sample_rows(self.sampler.state, self.sampler, self.efficiency.visits.visits(), self.train_dataset)
         write_rows(path, rows)

@@ -1,4 +1,4 @@
-"""The run that `transformers.Trainer` makes of the same arguments: what the figures are compared with."""
+"""The run that `transformers.Trainer` would make with the same arguments, for comparison."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class StandardRun(NamedTuple):
-    """How a run without selection goes through its samples.
+    """A run without selection.
 
-    The last batch of an epoch may be short, or be dropped, and so may its last step.
+    The last batch of an epoch may be shorter or dropped, and so may its last step.
     """
 
     num_samples: int
-    batch: float  # samples in one batch of all processes; a mean where batches are sized by tokens
+    batch: float  # samples in one batch of all processes; a mean if batches are sized by tokens
     batches: int  # in an epoch
     accumulation: int  # batches in an optimizer step
     steps: int  # optimizer steps of the whole run
@@ -27,7 +27,7 @@ class StandardRun(NamedTuple):
 
     @property
     def last_samples(self) -> int:
-        """Samples of a partial last epoch, 0 where it is whole."""
+        """Samples of a partial last epoch, 0 if it is whole."""
         return min(round(self.steps % self.epoch_steps * self.accumulation * self.batch), self.num_samples)
 
     @property
@@ -46,6 +46,6 @@ class StandardRun(NamedTuple):
         return whole + min(rest * self.accumulation, self.batches) / max(self.batches, 1)
 
     def steps_of(self, epoch: int) -> int:
-        """Steps of that epoch within the run; the last one may be partial. Behind the run's end epochs are whole."""
+        """Steps of that epoch within the run; the last epoch may be partial. Epochs after the run's end are whole."""
         rest = self.steps - epoch * self.epoch_steps
         return min(rest, self.epoch_steps) if rest > 0 else self.epoch_steps

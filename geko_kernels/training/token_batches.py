@@ -1,4 +1,4 @@
-"""Batches sized by tokens: how long each sample is, and what its tokens cost in the collator's batches."""
+"""Batches sized by tokens: the length of each sample, and how the collator's batches count tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from geko_kernels.training.data import takes_ids
-from geko_kernels.training.fingerprint import fixed_random_numbers
 from geko_kernels.training.planning.packing import Fill, Packer
+from geko_kernels.training.random_numbers import fixed_random_numbers
 
-_ROWS = 10_000  # of an Arrow table looked at together
+_ROWS = 10_000  # rows of an Arrow table read at a time
 
 
 def check_token_batches(args: TrainingArguments, batch_tokens: int | None) -> None:
-    """Refuse what makes batches in another way than plans of packs do."""
+    """Refuse settings that conflict with batches made of packs."""
     name, config = "packing" if batch_tokens is None else "batch_tokens", args.accelerator_config
     others = {"dispatch_batches": config.dispatch_batches}
     if batch_tokens is not None:
@@ -31,10 +31,10 @@ def check_token_batches(args: TrainingArguments, batch_tokens: int | None) -> No
 
 
 def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_tokens: int | None) -> Packer | None:
-    """How plans are cut: into rows by best fit, if `row_tokens` is given, else into batches; None if by samples.
+    """How plans are cut: into rows by best fit with `row_tokens`, else into batches; None if batches count samples.
 
-    With both, packs are batches. A collator that does not say that it joins its rows is taken to pad them, so that a
-    batch has at most `batch_tokens` tokens either way.
+    With both, packs are batches. A collator is assumed to pad unless it says that it joins rows, so that a batch has at
+    most `batch_tokens` tokens either way.
 
     Raises:
         ValueError: a sample is longer than a pack.
@@ -46,16 +46,16 @@ def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_toke
     joins |= bool(getattr(collator, "padding_free", False))  # TRL's
     fill = Fill.BEST_FIT if row_tokens is not None else Fill.IN_ORDER if joins else Fill.PADDED
     multiple = getattr(collator, "pad_to_multiple_of", None) or 1
-    packer = Packer(lengths, tokens, fill, 1 if batch_tokens is None else multiple)  # not each row is filled up
+    packer = Packer(lengths, tokens, fill, 1 if batch_tokens is None else multiple)  # not each row is padded
     packer.check("max_length" if batch_tokens is None else "batch_tokens")
     return packer
 
 
 def sample_lengths(dataset: Any, length_column: str = "length") -> Tensor:
-    """(N,) int64 tokens of each item: of its `input_ids`, or else what `length_column` says.
+    """(N,) int64 tokens of each item: of its `input_ids`, or else from `length_column`.
 
-    Of a datasets.Dataset the Arrow columns are asked, unless it has a transform, which makes its items when they are
-    read. Other datasets are read through.
+    A datasets.Dataset is read by its Arrow columns, unless it has a transform, which makes the items on access. Any
+    other dataset is read item by item.
 
     Raises:
         ValueError: an item has neither; names it.
@@ -67,7 +67,7 @@ def sample_lengths(dataset: Any, length_column: str = "length") -> Tensor:
             return _arrow_lengths(dataset)
         if length_column in columns:
             return torch.tensor(dataset.with_format(None)[length_column][:], dtype=torch.int64)
-    with fixed_random_numbers():  # those of training stay what they are
+    with fixed_random_numbers():  # leaves those of training unchanged
         return torch.tensor([_length(dataset, row, length_column) for row in range(len(dataset))], dtype=torch.int64)
 
 

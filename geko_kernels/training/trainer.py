@@ -1,4 +1,4 @@
-"""`GEKOTrainer`, `transformers.Trainer` that trains what still has something to teach, and `GEKOMixin` for others."""
+"""`GEKOTrainer`: `transformers.Trainer` on the samples that still have something to teach; `GEKOMixin` for others."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from geko_kernels.training.token_batches import check_token_batches, packer_of, 
 from geko_kernels.training.weights import columns_beside
 
 logger = logging.get_logger(__name__)
-_TRAINING = "Training"  # what Trainer calls its training dataloader
+_TRAINING = "Training"  # Trainer's name for its training dataloader
 
 
 class GEKOMixin(FiguresMixin, EvaluationMixin):
     """All that GEKO adds to a trainer: `class MyTrainer(GEKOMixin, AnySubclassOfTrainer)`; see `GEKOTrainer`.
 
-    It stands before the trainer, whose own arguments and methods stay, and takes `config` and `tokenizer` by keyword.
+    The mixin comes before the trainer, whose arguments and methods are kept. `config` and `tokenizer` are keywords.
 
     Raises:
-        TypeError: where the class is made, if the trainer stands before the mixin, or has a loss or training batches
-            of its own, which GEKO would replace.
+        TypeError: when the class is created, if the trainer comes before the mixin, or has its own loss or training
+            batches, which GEKO would replace.
     """
 
     _loss_shifts_labels: bool
     _signature_columns: list[str]
     _weight_columns: tuple[str, ...]  # of the training data
     label_names: list[str]
-    _fuses_head = True  # the loss may be computed with the head inside, without all logits
-    _replaces: type | None = None  # the trainer whose loss and default collator GEKO knows
-    _row_tokens: int | None = None  # a plan is packed into rows of at most so many tokens
+    _fuses_head = True  # the head may be fused with the loss, without all logits
+    _replaces: type | None = None  # the trainer whose loss and default collator GEKO replaces
+    _row_tokens: int | None = None  # a plan is packed into rows of at most this many tokens
     _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
     _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
 
@@ -74,9 +74,9 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if self._replaces is None and given.get("data_collator") is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
-        if not self.label_names and self.args.label_names is None:  # the model's forward takes none: they are ours
+        if not self.label_names and self.args.label_names is None:  # its forward takes none: they are for our loss
             self.label_names = ["labels"]
-        self.model_accepts_loss_kwargs = True  # our loss is divided by num_items_in_batch, whatever the model takes
+        self.model_accepts_loss_kwargs = True  # our loss divides by it, whether the model does or not
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(BucketBar)
@@ -123,7 +123,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         self._audit.saw("get_train_dataloader")
         if self.train_dataset is None:
             raise ValueError("GEKOTrainer: training needs a train_dataset")
-        batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # of packs
+        batch_size = 1 if self.config.batch_tokens else self._train_batch_size  # a pack is a batch
         return self._id_dataloader(batch_size, self._get_train_sampler, self.train_dataset)
 
     def _id_dataloader(self, batch_size: int, sampler_fn: Any, dataset: Any) -> DataLoader:
@@ -183,7 +183,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             present=self._present,
             packer=self._packer(),
         )
-        if self.sampler is None:  # who asks for another loader in a run leaves the run's sampler alone
+        if self.sampler is None:  # another loader during a run does not replace the run's sampler
             self.sampler = sampler
         return sampler
 
@@ -194,7 +194,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return unwrap_peft_model(unwrap_compiled(self.model))
 
     def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
-        """How the model's loss is computed; found at the first training batch, forgotten with the model."""
+        """How the model's loss is computed; found at the first training batch, and again for a new model."""
         if self._found is None:
             self._found = find_loss_of(
                 unwrap_compiled(model),
@@ -211,14 +211,14 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return self._found
 
     def _routes(self, model: nn.Module) -> tuple[Route, ...]:
-        if self.args.use_liger_kernel:  # given labels, its models compute the loss without logits
+        if self.args.use_liger_kernel:  # with labels, its models compute the loss without logits
             return (Route.APART,)
         if is_compiled(model):
             return Route.LOSS_FUNCTION, Route.UNUSED
         return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED
 
     def _forget_model(self) -> None:
-        """What was found out about the model, which may be another one from now on."""
+        """Forget what was found out about the model, which may have been replaced."""
         self._found, self._evaluates_itself = None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
         self._weight_columns = columns_beside(self._base())
@@ -284,7 +284,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if trains and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             factor = self.accelerator.num_processes  # DDP and FSDP average the gradients
         loss = loss * factor
-        if terms is not None:  # as Trainer scales them, which leaves the loss of a model that counts as it is
+        if terms is not None:  # as in Trainer: not for a model that divides by num_items_in_batch
             own = factor if self._takes_num_items else 1 / self.current_gradient_accumulation_steps
             loss = loss + terms.to(loss.device) * own
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
@@ -308,7 +308,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
         labels = found.form.counted(labels, inputs.get("attention_mask"))
-        shifted = inputs.pop("shift_labels", None)  # of collators that have done it already
+        shifted = inputs.pop("shift_labels", None)  # from collators that have shifted them
         outcome = forward_loss(
             model,
             self._base(),
@@ -338,16 +338,16 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return {**weights, "sample_weights": answering if given is None else answering * given}
 
     def _probe(self, model: nn.Module, ids: Tensor) -> None:
-        """Look at `ids` forward-only: the state learns how they stand, the model learns nothing."""
+        """Run `ids` forward-only: the state is updated, the model is not."""
         for _ in self._forwards(model, ids, self.train_dataset):
             pass
 
     def _forwards(self, model: nn.Module, ids: Tensor, dataset: Any, update: bool = True) -> Iterator[SampleStats]:
-        """What each forward-only batch of the items `ids` of `dataset` gave; without `update` no state counts it."""
+        """The results of forward-only batches of the items `ids` of `dataset`; the state counts them if `update`."""
         batch = self.config.probe_batch_size or getattr(self.args, "probe_batch_size", None)
         batch, packer = batch or 4 * self._train_batch_size, self._planned().packer
         sampler: Any = PaddedIds(ids, batch * self.args.world_size)
-        if packer is not None and dataset is self.train_dataset:  # one pack a batch; of other items no length is known
+        if packer is not None and dataset is self.train_dataset:  # else the lengths are unknown
             wider = packer._replace(tokens=packer.tokens * (4 if self.config.batch_tokens else batch))
             batch, sampler = 1, PackedIds(*wider.pack(ids), self.args.world_size)
         loader = self._id_dataloader(batch, lambda _: sampler, dataset)
@@ -360,7 +360,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
 
 
 def _is_causal(base: nn.Module) -> bool:
-    """A language model that generates from its own inputs: its labels are as long as they are."""
+    """Is it a language model that predicts its own inputs, with labels of the same length?"""
     encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return isinstance(base, PreTrainedModel) and base.can_generate() and not encodes
 
@@ -368,41 +368,41 @@ def _is_causal(base: nn.Module) -> bool:
 class GEKOTrainer(GEKOMixin, Trainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
 
-    With every weight 1 the loss is the model's own: at the first training batch the model computes it for made-up
-    labels of a few rows and for their own, and the cross-entropy of its logits has to equal it, with labels shifted or
-    not and those under the attention mask counted or not, in eval and in training mode. What the model adds to it
-    (auxiliary losses of mixtures, a z-loss) stays. `GEKOTrainingArguments(shift_labels=...)` trains
-    the cross-entropy of the logits alone, without asking.
+    With every weight 1 the loss is the model's own. At the first training batch the model computes its loss for test
+    labels and for a few rows' own labels, in eval and in training mode, and the cross-entropy of its logits has to
+    equal it, with or without shifted labels and labels under the attention mask. Other terms of the model's loss
+    (auxiliary losses of mixtures, a z-loss) are kept. `GEKOTrainingArguments(shift_labels=...)` skips the test and
+    trains the cross-entropy of the logits alone.
 
-    What is Trainer's stays as it is: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks,
-    evaluation (plain loss, the learning state untouched). What changes:
+    Everything else is Trainer's: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks, evaluation
+    (plain loss, the learning state untouched). What changes:
 
-    - `num_train_epochs` counts planned epochs: each leaves out what has nothing to teach, so it is as long as its
-      plan. `max_steps` is kept to exactly, with more and shorter epochs; there the `epoch` that is logged counts, as in
-      Trainer, passes over the data that these steps could have made. A run stops sooner, with a warning, where no batch
-      can be made of what is not quarantined. With `dataloader_drop_last` a plan below a batch's size is filled up.
-    - with gradient accumulation or several processes the loss is that of one big batch, also of a model that ignores
-      `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or takes their
-      mean, by the signature of its forward.
-    - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of training
-      data leave the items before the data collator and weigh as in `weighted_loss`. The divisor is the sum of the token
-      weights of the labels that count. A sample of weight 0 is planned and trained all the same, and moves nothing.
-      Evaluation stays plain. A column that the model's forward takes itself is the model's, as with Trainer.
-    - the learning rate follows the finished share of the run, so that it has fallen at the run's end, unless you bring
-      a scheduler of your own. Where the last of `num_train_epochs` would be empty and the rate has not fallen, that
-      epoch trains samples drawn from all but the quarantined, with weight 1 and as many as the epochs had on average.
-    - a checkpoint carries the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
-      `resume_from_checkpoint=True` takes the newest whole checkpoint. Other data are refused; other settings are named
-      in a warning, with what they change.
-    - `train()` called again goes on with the model and the learning state, see there; nothing of `args` is written to.
-    - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples; so an epoch has as many as its plan
-      takes. `DataCollatorWithFlattening` joins them without padding, and each token knows its sample.
-    - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, of another random order.
+    - `num_train_epochs` counts planned epochs, which leave out samples with nothing to teach and so get shorter.
+      `max_steps` is kept exactly, with more and shorter epochs; the logged `epoch` then counts, as in Trainer, the
+      passes over the data that these steps could have made. A run stops early, with a warning, if the samples that are
+      not quarantined do not make a batch. With `dataloader_drop_last` a plan smaller than a batch is filled up.
+    - with gradient accumulation or several processes the loss is that of one big batch, even if the model ignores
+      `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or averages them,
+      depending on the signature of the model's forward.
+    - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of the data
+      are taken out of the items before the data collator, and weight the loss as in `weighted_loss`. The divisor is the
+      sum of the token weights of the labels that count. A sample of weight 0 is planned and trained, with no effect.
+      Evaluation is unweighted. A column that the model's forward takes is passed to it, as by Trainer.
+    - the learning rate follows the finished share of the run, so that it has fallen by its end, unless you pass a
+      scheduler. If the last of `num_train_epochs` would be empty before the rate has fallen, that epoch trains samples
+      drawn from all but the quarantined, with weight 1, as many as the epochs had on average.
+    - a checkpoint has the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
+      `resume_from_checkpoint=True` takes the newest complete checkpoint. Other data are refused; other settings are
+      named in a warning, with their effect.
+    - `train()` called again continues with the model and the learning state, see there; `args` is never written to.
+    - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples, so the number of batches in an epoch
+      varies. `DataCollatorWithFlattening` joins them without padding, and each token keeps its sample's id.
+    - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, in another random order.
     - `GEKOConfig.auto()`: the run finds its own length and ends with averaged weights, see docs/length.md.
-    - `geko_report.json` in `output_dir` at the end, see `efficiency.py`, and `samples.jsonl`, see `write_samples`.
+    - at the end `output_dir` has `geko_report.json`, see `efficiency.py`, and `samples.jsonl`, see `write_samples`.
 
-    A subclass may replace hooks of Trainer where it calls them by `super()`; a hook that passes GEKO by is a
-    `RuntimeError` at the first step that says which, and what it has to do.
+    A subclass may override hooks of Trainer if it calls `super()`. A hook that bypasses GEKO raises `RuntimeError` at
+    the first step, which names the hook and what it has to do.
 
     Args: those of Trainer, and
         config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.
@@ -413,12 +413,11 @@ class GEKOTrainer(GEKOMixin, Trainer):
         sampler: the GEKOSampler of the run (from `train` on).
 
     Raises:
-        ValueError, TypeError: what GEKO can't combine with (label smoothing, a loss function of your own, a dataset
-            without length, DataParallel, sequence or tensor parallelism), by name; token weights with one label a row,
-            prompt tuning, or a collator that cuts, shifts or packs the labels itself; at the first training batch a
-            model whose own loss is no plain cross-entropy of its logits (class weights, a second head), with both
-            figures.
-        RuntimeError: by `train`, see above.
+        ValueError, TypeError: a setting that GEKO does not support (label smoothing, your own loss function, a dataset
+            without length, DataParallel, sequence or tensor parallelism); token weights with one label a row, prompt
+            tuning, or a collator that cuts, shifts or packs the labels itself; at the first training batch, a model
+            whose own loss is not a plain cross-entropy of its logits (class weights, a second head).
+        RuntimeError: from `train`, see above.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`token_weights` and `sample_weights` as columns of the training data: out of the items, into the batch."""
+"""Moves the columns `token_weights` and `sample_weights` from the training data's items into the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHT_COLUMNS = ("token_weights", "sample_weights")
 
 
 def columns_beside(model: nn.Module) -> tuple[str, ...]:
-    """Those of `WEIGHT_COLUMNS` that `model` does not take itself; what it takes is its own, as with Trainer."""
+    """Those of `WEIGHT_COLUMNS` that `model` does not take as inputs; the others are passed to it, as by Trainer."""
     own = inspect.signature(model.forward).parameters
     return tuple(name for name in WEIGHT_COLUMNS if name not in own)
 
@@ -25,7 +25,7 @@ def split_weights(
     """The items without `columns`, and the weights by column; a column that no item has is left out.
 
     Raises:
-        ValueError: some items of the batch have a column and others have not; names one.
+        ValueError: only some items of the batch have a column; names one that has it and one that does not.
     """
     weights: dict[str, list[Any]] = {}
     for name in columns:
@@ -58,10 +58,10 @@ def add_weights(
 ) -> None:
     """Add `weights` to a batch with sample_ids, as `weighted_loss` takes them: token weights padded with 0.
 
-    Args: labels: those of the batch, as the collator made them; items, ids: what it made them of; packed_by_collator:
-        it joined rows in a way of its own.
+    Args: labels: the batch's, as the collator made them; items, ids: what the collator was given; packed_by_collator:
+        it joined rows in its own way.
     Raises:
-        ValueError: values that are no finite numbers of 0 or more, or no telling which token a weight belongs to.
+        ValueError: a value is not a finite number of 0 or more, or it is unknown which token a weight belongs to.
     """
     taken = [name for name in weights if name in batch]
     if taken:
@@ -123,8 +123,8 @@ def _placed(
     ids: Sequence[int],
     label_names: Sequence[str],
 ) -> Tensor:
-    """(B, S), each item's weights where its labels are."""
-    joined = labels.shape[0] != len(items)  # end to end, by their input_ids as the sample ids are
+    """(B, S), each item's weights at the positions of its labels."""
+    joined = labels.shape[0] != len(items)  # joined end to end, by their input_ids, as for the sample ids
     name = next((name for name in label_names if items[0].get(name) is not None and not joined), "input_ids")
     lacking = next((i for item, i in zip(items, ids, strict=True) if item.get(name) is None), None)
     if lacking is not None:

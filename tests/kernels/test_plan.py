@@ -68,12 +68,12 @@ def test_a_launch_gets_the_same_memory_by_tensors_and_by_addresses(
     for ready in (False, True):
         memory = iter((loss, kept, visits))
         weights.new_empty = lambda _size, memory=memory: next(memory)
-        plan.statistics, plan.update, gradient = Recorder(ready), Recorder(ready), Recorder(ready)
+        plan.statistics_launch, plan.update_launch, gradient = Recorder(ready), Recorder(ready), Recorder(ready)
         plan.forward(logits, labels, ids, state.rules, weights, items, *columns, apart)
         monkeypatch.setattr(planning, "gradient_launch", lambda *_, gradient=gradient: gradient)
         plan.gradients.clear()
         plan.gradient(logits, kept, loss, logits, labels, inplace=True)
-        seen.append([*plan.statistics.pointers, *plan.update.pointers, *gradient.pointers])
+        seen.append([*plan.statistics_launch.pointers, *plan.update_launch.pointers, *gradient.pointers])
     planning._plans.clear()
     tensors, addresses = seen
     assert len(tensors) == 4 + len(prepared_of(NAMES)) + 2 + 6 + len(NAMES) + 2 + 8 + 8

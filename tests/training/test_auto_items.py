@@ -10,7 +10,7 @@ from training import arguments, tiny_llama, trainer_of, weights
 
 import geko_kernels as gk
 from geko_kernels.training.stopping import looked_at as module
-from geko_kernels.training.stopping.items import BeginningOf, WithoutGroups, parts_of, read, with_answer
+from geko_kernels.training.stopping.items import ExcerptOf, WithoutGroups, parts_of, read, with_answer
 from geko_kernels.training.stopping.looked_at import looked_at, sentinels
 from geko_kernels.training.stopping.sentinels import joined
 
@@ -43,7 +43,7 @@ def one_thread(reference):
 )
 def test_question_and_answer_of_an_item(item, parts):
     assert parts_of(item) == parts
-    assert BeginningOf(())(item).kind == ("" if parts is None else parts[0])
+    assert ExcerptOf(())(item).kind == ("" if parts is None else parts[0])
 
 
 def test_labels_of_another_name():

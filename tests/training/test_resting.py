@@ -45,7 +45,7 @@ def test_in_the_uniform_finish_nobody_rests():
     state = state_of([LIGHT] * 100, light_interval=2, uniform_finish=0.5, **ONES)
     sampler = gk.GEKOSampler(state, num_epochs=1)
     sampler.set_epoch(0)
-    ids, head = sampler.plan.ids, sampler.plan.head
+    ids, head = sampler.plan.ids, sampler.plan.selected
     assert sampler.sample_weights(ids[:head]).eq(2).all() and sampler.sample_weights(ids[head:]).eq(1).all()
     assert 0 < head < 50 and len(ids) - head == 50
 

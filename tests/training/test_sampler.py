@@ -84,7 +84,7 @@ def test_uniform_finish_takes_everyone_with_weight_one():
     assert sorted(head) == list(range(800, 1000))
     plan = plan_of(sampler, 1)
     assert len(plan) == len(set(plan))  # at most once an epoch
-    cut = sampler.plan.head
+    cut = sampler.plan.selected
     assert min(plan[:cut]) >= 800
     assert len(plan) - cut == 250  # a quarter of this epoch's 1000 slots
     assert sum(sample < 800 for sample in plan[cut:]) > 150
@@ -112,9 +112,9 @@ def test_a_budget_of_samples_makes_more_and_shorter_epochs():
     sizes = []
     while drawn < 200:
         sampler.set_epoch(epoch, start=drawn / 200)
-        sizes.append((sampler.plan.head, len(sampler.plan.ids)))
+        sizes.append((sampler.plan.selected, len(sampler.plan.ids)))
         drawn, epoch = drawn + len(sampler.plan.ids), epoch + 1
-    assert [head for head, _ in sizes] == [40, 40, 40, 40, 0]  # 160 samples, then the finish
+    assert [selected for selected, _ in sizes] == [40, 40, 40, 40, 0]  # 160 samples, then the finish
     assert sizes[-1] == (0, 100)
 
 

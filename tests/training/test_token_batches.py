@@ -182,7 +182,7 @@ def test_no_batch_straddles_the_uniform_finish(tmp_path):
     trainer = trainer_of(tmp_path, sentences(30, ragged=True), config, num_train_epochs=3, **form("flat"))
     trainer.train()
     plan = trainer.sampler.plan
-    assert 0 < plan.head < len(plan.ids) and plan.head in plan.packs.tolist()
+    assert 0 < plan.selected < len(plan.ids) and plan.selected in plan.packs.tolist()
     assert trainer.lr_scheduler.get_last_lr()[0] < 1e-6
 
 

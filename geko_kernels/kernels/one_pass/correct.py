@@ -1,4 +1,4 @@
-"""Correction: makes the predicted gradient the true one. Touches only rows that were predicted wrong, and zeros."""
+"""Correction of the predicted gradient. Accesses only rows that were predicted wrong, and zeros."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from geko_kernels.kernels.batch import VECTOR_BITS, edge_span, row_span
 from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.logits_grad import contiguous_tile
 
-# the fastest on an H200: with all of 8192 x 128256 to correct 1.15 ms, with 4096 x 8 x 1056 x 4 1.77 ms
+# the fastest on an H200: 1.15 ms with all of 8192 x 128256 to correct; 4096 x 8 x 1056 x 4 took 1.77 ms
 BLOCK = 2048
 WARPS = 4
 PROGRAMS = 2112
-PART = 8  # tiles of a row that one program takes
+PART = 8  # tiles of a row for one program
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _rescale_part(out, position, inside, ratio):
 
 @triton.jit
 def _rescale_tile(out_ptr, tile, ratio, vocab, BLOCK: tl.constexpr):
-    """BLOCK elements of one row; tile 0 also does the row's ends."""
+    """BLOCK elements of one row; tile 0 also handles the row's ends."""
     PER: tl.constexpr = VECTOR_BITS // out_ptr.dtype.element_ty.primitive_bitwidth
     out, lead, first, end = row_span(out_ptr, vocab)
     position = tile * BLOCK + tl.arange(0, BLOCK)
@@ -51,7 +51,7 @@ def _correct_part(
     BLOCK: tl.constexpr,
 ):
     """Tiles [first, last) of row t."""
-    out_ptr, logits_ptr, labels_ptr, tokens_ptr, coeff_ptr, scale_ptr, factor_ptr = pointers
+    out_ptr, logits_ptr, labels_ptr, statistics_ptr, coeff_ptr, scale_ptr, factor_ptr = pointers
     out_b, out_s, stride_b, stride_s, label_b, label_s = strides
     coefficient, written = tl.load(coeff_ptr + t), tl.load(factor_ptr + t)
     factor = 0.0
@@ -64,11 +64,11 @@ def _correct_part(
         s_label = s
     target = tl.load(labels_ptr + b * label_b + s_label * label_s)
     step = token_count.to(tl.int64)
-    top, log_sum = tl.load(tokens_ptr + step + t), tl.load(tokens_ptr + 2 * step + t)
+    top, log_sum = tl.load(statistics_ptr + step + t), tl.load(statistics_ptr + 2 * step + t)
     out = out_ptr + b * out_b + s * out_s
     x = logits_ptr + b * stride_b + s * stride_s
     for tile in range(first, last):
-        if INPLACE & (written != 0) & (factor != 0):  # the logits are gone
+        if INPLACE & (written != 0) & (factor != 0):  # the logits were overwritten
             _rescale_tile(out, tile, tl.div_rn(factor, written), vocab, BLOCK)
         else:
             contiguous_tile(out, x, tile, target, top, log_sum, factor, vocab, 1.0, False, True, BLOCK)
@@ -85,7 +85,7 @@ def _correct_kernel(
     grad_output_ptr,
     logits_ptr,
     labels_ptr,
-    tokens_ptr,
+    statistics_ptr,
     coeff_ptr,
     scale_ptr,
     factor_ptr,
@@ -108,11 +108,11 @@ def _correct_kernel(
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (part, group) looks at rows group, group + groups, ... and corrects its part of those in need."""
+    """Program (part, group) checks rows group, group + groups, ... and corrects its part of those that are wrong."""
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     upstream = tl.load(grad_output_ptr).to(tl.float32)
     scale = tl.load(scale_ptr)
-    pointers = (out_ptr, logits_ptr, labels_ptr, tokens_ptr, coeff_ptr, scale_ptr, factor_ptr)
+    pointers = (out_ptr, logits_ptr, labels_ptr, statistics_ptr, coeff_ptr, scale_ptr, factor_ptr)
     strides = (out_b, out_s, stride_b, stride_s, label_b, label_s)
     hits = tl.zeros([ROWS], tl.int32)
     misses = tl.zeros([ROWS], tl.int32)
@@ -142,9 +142,9 @@ def _correct_kernel(
 
 
 def correct_launch(out: Tensor, logits: Tensor, labels: Tensor, shift: bool, inplace: bool) -> Launch:
-    """See `reference_predicted.correct_rows_`; out and logits (B, S, V) as `hopper.serves` wants them.
+    """See `reference.one_pass.correct_rows_`; out and logits (B, S, V) as `hopper.serves` requires.
 
-    Pointers: out, grad_output (), logits, labels, tokens, coeff, scale, factor, upstream, counts.
+    Pointers: out, grad_output (), logits, labels, statistics, coeff, scale, factor, upstream, counts.
     """
     _, length, vocab = logits.shape
     count = labels.numel()

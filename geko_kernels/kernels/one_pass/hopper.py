@@ -1,8 +1,8 @@
 """The CUDA kernel in csrc/hopper: one pass over the logits for statistics and gradient, on sm_90.
 
-A plain C library behind ctypes: it holds its own CUDA runtime and sees addresses only, so one binary serves every
-torch, and nothing imports it but the first call that can use it. Against LibTorch's stable ABI it would need a CUDA
-build of torch to compile and one to load.
+A plain C library loaded by ctypes at the first call that can use it. It has its own CUDA runtime and takes addresses
+only, so one binary serves every torch. Built against LibTorch's stable ABI, it would need a CUDA build of torch to
+compile and to load.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from geko_kernels.torch_private import stream_address
 
 CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_BLOCK_BYTES = 227 * 1024  # shared memory that one block may have, of 228 KiB a multiprocessor
-_HALF_BYTES = 113 * 1024  # the same with two blocks a multiprocessor
-_STEP = 4  # vectors that a thread takes at once
-_SLICE_BYTES = 160 * 1024  # what a block should take of a row at most: the rest of its memory prefetches the next row
+_BLOCK_BYTES = 227 * 1024  # most shared memory of a block, of 228 KiB on a multiprocessor
+_HALF_BYTES = 113 * 1024  # the same with two blocks on a multiprocessor
+_STEP = 4  # vectors that a thread loads at once
+_SLICE_BYTES = 160 * 1024  # most of a row for one block: the rest of its memory prefetches the next row
 
 
 class _Shape(ctypes.Structure):
@@ -39,7 +39,7 @@ _ARGUMENTS = struct.Struct("@9Q 4q 8i")
 
 
 class Tiling(NamedTuple):
-    """How blocks share a row: `blocks` a cluster, each a slice of it, in chunks; sizes in vectors of 16 bytes."""
+    """How the `blocks` of a cluster share a row: a slice each, read in chunks; sizes in vectors of 16 bytes."""
 
     blocks: int
     warps: int
@@ -50,9 +50,9 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(vocab: int, itemsize: int) -> Tiling | None:
-    """The fastest of those tried on an H200 for rows of this size; None where no cluster holds one."""
+    """The fastest of those tried on an H200 for rows of this size; None if no cluster can hold one."""
     per = 16 // itemsize
-    vectors = (vocab + 2 * per - 2) // per  # of a row that starts off a vector's boundary
+    vectors = (vocab + 2 * per - 2) // per  # of a row that does not start at a vector's boundary
     if 16 * vectors <= _HALF_BYTES - 1024:
         return _tiling(vectors, 1, 8, _HALF_BYTES)
     for blocks in (1, 2, 4, 8):
@@ -65,13 +65,13 @@ def _tiling(vectors: int, blocks: int, warps: int, shared: int) -> Tiling:
     size = -(-vectors // blocks)
     chunk = -(-size // -(-size // (warps * 32 * _STEP)))
     chunk = -(-chunk // 8) * 8
-    room = shared - 4 * (blocks * warps * 16 + 8)  # beside the warps' partial sums of four rows, and their barriers
+    room = shared - 4 * (blocks * warps * 16 + 8)  # without the warps' partial sums of four rows, and their barriers
     return Tiling(blocks, warps, size, chunk, min(room // (chunk * 16 + 16), 64), shared)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library; raises ImportError where it was not built or cannot be loaded."""
+    """The library; raises ImportError if it was not built or cannot be loaded."""
     found = sorted(Path(__file__).parents[2].glob("_hopper.*"))
     if not found:
         raise ImportError("geko_kernels._hopper was not built at install: that takes nvcc")
@@ -86,7 +86,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def missing(device: torch.device) -> str | None:
-    """Why the kernel cannot run on `device`; None where it can."""
+    """Why the kernel cannot run on `device`; None if it can."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(device)
@@ -101,10 +101,10 @@ def missing(device: torch.device) -> str | None:
 
 
 class RowsLaunch:
-    """`reference_predicted.predicted_rows_` on tensors of one layout; all but the pointers settled.
+    """`reference.one_pass.predicted_rows_` on tensors of one layout, with all but the pointers fixed.
 
-    Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: how many counts there are.
-    Raises: ValueError for a shape without a kernel; RuntimeError at a launch, for rows that do not lie as in `serves`.
+    Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: the number of counts.
+    Raises: ValueError for a shape without a kernel; RuntimeError at a launch, for rows not laid out as in `serves`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class RowsLaunch:
         self._launch = self._library.geko_predicted_rows
 
     def __call__(self, *pointers: Tensor | int | None) -> None:
-        """On the current stream. Pointers: logits, grad, target, coeff, counts, num_items, upstream, tokens, factor."""
+        """On the current stream: logits, grad, target, coeff, counts, num_items, upstream, statistics, factor."""
         at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
         arguments = _ARGUMENTS.pack(*at, *self._numbers)
         error = self._launch(self._shape_at, arguments, stream_address(self._device))
@@ -144,7 +144,7 @@ class RowsLaunch:
 
 
 def serves(logits: Tensor, grad: Any) -> bool:
-    """Whether rows of `logits` (B, S, V) and their gradient lie as the kernel needs them."""
+    """Whether rows of `logits` (B, S, V) and their gradient have the layout that the kernel needs."""
     per = 16 // logits.element_size()
     apart = (logits.data_ptr() - grad.data_ptr()) % 16
     return (

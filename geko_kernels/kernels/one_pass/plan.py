@@ -1,7 +1,7 @@
-"""Calls whose forward reads the logits once and leaves the gradient behind, scaled by a predicted factor.
+"""Calls whose forward reads the logits once and also writes the gradient, scaled by a predicted factor.
 
-Three passes over the logits (read; read, write) become two (read, write) wherever the prediction comes true: launches
-are prediction, rows (CUDA, csrc/hopper), sample update; and in the backward the correction.
+Where the prediction is right, three passes over the logits (read; read, write) become two (read, write). The launches
+are prediction, rows (CUDA, csrc/hopper) and sample update, and in the backward the correction.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from geko_kernels.kernels.plan import Plan, starts
 from geko_kernels.kernels.table import QUARANTINED, prepared_of
 from geko_kernels.reference.ops import Reduction
 
-# bytes of logits, and of a row, from which on it pays, measured on an H200: below, one launch more takes the host too
-# long, or the exchange between the warps takes the device too long
+# bytes of logits, and of a row, from which on it is faster, measured on an H200: below, the additional launch costs the
+# host more, or the exchange between the warps costs the device more
 SMALLEST = 2**27
 SMALLEST_ROW = 2**15
 
@@ -28,16 +28,16 @@ SMALLEST_ROW = 2**15
 class PredictedPlan(Plan):
     """A `Plan` whose forward also takes `gradient`: (grad, upstream), grad (B, S, V) or (B, V).
 
-    Kept is also factor (T,), by which each row of grad was multiplied; 0: not written. Beside the visits lie target
-    (T,), coeff (T,) and counts (parts,) of `reference_predicted.predict`.
+    Kept also has factor (T,), by which each row of grad was multiplied; 0: not written. Visits also have target (T,),
+    coeff (T,) and counts (parts,) of `reference.one_pass.predict`.
     """
 
     def __init__(self, inplace: bool, grad: Tensor, *args: Any) -> None:
         """Args: grad (B, S, V); those of `Plan`."""
         super().__init__(*args)
-        _, logits, labels, sample_ids, table_rows, reduction, ignore_index, shift, _, update = args
+        _, logits, labels, sample_ids, num_samples, reduction, ignore_index, shift, _, update = args
         vocab = logits.shape[2]
-        self.predict = predict_launch(labels, sample_ids, table_rows, vocab, reduction, ignore_index, shift, update)
+        self.predict = predict_launch(labels, sample_ids, num_samples, vocab, reduction, ignore_index, shift, update)
         parts = predict_parts(labels, self.packed)
         self.rows = hopper.RowsLaunch(
             *(logits.device, logits.dtype, tuple(logits.shape), logits.stride()[:2], grad.stride()[:2]),
@@ -52,11 +52,11 @@ class PredictedPlan(Plan):
         self.parts = parts
 
     def _work(self, kept: Tensor, visits: Tensor) -> tuple[Tensor, ...]:
-        """tokens, scratch, factor, target, coeff, counts."""
+        """statistics, scratch, factor, target, coeff, counts."""
         ints = visits.view(torch.int32)
-        tokens, scratch = super()._work(kept, visits)
+        statistics, scratch = super()._work(kept, visits)
         return (
-            *(tokens, scratch, kept[self.factor :][: self.count], ints[self.target :][: self.count]),
+            *(statistics, scratch, kept[self.factor :][: self.count], ints[self.target :][: self.count]),
             *(visits[self.predicted :][: self.count], ints[self.counts :][: self.parts]),
         )
 
@@ -68,12 +68,12 @@ class PredictedPlan(Plan):
 
     def _launch(self, batch: Any, rules: Any, table: Any, error: Any, work: Any, outputs: Any, entries: Any) -> None:
         logits, labels, sample_ids, grad, upstream = batch
-        tokens, scratch, factor, target, coeff, counts = work
+        statistics, scratch, factor, target, coeff, counts = work
         _, weights, num_items = rules
         known = (*prepared_of(table), table[QUARANTINED], error, scratch)
         self.predict(labels, sample_ids, weights, *known, target, coeff, counts)
-        self.rows(logits, grad, target, coeff, counts, num_items, upstream, tokens, factor)
-        self.update(tokens, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
+        self.rows(logits, grad, target, coeff, counts, num_items, upstream, statistics, factor)
+        self.update_launch(statistics, labels, sample_ids, *rules, *table, None, None, scratch, *outputs, *entries)
 
     def correct(
         self,
@@ -85,7 +85,7 @@ class PredictedPlan(Plan):
         upstream: Tensor,
         counts: Tensor,
     ) -> None:
-        """Make `out`, the forward's `grad`, the gradient for `grad_output` ()."""
+        """Correct `out`, the forward's `grad`, to the gradient for `grad_output` ()."""
         at = grad_output.data_ptr()
         launch = self.corrections.get(at % 16)
         if launch is None:
@@ -99,19 +99,19 @@ class PredictedPlan(Plan):
                 out.data_ptr(), at, logits.data_ptr(), labels.data_ptr(), *saved, upstream.data_ptr(), counts.data_ptr()
             )
         else:
-            tokens, coeff, scale, _ = self.saved(kept)
+            statistics, coeff, scale, _ = self.saved(kept)
             factor = kept[self.factor :][: self.count]
-            launch(out, grad_output, logits, labels, tokens, coeff, scale, factor, upstream, counts)
+            launch(out, grad_output, logits, labels, statistics, coeff, scale, factor, upstream, counts)
 
 
 def predicted_plan(inplace: bool, *args: Any) -> PredictedPlan | None:
-    """The plan of calls of which the gradient is wanted, where one pass less pays; else None. Args: those of `Plan`."""
+    """The plan of calls that need a gradient, if one pass less is faster; else None. Args: those of `Plan`."""
     _, logits, labels, _, _, reduction, _, _, softcap, _ = args
     if (
         hopper.missing(logits.device)
         or reduction == Reduction.NONE
         or softcap
-        or (inplace and logits.dtype == torch.float16)  # a gradient that is rescaled should not have underflowed
+        or (inplace and logits.dtype == torch.float16)  # the gradient may be rescaled and must not have underflowed
         or logits.shape[2] * logits.element_size() < SMALLEST_ROW
         or logits.numel() * logits.element_size() < SMALLEST
     ):

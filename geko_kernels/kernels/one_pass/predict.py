@@ -1,7 +1,7 @@
-"""Prediction: the target of each token and, before anything is read of the logits, the coefficient of its gradient.
+"""Prediction: the target of each token and the coefficient of its gradient, before the logits are read.
 
-A visit's coefficient follows from the bucket its sample was in at the last visit, and its labels; nearly always that
-is the one that `sample_update_` finds. The same launch prepares the visits, see `visit_prep`.
+A visit's coefficient follows from its labels and its sample's bucket at the last visit; nearly always `sample_update_`
+finds the same one. The launch also prepares the visits, see `sample_update.prepare`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _store_targets(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The targets of ROWS visits; returns how many tokens each has to predict, -1 where a label is bad."""
+    """The targets of ROWS visits; returns how many tokens each has to predict, -1 if a label is bad."""
     count = tl.zeros([ROWS, BLOCK], tl.int32)
     bad = tl.zeros([ROWS, BLOCK], tl.int32)
     for start in range(0, longest, BLOCK):
@@ -61,13 +61,13 @@ def _predict_visits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS visits; returns what each adds to the divisor."""
+    """Predicts ROWS visits; returns what each adds to the divisor."""
     live, sample, first, lengths, longest = where
-    weights_ptr, bucket_ptr, quarantined_ptr, table_rows = table
+    weights_ptr, bucket_ptr, quarantined_ptr, num_samples = table
     target_ptr, coeff_ptr = outputs
     items = _store_targets(batch, vocab, target_ptr, first, lengths, longest, SHIFT, PACKED, ROWS, BLOCK)
     if bucket_ptr is not None:
-        known = live & (sample >= 0) & (sample < table_rows)
+        known = live & (sample >= 0) & (sample < num_samples)
         bucket = tl.load(bucket_ptr + sample, mask=known, other=2).to(tl.int32)
         weight = tl.load(weights_ptr + tl.minimum(bucket, 3))  # a damaged file may hold more
         shut_out = tl.load(quarantined_ptr + sample, mask=known, other=0)
@@ -113,7 +113,7 @@ def _predict_kernel(
     ignore_index,
     token_count,
     vocab,
-    table_rows,
+    num_samples,
     prep_programs,
     REDUCTION: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -124,13 +124,13 @@ def _predict_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The first programs prepare the visits; then one a tile of ROWS rows, or packed one a GROUP of tokens."""
+    """The first programs prepare the visits; then one for each tile of ROWS rows; packed, each GROUP of tokens."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    table = (weights_ptr, bucket_ptr, quarantined_ptr, table_rows)
+    table = (weights_ptr, bucket_ptr, quarantined_ptr, num_samples)
     outputs = (target_ptr, coeff_ptr)
     program = tl.program_id(0)
     if program < prep_programs:
-        columns = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+        columns = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples)
         prepare_visits(program, batch, columns, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
     else:
         program -= prep_programs
@@ -160,7 +160,7 @@ def _predict_kernel(
 
 
 def predict_shape(length: int, packed: bool) -> tuple[int, int]:
-    """(tokens a step, visits at a time)."""
+    """(tokens in a step, visits at a time)."""
     if packed:
         return 512, 1
     block = min(next_power_of_2(length), 2048)
@@ -168,7 +168,7 @@ def predict_shape(length: int, packed: bool) -> tuple[int, int]:
 
 
 def predict_parts(labels: Tensor, packed: bool) -> int:
-    """How many counts the launch leaves."""
+    """How many counts the launch writes."""
     if packed:
         return cdiv(labels.numel(), GROUP)
     return cdiv(labels.shape[0], predict_shape(labels.shape[1], packed)[1])
@@ -177,14 +177,14 @@ def predict_parts(labels: Tensor, packed: bool) -> int:
 def predict_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    table_rows: int,
+    num_samples: int,
     vocab: int,
     reduction: int,
     ignore_index: int,
     shift: bool,
     update: bool,
 ) -> Launch:
-    """See `reference_predicted.predict`, of which counts (parts,) add up to the divisor; prepares the visits too.
+    """See `reference.one_pass.predict`, whose counts (parts,) add up to the divisor; also prepares the visits.
 
     Pointers: labels, sample_ids, weights, q_value, loss_history, times_seen, bucket, claim, quarantined, error,
     scratch, target, coeff, counts.
@@ -195,7 +195,7 @@ def predict_launch(
     prep_programs = cdiv(count, PREP_TILE)
     numbers = (
         *(*labels.stride(), *id_strides(sample_ids), length, ignore_index),
-        *(count, vocab, table_rows, prep_programs),
+        *(count, vocab, num_samples, prep_programs),
     )
     constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
     shape = {"ROWS": rows, "BLOCK": block, "TILE": PREP_TILE, "GROUP": GROUP}

@@ -1,4 +1,4 @@
-"""d(bias): the rows of a tile of gradients, each times a number, added up without lost digits."""
+"""d(bias): the weighted sum of the rows of a tile of gradients, without loss of digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from geko_kernels.kernels.launch import cdiv
 from geko_kernels.kernels.rows.launch import KeyedLaunch
 from geko_kernels.kernels.sample_update.means import add_exactly, joined
 
-BLOCK, STEP, PART = 256, 16, 256  # columns a program, rows at a time, rows a program
+BLOCK, STEP, PART = 256, 16, 256  # columns of a program, rows at a time, rows of a program
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
@@ -26,7 +26,7 @@ def _column_sums_kernel(
     STEP: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Program (block, part) adds up PART rows of BLOCK columns: STEP at a time as a tree, these one by one, exactly."""
+    """Program (block, part) adds up PART rows of BLOCK columns: STEP at a time as a tree, the results exactly."""
     part = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     width = tl.full([], columns, tl.int64)
@@ -45,7 +45,7 @@ _launch = KeyedLaunch(_column_sums_kernel)
 
 
 def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:
-    """See `reference_rows.column_sums`; `tile` and `by_row` contiguous. One launch, and torch's sum of the parts."""
+    """See `reference.rows.column_sums`; `tile` and `by_row` contiguous. One launch, and torch's sum of the parts."""
     rows, columns = tile.shape
     parts, blocks = cdiv(rows, PART), cdiv(columns, BLOCK)
     out = torch.empty(parts, columns, dtype=torch.float32, device=tile.device)

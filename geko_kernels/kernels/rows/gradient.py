@@ -1,4 +1,4 @@
-"""Gradients of kept rows, unscaled, over their logits or into the slots of rows that are not kept."""
+"""Unscaled gradients of kept rows, written over their logits or into the slots of rows that are not kept."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from geko_kernels.kernels.launch import cdiv, next_power_of_2
 from geko_kernels.kernels.logits_grad import gradient_of
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 
-BLOCK, WARPS, STEPS, PROGRAMS = 4096, 8, 4, 8  # elements at a time, warps, blocks of a piece, programs a multiprocessor
+BLOCK, WARPS, STEPS, PROGRAMS = 4096, 8, 4, 8  # elements, warps, blocks in a piece, programs on a multiprocessor
 
 
 @triton.jit
 def _move(x, out, row_stride, BLOCK: tl.constexpr):
     for start in range(0, row_stride, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < row_stride  # padding too: whole vectors are read and written
+        inside = column < row_stride  # with padding: whole vectors are read and written
         tl.store(out + column, tl.load(x + column, mask=inside), mask=inside)
 
 
@@ -38,7 +38,7 @@ def _gradient_rows_kernel(
     label_b,
     label_s,
     length,
-    tokens_ptr,
+    statistics_ptr,
     token_count,
     first,
     last,
@@ -51,7 +51,7 @@ def _gradient_rows_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The programs share out the pieces of all slots; the last slots first, which the statistics left in cache.
+    """The programs share the pieces of all slots; last slots first, as they are still in cache.
 
     A position that is no token, or a source that is no row, gives NaN.
     """
@@ -74,8 +74,8 @@ def _gradient_rows_kernel(
                 s = tl.minimum(s + 1, length - 1)  # the last position predicts nothing and is never kept
             target = tl.load(labels_ptr + b * label_b + s * label_s, mask=known, other=-1)
             step = tl.full([], 0, tl.int64) + token_count
-            top = tl.load(tokens_ptr + step + t, mask=known, other=float("nan"))
-            log_sum = tl.load(tokens_ptr + 2 * step + t, mask=known, other=0.0)
+            top = tl.load(statistics_ptr + step + t, mask=known, other=float("nan"))
+            log_sum = tl.load(statistics_ptr + 2 * step + t, mask=known, other=0.0)
             begin = item % pieces * (STEPS * BLOCK)
             for start in range(begin, tl.minimum(begin + STEPS * BLOCK, row_stride), BLOCK):
                 column = start + tl.arange(0, BLOCK)
@@ -102,7 +102,7 @@ def gradient_rows_(
     sources: Tensor | None,
     end: Tensor | None,
     labels: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     first: int,
     last: int,
     ready_from: int,
@@ -110,9 +110,9 @@ def gradient_rows_(
     shift: bool,
     softcap: float,
 ) -> None:
-    """See `reference_rows.gradient_rows_`; `logits` contiguous. One launch."""
+    """See `reference.rows.gradient_rows_`; `logits` contiguous. One launch."""
     row_stride = logits.shape[1]
-    last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may say less, not more
+    last = min(last, *(len(x) for x in (logits, positions, sources) if x is not None))  # `end` may be less, not more
     block = min(next_power_of_2(row_stride), BLOCK)
     pieces = cdiv(row_stride, STEPS * block)
     programs = programs_for(max(1, (last - first) * pieces), PROGRAMS, logits)
@@ -121,6 +121,6 @@ def gradient_rows_(
     key = (logits.get_device(), logits.dtype, row_stride, *places, end is None, *constants.values())
     args = (
         *(logits, row_stride, len(logits), positions, sources, end, labels, *labels.stride(), labels.shape[1]),
-        *(tokens, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
+        *(statistics, labels.numel(), first, last, ready_from, vocab, softcap, pieces),
     )
     _launch(key, programs, args, constants, max(block * WARPS // BLOCK, 1))

@@ -1,4 +1,4 @@
-"""Launches of the linear path: numbers differ from call to call, the binary seldom does."""
+"""Launches of the linear path: the numbers differ from call to call, the binary rarely."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from geko_kernels.kernels.launch import MOST, Launch
 class KeyedLaunch:
     """`kernel[(programs,)](*args, **constants, num_warps=warps)`, a `Launch` for each key.
 
-    Here pointers and numbers both change from call to call, so a key settles what Triton would look at: types,
-    alignments, Nones, and whether a number is 1 or a multiple of 16, but for those the kernel does not specialize.
+    Pointers and numbers both change from call to call, so the key fixes what Triton would inspect: types, alignments,
+    Nones, and whether a number is 1 or a multiple of 16, except for numbers that the kernel does not specialize.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -26,7 +26,7 @@ class KeyedLaunch:
     def __call__(
         self, key: Hashable, programs: int, args: tuple[Any, ...], constants: dict[str, Any], warps: int
     ) -> None:
-        """Args: constants in the kernel's order, settled by the key, as is warps."""
+        """Args: constants in the kernel's order; the key fixes them, and warps."""
         launch = self.launches.get((key, programs))
         if launch is None:
             if len(self.launches) >= MOST:
@@ -41,5 +41,5 @@ def _multiprocessors(device: int) -> int:
 
 
 def programs_for(work: int, each: int, tensor: Tensor) -> int:
-    """Programs of a kernel that loops over `work` items: `each` a multiprocessor of the tensor's device, or fewer."""
+    """Programs of a kernel that loops over `work` items: at most `each` on a multiprocessor of the tensor's device."""
     return min(work, each * _multiprocessors(tensor.get_device())) if tensor.is_cuda else work

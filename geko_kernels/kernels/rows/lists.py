@@ -1,6 +1,6 @@
 """Row lists of the linear path: which tokens are scored, and which rows of the buffer are kept. One program each.
 
-A scan over T or R integers takes some 10 us, beside GEMMs of milliseconds; one program needs no second launch.
+Scanning T or R integers takes some 10 us, next to GEMMs of milliseconds; with one program there is no second launch.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _kept_rows_kernel(
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
         end += tl.sum(_kept(coeff_ptr, row, i < new, token_count).to(tl.int32), 0)
     tl.store(end_ptr, end)
-    movers = 0  # slots of kept rows behind the front, listed behind the front of `sources` for now
+    movers = 0  # slots of kept rows behind the front; listed for now behind the front of `sources`
     for first in range(0, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         slot = held + i
@@ -111,7 +111,7 @@ _launch_scored, _launch_kept = KeyedLaunch(_scored_rows_kernel), KeyedLaunch(_ke
 def scored_rows(
     labels: Tensor, sample_ids: Tensor | None, vocab: int, ignore_index: int, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference_rows.scored_rows`. One launch."""
+    """See `reference.rows.scored_rows`. One launch."""
     count = labels.numel()
     rows = torch.empty(count, dtype=torch.int64, device=labels.device)
     targets = torch.empty_like(rows)
@@ -132,7 +132,7 @@ def scored_rows(
 def kept_rows_(
     coeff: Tensor, rows: Tensor, positions: Tensor, sources: Tensor, held: int, start: int, count: int
 ) -> Tensor:
-    """See `reference_rows.kept_rows_`. One launch."""
+    """See `reference.rows.kept_rows_`. One launch."""
     end = torch.empty((), dtype=torch.int32, device=rows.device)
     args = (coeff, rows, positions, sources, end, start, count, held, coeff.shape[0])
     _launch_kept((rows.get_device(), rows.data_ptr() % 16), 1, args, {"BLOCK": BLOCK}, WARPS)

@@ -1,4 +1,4 @@
-"""Scaled rows on their way: hidden states into the GEMM of dW, dX from its GEMM to the tokens."""
+"""Gathers scaled hidden states for the GEMM of dW, and scatters scaled rows of dX to their tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from geko_kernels.kernels.launch import next_power_of_2
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 
-BLOCK, PROGRAMS = 1024, 16  # elements of a row at a time, programs a multiprocessor
+BLOCK, PROGRAMS = 1024, 16  # elements of a row at a time, programs on a multiprocessor
 
 
 @triton.jit(do_not_specialize=["first", "count", "token_count"])
@@ -63,12 +63,12 @@ def _move(out: Tensor, x: Tensor, positions: Tensor, coeff: Tensor, first: int, 
 
 
 def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int) -> Tensor:
-    """See `reference_rows.gather_rows`; `hidden` contiguous. One launch."""
+    """See `reference.rows.gather_rows`; `hidden` contiguous. One launch."""
     out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     _move(out, hidden, positions, coeff, 0, count, False)
     return out
 
 
 def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor, first: int) -> None:
-    """See `reference_rows.scatter_rows_`; all contiguous. One launch."""
+    """See `reference.rows.scatter_rows_`; all contiguous. One launch."""
     _move(out, product, positions, coeff, first, len(product), True)

@@ -1,4 +1,4 @@
-"""Multiplication of a large tensor by a number that is 1 nearly always, and then free."""
+"""Multiplies a large tensor by a number that is nearly always 1, which then costs nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from geko_kernels.kernels.launch import cdiv
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 
-BLOCK, PROGRAMS = 4096, 8  # elements at a time, programs a multiprocessor; all leave at once where the factor is 1
+BLOCK, PROGRAMS = 4096, 8  # elements at a time, programs on a multiprocessor; all return at once if the factor is 1
 
 
 @triton.jit
@@ -26,7 +26,7 @@ _launch = KeyedLaunch(_rescale_kernel)
 
 
 def rescale_(values: Tensor, factor: Tensor) -> None:
-    """See `reference_rows.rescale_`; `values` contiguous. One launch."""
+    """See `reference.rows.rescale_`; `values` contiguous. One launch."""
     count = values.numel()
     if count:
         key = (values.get_device(), values.dtype, count, values.data_ptr() % 16, factor.dtype, factor.data_ptr() % 16)

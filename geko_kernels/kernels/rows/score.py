@@ -1,7 +1,7 @@
-"""Statistics of rows of the buffer, and in the same launch their unscaled gradients, where most rows are kept.
+"""Statistics of the buffer's rows and, if most rows are kept, their unscaled gradients in the same launch.
 
-Rows of the buffer start at multiples of 16 bytes and are padded to whole vectors, which serves what is simpler here
-than in `token_stats`: 16 bytes a lane throughout.
+The rows start at multiples of 16 bytes and are padded to whole vectors, so the code is simpler than in `token_stats`:
+every lane reads 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from geko_kernels.kernels.launch import next_power_of_2
 from geko_kernels.kernels.rows.launch import KeyedLaunch, programs_for
 from geko_kernels.kernels.token_stats import _accumulate, _base2, _capped, _store_statistics
 
-# elements and warps of a program, programs a multiprocessor, loads on their way at a time
+# elements and warps of a program, programs on a multiprocessor, loads in flight
 READ = 4096, 8, 8, 1
 FUSED = 8192, 16, 4, 1  # with gradients
 
@@ -37,7 +37,7 @@ def _row_statistics(
         inside = column < vocab
         z = tl.load(x + column, mask=tl.broadcast_to(vector < row_stride, [LANES, PER]), other=float("-inf"))
         z = _capped(tl.where(inside, z.to(tl.float32), float("-inf")), inside, cap, SOFTCAP)
-        if SOFTCAP:  # taken from the same values as the maximum, so that a hit is exact
+        if SOFTCAP:  # from the same values as the maximum, so that a hit is exact
             at_target = tl.maximum(at_target, tl.max(tl.where(column == target, z, float("-inf")), 1))
         top, total = _accumulate(top, total, z, 1)
     peak = tl.max(top, 0)
@@ -73,7 +73,7 @@ def _row_gradient(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`softmax - onehot` over the logits of one row, the last block first: the statistics left it in cache."""
+    """Writes `softmax - onehot` over the logits of one row; last block first, as it is still in cache."""
     PER: tl.constexpr = VECTOR_BITS // x.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // PER
     lane = tl.arange(0, LANES)[:, None] * PER
@@ -99,7 +99,7 @@ def _score_rows_kernel(
     row_stride,
     rows_ptr,
     targets_ptr,
-    tokens_ptr,
+    statistics_ptr,
     slot,
     start,
     count,
@@ -118,7 +118,7 @@ def _score_rows_kernel(
         top, total, z_target = _row_statistics(x, target, row_stride, vocab, softcap, SOFTCAP, BLOCK, STAGES)
         t = tl.load(rows_ptr + start + i)
         known = (t >= 0) & (t < token_count)
-        _store_statistics(tokens_ptr, t, known, True, top, total, z_target, token_count)
+        _store_statistics(statistics_ptr, t, known, True, top, total, z_target, token_count)
         if FUSED:
             tl.debug_barrier()  # all have read the target's logit
             log_sum = tl.log(total)
@@ -132,7 +132,7 @@ def score_rows_(
     logits: Tensor,
     rows: Tensor,
     targets: Tensor,
-    tokens: Tensor,
+    statistics: Tensor,
     fused: bool,
     slot: int,
     start: int,
@@ -140,7 +140,7 @@ def score_rows_(
     vocab: int,
     softcap: float,
 ) -> None:
-    """See `reference_rows.score_rows_`; `logits` contiguous, its rows at multiples of 16 bytes. One launch."""
+    """See `reference.rows.score_rows_`; `logits` contiguous, its rows at multiples of 16 bytes. One launch."""
     if not count:
         return
     row_stride = logits.shape[1]
@@ -149,5 +149,5 @@ def score_rows_(
     warps, each = max(warps * small // block, 1), each * block // small
     constants = {"FUSED": fused, "SOFTCAP": softcap != 0, "BLOCK": small, "STAGES": stages}
     key = (logits.get_device(), logits.dtype, row_stride, *constants.values(), warps)
-    args = (logits, row_stride, rows, targets, tokens, slot, start, count, tokens.shape[1], vocab, softcap)
+    args = (logits, row_stride, rows, targets, statistics, slot, start, count, statistics.shape[1], vocab, softcap)
     _launch(key, programs_for(count, each, logits), args, constants, warps)

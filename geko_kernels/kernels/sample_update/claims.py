@@ -1,7 +1,7 @@
-"""Who writes the table: of several visits of one sample, the last finite one. The rest of the update needs no order.
+"""Which visit writes the table: of several visits of one sample, the last finite one. Nothing else depends on order.
 
-`prepare_visits` left the highest slot of each sample in `claim`. Nearly always that is the only visit of its sample and
-finite; the search below runs for a visit that lost its claim to a later one, which then may turn out not to be finite.
+`prepare_visits` has written the highest slot of each sample to `claim`. Nearly always that is the sample's only visit,
+and finite. The search below runs for a visit that lost its claim to a later one, which may turn out not to be finite.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from geko_kernels.kernels.batch import visit_starts
 from geko_kernels.kernels.sample_update.means import is_finite, run_length, visit_means
 
-SEARCH_BLOCK = tl.constexpr(128)  # small: rare code, and it must not cost registers or compile time
+SEARCH_BLOCK = tl.constexpr(128)  # small: the code is rare and must not cost registers or compile time
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _superseded(
 ):
     """1 if a later visit of the same sample is counted and finite: then that one writes the row. Rare, so serial."""
     _, _, _, _, _, _, row_length, _ = batch
-    step = 1 if PACKED else row_length  # tokens a slot
+    step = 1 if PACKED else row_length  # tokens per slot
     found = 0
     start = slot + 1
     while (start < entries) & (found == 0):
@@ -80,7 +80,7 @@ def writers(
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Which visits write their sample's row: the last finite one of each sample. Takes the claims back."""
+    """Which visits write their sample's row: the last finite one of each sample. Clears the claims."""
     mine = known & (tl.load(claim_ptr + sample, mask=known, other=0) == slot + 1)
     tl.debug_barrier()  # every thread has read its claim
     tl.store(claim_ptr + sample, tl.zeros([ROWS], tl.int32), mask=mine)

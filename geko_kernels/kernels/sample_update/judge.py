@@ -1,4 +1,4 @@
-"""From the means of a visit and its sample's old row to quality, Q-value, bucket, weight and the new row."""
+"""Quality, Q-value, bucket, weight and the new row, from a visit's means and its sample's old row."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FREEZE, LIGHT, FOCUS, HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 
 @triton.jit
 def _quality(history, seen, rules_ptr):
-    """See `reference_state.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
+    """See `reference.visits.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
 
-    Comparisons in place of `tl.minimum` and `tl.maximum` where a NaN may stand, of which those make what they like.
+    Uses comparisons instead of `tl.minimum` and `tl.maximum` for values that may be NaN, which those do not define.
     """
     count = tl.maximum(tl.minimum(seen, HISTORY), 0)
     divisor = tl.maximum(count, 1).to(tl.float32)
@@ -50,7 +50,7 @@ def _quality(history, seen, rules_ptr):
 
 @triton.jit
 def seen_again(seen):
-    """One visit more, up to the largest int32; a damaged file may have made `seen` negative."""
+    """`seen + 1`, up to the largest int32; a damaged file may have made `seen` negative."""
     return tl.where(seen < 0, 0, tl.minimum(seen, 2147483646)) + 1
 
 

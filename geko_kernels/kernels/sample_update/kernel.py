@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geko_kernels.columns import rows_of
+from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_sample, visit_starts
 from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.sample_update.claims import writers
@@ -28,12 +28,12 @@ from geko_kernels.reference import ops as reference
 from geko_kernels.reference.ops import Reduction
 
 TOKEN_MEAN = tl.constexpr(int(Reduction.TOKEN_MEAN))
-PACKED_GROUP = 16  # tokens a program; a divisor of PREP_TILE
+PACKED_GROUP = 16  # tokens of a program; a divisor of PREP_TILE
 
 
 @triton.jit
 def _locate_packed(batch, scratch_ptr, entries, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """Packed, the program's tokens: positions, samples, which start a visit; the first one's entry; visits in all."""
+    """Packed: positions and samples of the program's tokens, which start a visit; the first entry; all visits."""
     t = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     samples, starts = visit_starts(batch, t, t < entries, True)
     my_tile = tl.program_id(0) * GROUP // TILE
@@ -65,11 +65,11 @@ def _update_visits(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS visits from their tokens to their entries; returns what each adds to the loss and to the divisor."""
+    """Updates ROWS visits and writes their entries; returns what each adds to the loss and to the divisor."""
     entries, slot, entry, live, sample, first, lengths, longest = where
-    rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows, sample_weights_ptr = table
+    rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, num_samples, sample_weights_ptr = table
     HAS_TABLE: tl.constexpr = columns[0] is not None
-    known = live & (sample >= 0) & (sample < table_rows) if HAS_TABLE else live
+    known = live & (sample >= 0) & (sample < num_samples) if HAS_TABLE else live
     loss_sum, items, divisor, loss, sure, accuracy = visit_means(
         batch, token_stats, first, lengths, longest, known, SHIFT, PACKED, ROWS, BLOCK
     )
@@ -102,7 +102,7 @@ def _update_visits(
 
 @triton.jit(do_not_specialize=BATCH_INTS)
 def _sample_update_kernel(
-    tokens_ptr,
+    statistics_ptr,
     labels_ptr,
     ids_ptr,
     rules_ptr,
@@ -135,7 +135,7 @@ def _sample_update_kernel(
     ignore_index,
     token_count,
     vocab,
-    table_rows,
+    num_samples,
     REDUCTION: tl.constexpr,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -145,11 +145,11 @@ def _sample_update_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program a tile of ROWS rows; or packed one a GROUP of tokens, for the visits that start in it, one by one."""
+    """One program for a tile of ROWS rows; packed, for a GROUP of tokens: the visits that start there, one by one."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    token_stats = (tokens_ptr, token_count, vocab, token_weights_ptr)
+    token_stats = (statistics_ptr, token_count, vocab, token_weights_ptr)
     columns = (q_value_ptr, confidence_ptr, history_ptr, seen_ptr, bucket_ptr, streak_ptr, changed_ptr)
-    table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, table_rows, sample_weights_ptr)
+    table = (rules_ptr, weights_ptr, columns, claim_ptr, quarantined_ptr, num_samples, sample_weights_ptr)
     outputs = (value_ptr, floats_ptr, ints_ptr, flags_ptr, coeff_ptr, token_visit_ptr)
     WHOLE: tl.constexpr = token_weights_ptr is None or REDUCTION != TOKEN_MEAN
     loss = tl.zeros([ROWS], tl.float32)
@@ -196,23 +196,23 @@ def _sample_update_kernel(
 def update_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    table_rows: int,
+    num_samples: int,
     vocab: int,
     reduction: int,
     ignore_index: int,
     shift: bool,
     update: bool,
 ) -> Launch:
-    """The update proper, after `prepare_visits` has filled scratch.
+    """The update itself, after `prepare_visits` has filled scratch.
 
-    Pointers: tokens, labels, sample_ids, rules, weights, num_items, those of `pointers`, token_weights,
+    Pointers: statistics, labels, sample_ids, rules, weights, num_items, those of `pointers`, token_weights,
     sample_weights, scratch, and the returns of `reference.sample_update_`.
     """
     rows, length = labels.shape
     count = labels.numel()
     packed = sample_ids is not None and sample_ids.dim() == 2
     block, tile, warps = visit_shape(length, packed)
-    numbers = (*labels.stride(), *id_strides(sample_ids), length, ignore_index, count, vocab, table_rows)
+    numbers = (*labels.stride(), *id_strides(sample_ids), length, ignore_index, count, vocab, num_samples)
     constants = {"REDUCTION": reduction, "SHIFT": shift, "PACKED": packed, "UPDATE": update}
     shape = {"ROWS": tile, "BLOCK": block, "TILE": PREP_TILE, "GROUP": PACKED_GROUP}
     programs = cdiv(count, PACKED_GROUP) if packed else cdiv(rows, tile)
@@ -237,7 +237,7 @@ def empty_outputs(
 
 
 def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
-    """(tokens a step, visits at a time, warps): four tokens a thread at most."""
+    """(tokens in a step, visits at a time, warps): at most four tokens for each thread."""
     if packed:
         return 512, 1, 4
     block = min(next_power_of_2(length), 2048)
@@ -248,7 +248,7 @@ _launches: dict[Hashable, tuple[Launch, Launch]] = {}
 
 
 def sample_update_(
-    tokens: Tensor,
+    statistics: Tensor,
     labels: Tensor,
     sample_ids: Tensor | None,
     rules: Tensor,
@@ -267,25 +267,25 @@ def sample_update_(
     """See `reference.sample_update_`. Two launches: preparation and update."""
     rest = (reduction, ignore_index, shift, update)
     if not labels.numel():
-        head = (tokens, labels, sample_ids, rules, weights, num_items)
-        return reference.sample_update_(*head, columns, error, vocab, *rest, token_weights, sample_weights)
+        first = (statistics, labels, sample_ids, rules, weights, num_items)
+        return reference.sample_update_(*first, columns, error, vocab, *rest, token_weights, sample_weights)
     packed = sample_ids is not None and sample_ids.dim() == 2
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
-    table_rows, table = rows_of(columns), pointers(columns)
+    num_samples, table = num_samples_of(columns), pointers(columns)
     prepared = (labels, sample_ids, *prepared_of(table), error, scratch)
     weighing = (token_weights, sample_weights)
-    updated = (tokens, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch)
+    updated = (statistics, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch)
     places = [None if pointer is None else pointer.data_ptr() % 16 for pointer in (error, *updated)]
     ids = None if sample_ids is None else sample_ids.stride()
-    # all that the binaries, the grids and the numbers depend on
-    key = (labels.get_device(), labels.shape, labels.stride(), ids, table_rows, vocab, *rest, *places)
+    # everything that binaries, grids and numbers depend on
+    key = (labels.get_device(), labels.shape, labels.stride(), ids, num_samples, vocab, *rest, *places)
     launches = _launches.get(key)
     if launches is None:
         if len(_launches) >= MOST:
             _launches.clear()
-        prepare = visit_prep_launch(labels, sample_ids, table_rows, vocab, ignore_index, shift, update)
-        launches = _launches[key] = prepare, update_launch(labels, sample_ids, table_rows, vocab, *rest)
+        prepare = visit_prep_launch(labels, sample_ids, num_samples, vocab, ignore_index, shift, update)
+        launches = _launches[key] = prepare, update_launch(labels, sample_ids, num_samples, vocab, *rest)
     launches[0](*prepared)
     launches[1](*updated, *outputs)
     return outputs

@@ -1,4 +1,4 @@
-"""Segment means: loss, confidence and accuracy of each visit, summed in a fixed order, without lost digits."""
+"""Segment means: loss, confidence and accuracy of each visit, summed in a fixed order without loss of digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def scored_tokens(batch, t, live, vocab, SHIFT: tl.constexpr, PACKED: tl.constex
 
 @triton.jit
 def add_exactly(total, lost, x):
-    """`total + x`, and `lost` plus what rounding took from it (two-sum): `joined` of both has not lost it."""
+    """`total + x`, and `lost` plus its rounding error (two-sum); `joined` adds both up."""
     new = total + x
     back = new - total
     return new, lost + ((total - (new - back)) + (x - back))
@@ -26,13 +26,13 @@ def add_exactly(total, lost, x):
 
 @triton.jit
 def joined(total, lost):
-    """The sum in which `add_exactly` went; infinite sums have no exact rest."""
+    """The sum from `add_exactly`; an infinite sum has no rounding error to add."""
     return tl.where(tl.abs(lost) < float("inf"), total + lost, total)
 
 
 @triton.jit
 def token_weight(token_weights_ptr, t, scored, SHIFT: tl.constexpr):
-    """The weight of what token(s) t predict, which lies beside its label; 0 where nothing is scored."""
+    """The weight of what token(s) t predict, at the position of its label; 0 where nothing is scored."""
     at = t + 1 if SHIFT else t
     return tl.load(token_weights_ptr + at, mask=scored, other=0.0)
 
@@ -52,14 +52,14 @@ def visit_means(
 ):
     """Loss sum, valid tokens, divisor of the means, and the means of loss, confidence and hit of ROWS visits.
 
-    Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False where its id is bad, which leaves it out.
+    Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False if its id is bad, which leaves it out.
     """
-    tokens_ptr, token_count, vocab, token_weights_ptr = token_stats
+    statistics_ptr, token_count, vocab, token_weights_ptr = token_stats
     loss = tl.zeros([ROWS, BLOCK], tl.float32)
     loss_lost = tl.zeros([ROWS, BLOCK], tl.float32)
     sure = tl.zeros([ROWS, BLOCK], tl.float32)
     sure_lost = tl.zeros([ROWS, BLOCK], tl.float32)
-    hits = tl.zeros([ROWS, BLOCK], tl.float32)  # whole numbers, exact, where there are no weights
+    hits = tl.zeros([ROWS, BLOCK], tl.float32)  # exact integers without weights
     hits_lost = tl.zeros([ROWS, BLOCK], tl.float32)
     weighed = tl.zeros([ROWS, BLOCK], tl.float32)
     weighed_lost = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -71,16 +71,18 @@ def visit_means(
         t = first[:, None] + offset
         inside = offset < lengths[:, None]
         scored, wrong = scored_tokens(batch, t, inside, vocab, SHIFT, PACKED)
-        # 0 where not scored; not masked by it, so that these loads do not wait for the labels
+        # 0 where not scored; no mask, so that these loads do not wait for the labels
         if token_weights_ptr is None:
-            loss, loss_lost = add_exactly(loss, loss_lost, tl.load(tokens_ptr + t, mask=inside, other=0.0))
-            sure, sure_lost = add_exactly(sure, sure_lost, tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0))
-            hits += tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+            loss, loss_lost = add_exactly(loss, loss_lost, tl.load(statistics_ptr + t, mask=inside, other=0.0))
+            sure, sure_lost = add_exactly(
+                sure, sure_lost, tl.load(statistics_ptr + 3 * stride + t, mask=inside, other=0.0)
+            )
+            hits += tl.load(statistics_ptr + 4 * stride + t, mask=inside, other=0.0)
         else:
             weight = token_weight(token_weights_ptr, t, scored, SHIFT)
-            one_loss = tl.load(tokens_ptr + t, mask=inside, other=0.0)
-            one_sure = tl.load(tokens_ptr + 3 * stride + t, mask=inside, other=0.0)
-            one_hit = tl.load(tokens_ptr + 4 * stride + t, mask=inside, other=0.0)
+            one_loss = tl.load(statistics_ptr + t, mask=inside, other=0.0)
+            one_sure = tl.load(statistics_ptr + 3 * stride + t, mask=inside, other=0.0)
+            one_hit = tl.load(statistics_ptr + 4 * stride + t, mask=inside, other=0.0)
             loss, loss_lost = add_exactly(loss, loss_lost, weight * one_loss)
             sure, sure_lost = add_exactly(sure, sure_lost, weight * one_sure)
             hits, hits_lost = add_exactly(hits, hits_lost, weight * one_hit)

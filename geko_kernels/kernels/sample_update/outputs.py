@@ -1,4 +1,4 @@
-"""What the visits leave behind: their entries, the coefficient of each token, and the loss of the batch."""
+"""The outputs: the visits' entries, the coefficient of each token, and the loss of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUM = tl.constexpr(int(Reduction.SUM))
 
 @triton.jit
 def store_visits(outputs, entries, entry, live, sample, means, judged, contribution, REDUCTION: tl.constexpr):
-    """One entry a visit in floats, ints, flags and, for NONE, the loss."""
+    """Writes each visit's entry in floats, ints, flags and, for NONE, the loss."""
     value_ptr, floats_ptr, ints_ptr, flags_ptr, _, _ = outputs
     items, loss, sure, accuracy = means
     q_value, quality, correct, bucket, weight = judged
@@ -48,7 +48,7 @@ def store_coefficients(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Token by token: the visit's coefficient where the token has a loss, else 0; packed also its entry."""
+    """For each token the visit's coefficient if it has a loss, else 0; packed also its entry."""
     _, _, vocab, token_weights_ptr = token_stats
     _, _, _, _, coeff_ptr, token_visit_ptr = outputs
     for start in range(0, longest, BLOCK):
@@ -66,7 +66,7 @@ def store_coefficients(
 
 @triton.jit
 def store_padding(outputs, entries, t, samples, visits, REDUCTION: tl.constexpr):
-    """Packed: write the outputs of padding tokens t and of unused entries t."""
+    """Packed: writes the outputs of padding tokens t and of unused entries t."""
     _, _, _, _, coeff_ptr, token_visit_ptr = outputs
     padding = (t < entries) & (samples == -1)
     tl.store(coeff_ptr + t, tl.zeros_like(t).to(tl.float32), mask=padding)
@@ -90,7 +90,7 @@ def _total(
     REDUCTION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The last program to arrive: all partial sums in a fixed order, then the divisor."""
+    """The last program to arrive adds up all partial sums in a fixed order, and divides."""
     loss = tl.zeros([1024], tl.float32)
     lost = tl.zeros([1024], tl.float32)
     items = tl.zeros([1024], tl.int32)
@@ -133,7 +133,7 @@ def finish(
     REDUCTION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Hand in this program's part of the loss and of the divisor (int32 if WHOLE); the last program adds all up."""
+    """Write this program's part of the loss and of the divisor (int32 if WHOLE); the last program adds all up."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if REDUCTION == NONE:

@@ -1,4 +1,4 @@
-"""Visit preparation: what the sample update needs to know before any program of it may write the table.
+"""Visit preparation: what the sample update needs before any of its programs may write the table.
 
 It flags bad labels and ids, counts the visits that start in each tile (packed ids), copies the table's row of each
 visit to scratch, and claims the row for the last visit of its sample. It runs inside the launch of the token
@@ -19,7 +19,7 @@ from torch import Tensor
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_target, visit_starts
 from geko_kernels.kernels.launch import Launch, cdiv
 
-PREP_TILE = 256  # tokens a program
+PREP_TILE = 256  # tokens of a program
 HISTORY = tl.constexpr(5)
 NO_ERROR = tl.constexpr(2**63 - 1)
 # planes of scratch, M entries each, from word 1 on
@@ -40,7 +40,7 @@ def plane(scratch_ptr, index: tl.constexpr, entries):
 
 @triton.jit
 def _error_key(position, IS_LABEL: tl.constexpr, value):
-    """See `reference_layout.error_key`."""
+    """See `reference.layout.error_key`."""
     low = tl.minimum(tl.maximum(value, -2147483648), 2147483647) & 0xFFFFFFFF
     return (tl.minimum(position, 1073741823).to(tl.int64) << 33) | (IS_LABEL << 32) | low
 
@@ -53,7 +53,7 @@ def _flag_bad_values(
     live,
     sample,
     starts,
-    table_rows,
+    num_samples,
     vocab,
     HAS_TABLE: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -63,7 +63,7 @@ def _flag_bad_values(
     bad = asked & ((target < 0) | (target >= vocab))
     key = tl.where(bad, _error_key(t, 1, target), NO_ERROR)
     if HAS_TABLE:
-        bad = starts & ((sample < -1) | (sample >= table_rows))
+        bad = starts & ((sample < -1) | (sample >= num_samples))
         key = tl.minimum(key, tl.where(bad, _error_key(t, 0, sample), NO_ERROR))
     first = tl.min(key, 0)
     if first < NO_ERROR:
@@ -86,7 +86,7 @@ def prepare_visits(
 ):
     """Prepare the visits that start in tokens [tile * TILE, (tile + 1) * TILE)."""
     _, _, _, _, _, _, length, _ = batch
-    q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows = table
+    q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples = table
     t = tile * TILE + tl.arange(0, TILE)
     live = t < token_count
     sample, starts = visit_starts(batch, t, live, PACKED)
@@ -98,9 +98,9 @@ def prepare_visits(
         tl.store(plane(scratch_ptr, COUNT_PLANE, entries) + tile, tl.sum(starts.to(tl.int32), 0))
     if error_ptr is not None:
         HAS_TABLE: tl.constexpr = q_value_ptr is not None
-        _flag_bad_values(error_ptr, batch, t, live, sample, starts, table_rows, vocab, HAS_TABLE, SHIFT, PACKED)
+        _flag_bad_values(error_ptr, batch, t, live, sample, starts, num_samples, vocab, HAS_TABLE, SHIFT, PACKED)
     if q_value_ptr is not None:
-        known = starts & (sample >= 0) & (sample < table_rows)
+        known = starts & (sample >= 0) & (sample < num_samples)
         q_value = tl.load(q_value_ptr + sample, mask=known, other=0.5)
         seen = tl.load(times_seen_ptr + sample, mask=known, other=0)
         bucket = tl.load(bucket_ptr + sample, mask=known, other=2)
@@ -135,20 +135,20 @@ def _visit_prep_kernel(
     ignore_index,
     token_count,
     vocab,
-    table_rows,
+    num_samples,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     UPDATE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
-    table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, table_rows)
+    table = (q_value_ptr, loss_history_ptr, times_seen_ptr, bucket_ptr, claim_ptr, num_samples)
     tile = tl.program_id(0)
     prepare_visits(tile, batch, table, error_ptr, scratch_ptr, token_count, vocab, SHIFT, PACKED, UPDATE, TILE)
 
 
 def scratch_words(labels: Tensor, packed: bool) -> int:
-    """int32 words of what the preparation hands to the sample update; nothing in them needs a start value."""
+    """int32 words that the preparation passes to the sample update; none needs an initial value."""
     count = labels.numel()
     entries, tiles = (count, cdiv(count, PREP_TILE)) if packed else (labels.shape[0], 0)
     return 1 + 10 * entries + tiles
@@ -157,7 +157,7 @@ def scratch_words(labels: Tensor, packed: bool) -> int:
 def visit_prep_launch(
     labels: Tensor,
     sample_ids: Tensor | None,
-    table_rows: int,
+    num_samples: int,
     vocab: int,
     ignore_index: int,
     shift: bool,
@@ -170,7 +170,7 @@ def visit_prep_launch(
     packed = sample_ids is not None and sample_ids.dim() == 2
     numbers = (
         *(*labels.stride(), *id_strides(sample_ids), labels.shape[1], ignore_index),
-        *(count, vocab, table_rows),
+        *(count, vocab, num_samples),
     )
     constants = {"SHIFT": shift, "PACKED": packed, "UPDATE": update, "TILE": PREP_TILE}
     return Launch(_visit_prep_kernel, cdiv(count, PREP_TILE), numbers, constants, 4)

@@ -1,4 +1,4 @@
-"""Data as people have them, ready for a trainer: `load_dataset`."""
+"""`load_dataset`: data in the usual file formats, encoded for a trainer."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def load_dataset(
 ) -> EncodedDataset:
     """The items of `data` with `input_ids` and `labels`, for `GEKOTrainer(train_dataset=...)` or any other Trainer.
 
-    What `geko train --data` reads, in the same way: docs/data.md tells the formats, what is trained of each, and what
-    of a record is cut where it is longer than `max_length`. For classes pad with `DataCollatorWithPadding`, and give
+    Reads the same data as `geko train --data`. docs/data.md describes the formats, which tokens of each are trained,
+    and how records longer than `max_length` are cut. For classification, pad with `DataCollatorWithPadding` and give
     the model `num_labels=len(dataset.class_names)`.
 
     Args:
-        data: a file, a folder, a directory written by `Dataset.save_to_disk` or a hub name `owner/name`; or records,
-            one mapping each, as of a `datasets.Dataset`.
-        tokenizer: of Transformers; conversations take its chat template.
+        data: a file, a folder, a directory written by `Dataset.save_to_disk` or a hub name `owner/name`; or an iterable
+            of records, each a mapping, such as a `datasets.Dataset`.
+        tokenizer: of Transformers; conversations use its chat template.
         max_length: most tokens of an item, at least 2.
-        label_column: the name of the class beside `text`, where it is not `label`.
-        class_names: `model.config.id2label` of a model that has classes already, whose order is kept.
+        label_column: the column with the class, next to `text`, if it is not `label`.
+        class_names: `model.config.id2label` of a model that already has classes, whose order is kept.
 
     Raises:
         TypeError, ValueError: `data` or `max_length` is none of these.
-        DataError: a ValueError; there are no such data, or they are in none of the formats; names the record.
+        DataError: a ValueError; the data do not exist or have none of the formats; names the record.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
@@ -63,7 +63,7 @@ def load_dataset(
 def encode_records(
     records: Records, tokenizer: Any, max_length: int, labels: list[int] | None, limit: str
 ) -> EncodedDataset:
-    """`encode`, with `notes`; `limit` says in them what `max_length` is.
+    """`encode`, with `notes`, which call `max_length` `limit`.
 
     Raises:
         DataError: no record has a token to train.

@@ -1,4 +1,4 @@
-"""Conversations as token ids, with labels where the assistant speaks."""
+"""Conversations as token ids, with labels on the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatEncoder:
-    """Encodes conversations by the tokenizer's chat template; every assistant turn is trained.
+    """Encodes conversations with the tokenizer's chat template; every assistant turn is trained.
 
-    Where the template marks what the assistant generates, that is trained. Otherwise its turn begins where the
-    turns before it end, with the generation prompt behind them, and ends where it ends in the conversation up to it.
+    If the template marks what the assistant generates, that is trained. Otherwise a turn begins after the rendering of
+    the turns before it, generation prompt included, and ends with the rendering of the turns up to it.
 
     Raises:
-        DataError: a tokenizer without a chat template, or a slow one.
+        DataError: the tokenizer has no chat template, or is a slow one.
     """
 
     def __init__(self, source: str, tokenizer: Any) -> None:
@@ -47,7 +47,7 @@ class ChatEncoder:
         """(input_ids, labels) of a conversation whose first `given` turns are not trained.
 
         Raises:
-            DataError: the template fails, or does not render the turns up to an assistant's as a beginning of all.
+            DataError: the template fails, or does not render the turns up to an assistant's as a prefix of all.
         """
         text = self._apply(where, turns, tokenize=False)
         if self.marks:

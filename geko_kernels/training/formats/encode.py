@@ -14,15 +14,15 @@ _SHOWN = 5
 
 
 class EncodedDataset(Dataset[dict[str, Any]]):
-    """What a trainer trains: an item is {"input_ids": list, "labels": list, or the number of the class}.
+    """A dataset of items {"input_ids": list, "labels": list, or the number of the class}.
 
     Attributes:
-        skipped_rows: rows of the data, counted from 0 and ascending, of which no token would be trained; they are no
-            items, and GEKOTrainer's report counts the samples with them, so that its ids are rows of the data.
-        num_cut: how many records were longer than `max_length` and lost a part.
-        class_names: of a classification, by number; else empty.
-        notes: lines that tell how the data were taken.
-        excerpts: for each item what names it in `samples.jsonl`: how its text begins, and its own id if it has one.
+        skipped_rows: rows of the data, from 0 and ascending, that have no token to train. They are not items, but
+            GEKOTrainer's report counts them, so that its ids are rows of the data.
+        num_cut: how many records were longer than `max_length` and were cut.
+        class_names: for classification, by number; else empty.
+        notes: lines that say how the data were read.
+        excerpts: for each item the start of its text, and its own id if it has one, for `samples.jsonl`.
     """
 
     def __init__(self, items: list[dict[str, Any]], skipped_rows: list[int], num_cut: int) -> None:
@@ -48,8 +48,8 @@ class _Item(NamedTuple):
 def encode(records: Records, tokenizer: Any, max_length: int, labels: list[int] | None) -> EncodedDataset:
     """`labels` are the numbers of the records' classes, None for language modelling.
 
-    A text or a conversation that is too long loses its end; a prompt that is too long loses its start, so that the
-    completion stays. Records that have no token to train then are left out.
+    A text or conversation that is too long loses its end. A prompt that is too long loses its start, so that the
+    completion is kept. Records without a token to train are then left out.
     """
     if labels is not None:
         items = _classified(records, tokenizer, max_length, labels)
@@ -68,7 +68,7 @@ def encode(records: Records, tokenizer: Any, max_length: int, labels: list[int] 
 
 
 def encoding_notes(records: Records, encoded: EncodedDataset, limit: str) -> list[str]:
-    """What to tell of records that were cut to `limit`, "--max-length 30" or the like, and of those left out."""
+    """Notes on the records that were cut to `limit` (such as "--max-length 30"), and on those left out."""
     notes, total = [], len(records.rows)
     if encoded.num_cut:
         texts = records.fields[0] in ("prompt", "instruction") and not records.are_turns
@@ -88,7 +88,7 @@ def encoding_notes(records: Records, encoded: EncodedDataset, limit: str) -> lis
 
 
 def _trains(item: _Item) -> bool:
-    """Is a token of it trained? The first token of a text is predicted by nothing."""
+    """Is any of its tokens trained? Nothing predicts the first token of a text."""
     if isinstance(item.labels, int):
         return bool(item.input_ids)
     return any(label != IGNORED for label in item.labels[1:])
@@ -113,7 +113,7 @@ def _conversations(records: Records, tokenizer: Any, max_length: int) -> list[_I
 
 
 def _turns(row: dict[str, Any]) -> tuple[list[Turn], int]:
-    """The turns of a record, and how many of them are given."""
+    """The turns of a record, and how many of them are the prompt."""
     if "prompt" in row:
         return row["prompt"] + row["completion"], len(row["prompt"])
     if "instruction" in row:

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """What is wrong with the data, where, and what to do about it. The command line prints it without a traceback."""
+    """Says what is wrong with the data, where, and what to do. The command line prints it without a traceback."""

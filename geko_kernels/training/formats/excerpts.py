@@ -1,4 +1,4 @@
-"""What a person knows a record by: its own id, and how its text begins."""
+"""How a record is recognised: by its own id, and the start of its text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHARACTERS = 200
 def excerpts_of(records: Records) -> list[dict[str, Any]]:
     """A dict for each record: `record_id`, if the data have a column `id`, and `text`, at most 200 characters.
 
-    The text is that of a prompt or an instruction where there is one; of a chat it is the user's first turn.
+    The text is that of the prompt or instruction, if there is one; of a chat it is the user's first turn.
     """
     texts = [{"text": _text(row)[:_CHARACTERS]} for row in records.rows]
     if records.ids is None:

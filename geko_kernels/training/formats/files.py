@@ -11,7 +11,7 @@ from geko_kernels.training.formats.errors import DataError
 
 
 def read_bytes(path: Path, named: str, wanted: str) -> bytes:
-    """The bytes of a regular file; DataError says that `named` cannot be read and to give `wanted`."""
+    """The bytes of a regular file; else a DataError that names `named` and asks for `wanted`."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -24,7 +24,7 @@ def read_bytes(path: Path, named: str, wanted: str) -> bytes:
 
 
 def read_content(path: str, wanted: str) -> bytes:
-    """As `read_bytes`; a file whose name ends in .gz is unpacked."""
+    """As `read_bytes`; a file whose name ends in .gz is decompressed."""
     content = read_bytes(Path(path), path, wanted)
     if path.endswith(".gz"):
         try:

@@ -1,7 +1,7 @@
-"""Reading JSON: one object a line, lines ended by a line feed and by nothing else; or one array of objects.
+"""Reading JSON: one object a line, lines end only with a line feed; or one array of objects.
 
-`datasets` is not asked, as its JSON reader changes values: text that looks like a date becomes a time, a whole number
-beyond 64 bits or beside a fraction becomes a float. It names no line that is wrong either.
+The JSON reader of `datasets` is not used, because it changes values: text that looks like a date becomes a time, and an
+integer of more than 64 bits, or in a column with fractions, becomes a float. Nor does it name the line of an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST_DIGITS = 4300  # Python's own limit
 
 
 def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("line N", object) of each line that is not blank; DataError names the line that is no JSON object in UTF-8."""
+    """("line N", object) of each line that is not blank; DataError names a line that is no JSON object in UTF-8."""
     content = read_content(path, "a .jsonl file").removeprefix(codecs.BOM_UTF8)
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip(b" \t\r"):
@@ -26,7 +26,7 @@ def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_file(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("record N", object), N from 0, of a file that holds one array; lines as `json_lines` of any other."""
+    """("record N", object), N from 0, of a file with one array; any other file as `json_lines`."""
     content = read_content(path, "a .json file").removeprefix(codecs.BOM_UTF8)
     if not content.lstrip(b" \t\r\n").startswith(b"["):
         yield from json_lines(path)

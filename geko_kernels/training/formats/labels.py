@@ -1,4 +1,4 @@
-"""The classes of labelled records: which label gets which number."""
+"""The classes of labelled records, and their numbers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Label = bool | int | str
 
 
 class Classes(NamedTuple):
-    """`labels` in the order of their number, the `names` that the saved model has for them, and what to tell."""
+    """`labels` in the order of their numbers, the `names` for the saved model, and a note."""
 
     labels: list[Label]
     names: list[str]
-    note: str  # empty where every label is its own number
+    note: str  # empty if every label is its own number
 
     def numbers(self, records: Records) -> list[int]:
-        """The number of each record's label; DataError names the first one that the training data lacks."""
+        """The number of each record's label; DataError names the first label that the training data lacks."""
         number = {(type(label), label): i for i, label in enumerate(self.labels)}
         kind = type(self.labels[0])
         numbers = []
@@ -39,9 +39,9 @@ class Classes(NamedTuple):
 
 
 def find_classes(train: Records, own: dict[int, str]) -> Classes:
-    """Numbers as they are where they are 0, 1, ... without a gap; other labels in sorted order.
+    """Labels 0, 1, ... without a gap keep their numbers; others are numbered in sorted order.
 
-    `own` are the model's classes by number: a model that already has classes of the same names keeps its order.
+    `own` are the model's classes by number: a model that already has classes with these names keeps its order.
     """
     given: list[Label] = [row["label"] for row in train.rows]
     if train.is_table:
@@ -71,7 +71,7 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
 
 
 def _typed(label: Label, kind: type) -> Label:
-    """The label of a table, which is text, as `kind` where it is written so."""
+    """A table's label, which is text, converted to `kind` if it is written like one."""
     text = str(label)
     if kind is int and _WHOLE.fullmatch(text):
         return int(text)

@@ -1,4 +1,4 @@
-"""Records of training data: which form they have by their columns, and what is wrong with them."""
+"""Records of training data: finds their form by their columns, and checks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from geko_kernels.training.formats.errors import DataError
 from geko_kernels.training.formats.sources import Source, digest_of, read_source
 
-# The columns of each form, in the order in which they are looked for, and those that may be there beside them.
+# The columns of each form, in the order in which they are tried, and the optional columns of each.
 _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("messages",): (),
     ("conversations",): (),
@@ -26,16 +26,16 @@ Turn = dict[str, Any]
 
 
 class Records(NamedTuple):
-    """What was read: `rows` hold the `fields` of one of the forms, in the order of the data."""
+    """The records: `rows` have the `fields` of one of the forms, in the order of the data."""
 
     source: str
     fields: tuple[str, ...]
     rows: list[dict[str, Any]]
-    places: list[str]  # of the rows: "line 1" or "record 0"
-    notes: tuple[str, ...] = ()  # what to tell of how they were read
-    is_table: bool = False  # whose labels are text, whatever they stand for
-    ids: list[Any] | None = None  # what the data's own column `id` has, if there is one
-    digest: str = ""  # of all rows as they were read, in order
+    places: list[str]  # where each row is: "line 1" or "record 0"
+    notes: tuple[str, ...] = ()  # on how they were read
+    is_table: bool = False  # then all labels are text
+    ids: list[Any] | None = None  # the data's own column `id`, if there is one
+    digest: str = ""  # of all rows in order, as they were read
 
     @property
     def is_classification(self) -> bool:
@@ -43,17 +43,17 @@ class Records(NamedTuple):
 
     @property
     def are_turns(self) -> bool:
-        """Are they written as turns of a chat?"""
+        """Are they turns of a chat?"""
         return self.fields[0] in _TURNS or (self.fields[0] == "prompt" and isinstance(self.rows[0]["prompt"], list))
 
 
 def read_records(data: Any, label_column: str = "") -> Records:
-    """The records of a file, a folder, a saved dataset or one on the hub; or of mappings, as a `datasets.Dataset`.
+    """The records of a file, a folder, a saved dataset, a dataset on the hub, or an iterable of mappings.
 
-    Turns of a chat come out with `role` and `content`, and a `label_column` as `label`.
+    Turns of a chat are returned with `role` and `content`, and `label_column` as `label`.
 
     Raises:
-        DataError: nothing there, or it cannot be read, or fields of none of the forms; names the record.
+        DataError: the data do not exist, cannot be read, or have none of the forms; names the record.
     """
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(data)
@@ -151,7 +151,7 @@ def _check_text(where: str, field: str, value: Any) -> None:
 
 
 def _with_turns(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with its lists of turns checked and in one form."""
+    """`row` with its lists of turns checked and in the same form."""
     lists = [field for field in row if isinstance(row[field], list)]
     if any(field in _TURNS for field in row) and not lists:
         raise DataError(f"{where}: `{next(iter(row))}` must be a list of turns, got text; text alone is named `text`")

@@ -1,4 +1,4 @@
-"""What the name of a dataset stands for, and its rows: a file, a folder, a saved dataset, or a dataset on the hub."""
+"""The rows of a dataset given by name: a file, a folder, a saved dataset, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from geko_kernels.training.formats.errors import DataError
 from geko_kernels.training.formats.json_lines import json_file, json_lines
 from geko_kernels.training.formats.tables import table_rows
 
-Rows = Iterable[tuple[str, dict[str, Any]]]  # where each stands, "line 1" or "record 0", and its fields
+Rows = Iterable[tuple[str, dict[str, Any]]]  # where each is ("line 1" or "record 0"), and its fields
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TRAINING = {"train", "training"}
 _HELD_OUT = {"test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
 class Source(NamedTuple):
-    """The rows of a dataset in their order, whether their fields are all text, and what to tell of the files."""
+    """The rows of a dataset in order, whether their fields are all text, and notes on the files."""
 
     rows: list[tuple[str, dict[str, Any]]]
     is_table: bool
@@ -27,10 +27,10 @@ class Source(NamedTuple):
 
 
 def read_source(path: str) -> Source:
-    """The rows of what `path` names.
+    """The rows of the dataset at `path`.
 
     Raises:
-        DataError: there is no such file, or it cannot be read; a path that looks local is never sought on the hub.
+        DataError: there is no such file, or it cannot be read. A path that looks local is never looked up on the hub.
     """
     local = os.path.expanduser(path)
     reader = _reader_of(local)
@@ -50,7 +50,7 @@ def read_source(path: str) -> Source:
 
 
 def digest_of(source: Source) -> str:
-    """The same for the same rows in the same order, wherever they stand."""
+    """A digest of the rows and their order, wherever they were read from."""
     hasher = hashlib.sha256()
     for _, row in source.rows:
         hasher.update(repr(row).encode("utf-8", "surrogatepass") + b"\n")
@@ -76,7 +76,7 @@ _READERS: dict[str, Callable[[str], Rows]] = {
 
 
 def _suffix(path: str) -> str:
-    """With .parquet.gz left as .gz: Parquet packs its columns itself."""
+    """The ending before any .gz; .gz for .parquet.gz, which is not read: Parquet compresses its columns itself."""
     bare = path.removesuffix(".gz")
     suffix = os.path.splitext(bare)[1].lower()
     return suffix if bare == path or suffix != ".parquet" else ".gz"
@@ -91,7 +91,7 @@ def _is_table(path: str) -> bool:
 
 
 def _folder(path: str) -> Source:
-    """The files of a folder and those below it, in sorted order; of several splits those of training."""
+    """The files in and below a folder, in sorted order; if there are several splits, those of the training split."""
     found = []
     for folder, below, names in os.walk(path):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -128,7 +128,7 @@ def _saved(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_hub_name(path: str) -> None:
-    """Raises for what is no name on the hub."""
+    """Raise for anything that is not a hub name."""
     missing = f"cannot load {path}: there is no such file or folder"
     if not _ON_HUB.fullmatch(path) or os.path.isdir(path.partition("/")[0]):
         raise DataError(
@@ -156,7 +156,7 @@ def _loaded(path: str, load: Callable[[Any], Any]) -> Any:
         raise DataError(f"reading {path} needs `pip install datasets`") from error
     try:
         return load(datasets)
-    except Exception as error:  # many kinds, all for what it cannot read
+    except Exception as error:  # many kinds, all for data it cannot read
         cause = error.__cause__ or error
         raise DataError(
             f"cannot load {path} with `datasets` ({type(cause).__name__}: {cause}); give a .jsonl or .parquet file, a "

@@ -1,7 +1,7 @@
-"""Reading CSV and TSV: a row of column names, then a record a row; every field is text.
+"""Reading CSV and TSV: a row of column names, then one record a row; every field is text.
 
-`datasets` is not asked, as it reads them with pandas, which drops the fields of a row that has too many, takes "NA" and
-"None" for missing, and makes 7 of "007".
+`datasets` is not used, because it reads them with pandas, which drops surplus fields of a row, takes "NA" and "None" as
+missing, and turns "007" into 7.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from geko_kernels.training.formats.files import read_content
 
 
 def table_rows(path: str, delimiter: str) -> list[tuple[str, dict[str, str]]]:
-    """("line N", fields by column), N the line on which the row ends; blank lines are no rows.
+    """("line N", fields by column), N being the line on which the row ends; blank lines are skipped.
 
     Raises:
-        DataError: no UTF-8, a column name twice or left out, a quote without its end, a row of another length.
+        DataError: not UTF-8, a missing or duplicate column name, an unclosed quote, or a row of another length.
     """
     try:
         text = read_content(path, "a .csv or .tsv file").decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""A few rows of a batch, for a question that is put to a model."""
+"""A few rows of a batch, to test a model's loss with."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HIDDEN = 2  # tokens masked for the question
+HIDDEN = 2  # tokens masked for the test
 
 
 def few_rows(
     inputs: Mapping[str, Any], labels: Tensor, sample_ids: Tensor | None, most_rows: int, most_tokens: int
 ) -> tuple[dict[str, Any], Tensor] | None:
-    """(inputs, labels) of a few rows, cut to a few tokens; None where they cannot be cut.
+    """(inputs, labels) of a few rows, cut to a few tokens; None if they cannot be cut.
 
-    A packed row is cut within its first sample. Rows are repeated up to `most_rows` where each has one label. Else the
-    last of them has a few tokens masked, to see whether the model takes their labels for padding.
+    A packed row is cut within its first sample. With one label a row, rows are repeated up to `most_rows`. Otherwise a
+    few tokens of the last row are masked, to see whether the model ignores their labels as padding.
     """
     tokens = inputs.get("input_ids")
     size = len(labels)
@@ -59,5 +59,5 @@ def few_rows(
     return few, some if by_row else some[:, :most_tokens]
 
 
-# of FlashAttention: where the samples of a packed row begin, and how long the longest is
+# for FlashAttention: where the samples of a packed row begin, and the length of the longest
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -1,4 +1,4 @@
-"""What GEKOTrainer has found out about its model's loss, on all processes alike."""
+"""What GEKOTrainer finds out about its model's loss, the same on all processes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from geko_kernels.training.model_loss.own_loss import Route
 from geko_kernels.training.model_loss.untouched import untouched
 
 logger = logging.get_logger(__name__)
-_ROWS, _TOKENS = 4, 64  # of the first batch that the model is asked about
+_ROWS, _TOKENS = 4, 64  # of the first batch, for the test
 
 
 class FoundLoss(NamedTuple):
-    """What stays the same for a run."""
+    """How the model's loss is computed; constant during a run."""
 
     form: LossForm
-    own: bool  # the model computes a loss when it is given labels
-    head: LossHead | None  # computed together with the loss; None: the loss is computed from the model's logits
+    own: bool  # the model computes a loss if it gets labels
+    head: LossHead | None  # fused with the loss; None: the loss is computed from the model's logits
 
 
 def find_loss_of(
@@ -42,19 +42,19 @@ def find_loss_of(
     fuse: bool,
     processes: int,
 ) -> FoundLoss:
-    """Ask `model` about its loss on a few rows of `inputs`, and whether its head can be computed with the loss.
+    """Find out the loss of `model` on a few rows of `inputs`, and whether its head can be fused with the loss.
 
     Args:
         model: without DDP and torch.compile; `base` also without PEFT.
-        inputs: the first training batch, labels and sample_ids in it.
-        shift: given by the user: the cross-entropy of the logits is trained, and the model is not asked for its own.
-        takes_num_items: Trainer passes `num_items_in_batch` to it.
-        routes: how it can be called in training, the best first.
+        inputs: the first training batch, with labels and sample_ids.
+        shift: set by the user: the cross-entropy of the logits is trained, and the model's own loss is not tested.
+        takes_num_items: Trainer passes `num_items_in_batch` to the model.
+        routes: the ways in which the model can be called in training, the best first.
         fuse: look for a head.
-        processes: all of them call this, and decide alike.
+        processes: all of them call this and reach the same decision.
 
     Raises:
-        ValueError: the model's own loss is none that GEKO can train; says which figures show it.
+        ValueError: GEKO cannot train the model's own loss; gives the figures that show it.
     """
     rest = {name: value for name, value in inputs.items() if name not in (label_name, "sample_ids", "shift_labels")}
     labels, sample_ids = inputs[label_name], inputs.get("sample_ids")
@@ -83,7 +83,7 @@ def _question(
     sample_ids: Tensor | None,
     label_name: str,
 ) -> Question:
-    """About a few rows, cut to a few tokens; about the whole batch where the model does not take those."""
+    """A test on a few rows, cut to a few tokens; on the whole batch if the model fails on those."""
     few = few_rows(inputs, labels, sample_ids, _ROWS, _TOKENS)
     if few is not None and computes_loss(base, label_name):
         question = Question(model, base, *few, name=label_name)
@@ -101,7 +101,7 @@ def _question(
 
 
 def _check_it_runs(question: Question) -> None:
-    """Tell labels that the model does not take from whatever else may be wrong with it."""
+    """Raise for labels that the model rejects; any other error of the model is raised as it is."""
     try:
         question.is_finite()
     except ValueError:
@@ -134,7 +134,7 @@ def _ask(
 
 
 def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) -> FoundLoss | None:
-    """`found`, with a head only if all processes have one; raises on all where one of them cannot go on."""
+    """`found`, with a head only if all processes have one; raises on all if one of them has failed."""
     mine = (None if error is None else str(error), None if found is None else (found.form, found.head is not None))
     all_of: list[Any] = [None] * processes
     dist.all_gather_object(all_of, mine)
@@ -149,14 +149,14 @@ def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) ->
 
 
 def computes_loss(base: nn.Module, label_name: str) -> bool:
-    """May the unwrapped model compute a loss, given labels? Those of Transformers do."""
+    """May the unwrapped model compute a loss from labels? Those of Transformers do."""
     parameters = inspect.signature(base.forward).parameters
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return isinstance(base, PreTrainedModel) or label_name in parameters or takes_all
 
 
 def trainer_counts(base: nn.Module) -> tuple[bool, bool]:
-    """(gets `num_items_in_batch`, it counts labels behind the first position alone), as Trainer decides both."""
+    """(gets `num_items_in_batch`, that leaves out each row's first label), both as Trainer decides."""
     parameters = inspect.signature(base.forward).parameters.values()
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     shifts = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss

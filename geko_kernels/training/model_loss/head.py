@@ -1,7 +1,7 @@
-"""The head of a causal language model, computed together with the loss: no logits are held in training.
+"""The head of a causal language model, fused with the loss, so that training holds no logits.
 
-The loss takes the place of the head's forward, so that it runs inside the model's: in its autocast, with its sharded
-parameters gathered, and where DDP sees which parameters took part.
+The loss replaces the head's forward and so runs inside the model's: in its autocast, with its sharded parameters
+gathered, and where DDP sees which parameters are used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_l
 
 
 def find_head(question: Question, form: LossForm) -> LossHead:
-    """The output embeddings of a language model, if the loss computed with them is the model's own on test labels.
+    """The output embeddings of a language model, if the loss fused with them equals the model's own on test labels.
 
     Raises:
-        ValueError: the model has none that the loss could take over; says why.
+        ValueError: they are missing or cannot be fused; says why.
     """
     base = question.base
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
@@ -35,7 +35,7 @@ def find_head(question: Question, form: LossForm) -> LossHead:
         raise ValueError(f"its output embeddings are a {type(head).__name__}, not a plain nn.Linear")
     if "forward" in vars(head):
         raise ValueError("the forward of its output embeddings is patched")
-    for mode in (nullcontext, question.in_training):  # probes look in eval mode
+    for mode in (nullcontext, question.in_training):  # probes run in eval mode
         with mode():
             _check_head(question, head, form)
     return LossHead(head)
@@ -48,7 +48,7 @@ def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
         raise ValueError("its logits are not what its output embeddings return")
     try:
         loss, terms = _fused(question, head, form, labels)
-    except Exception as error:  # whatever a head or a model does without logits
+    except Exception as error:  # whatever a head or a model raises without logits
         raise ValueError(f"it does not run without logits ({type(error).__name__}: {error})") from error
     expected, others = _plain(form, labels, logits), question.other_terms(labels, form.route)
     if not (_close(loss, expected, 1e-2) and _close(terms, others, 1e-4)):
@@ -62,7 +62,7 @@ def _close(found: float, expected: float, tolerance: float) -> bool:
 
 
 def _observe(question: Question, head: nn.Linear, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The model's logits, and what its head returned on the way."""
+    """The model's logits, and what its head returned."""
     returned: list[Tensor] = []
 
     def observe(hidden: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def _plain(form: LossForm, labels: Tensor, logits: Tensor) -> float:
 
 
 def _fused(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) -> tuple[float, float]:
-    """The same with the head in the loss, its gradients included; and the model's other terms.
+    """The same with the fused head, gradients included; and the model's other terms.
 
-    What the head returns has a large number added, so that it shows wherever the model makes use of its logits.
+    A large number is added to what the head returns: if the model uses its logits otherwise, the result shows it.
     """
 
     def forward(hidden: Tensor) -> Tensor:
@@ -121,12 +121,12 @@ def _forward_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterato
 class LossHead:
     """A head whose forward can return the loss of its logits instead.
 
-    It lasts for a run, as a compiled model is compiled anew for each new function in the place of a forward.
+    One object serves the whole run: a compiled model is recompiled for each new function that replaces a forward.
     """
 
     def __init__(self, head: nn.Linear) -> None:
         self.layer = head
-        self._forward = torch.compiler.disable(self._loss_of)  # the host has to see the row counts
+        self._forward = torch.compiler.disable(self._loss_of)  # the host needs the row counts
         self._call: tuple[Any, ...] = ()
 
     @contextmanager
@@ -138,7 +138,7 @@ class LossHead:
         prompt: bool,
         options: dict[str, Any],
     ) -> Iterator[list[SampleStats]]:
-        """Within, the head returns `weighted_linear_loss`; yields a list that gets its statistics."""
+        """Inside the context the head returns `weighted_linear_loss`; yields a list that receives its statistics."""
         found: list[SampleStats] = []
         self._call = labels, sample_ids, state, prompt, options, found
         with _forward_of(self.layer, self._forward):

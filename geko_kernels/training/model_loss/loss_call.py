@@ -20,8 +20,8 @@ class ModelLoss(NamedTuple):
     """What one forward gave."""
 
     loss: Tensor  # (): the weighted cross-entropy
-    terms: Tensor | None  # (): what the model adds to it
-    outputs: Any  # of the model; without logits where the head computed the loss
+    terms: Tensor | None  # (): what the model adds to its cross-entropy
+    outputs: Any  # of the model; without logits if the head is fused
     stats: SampleStats
 
 
@@ -48,13 +48,13 @@ def forward_loss(
 
     Args:
         base: `model` without any wrapper; `form` and `head`: what was found for it.
-        inputs: neither labels nor sample_ids.
-        shifted: labels that a collator has shifted already, in the place of `labels`.
-        weights: `token_weights` beside the labels and `sample_weights`, or either.
-        forward_only: a probe: no graph, and the state counts the visits all the same, if `update`.
+        inputs: without labels and sample_ids.
+        shifted: labels that a collator has already shifted, instead of `labels`.
+        weights: `token_weights` beside the labels, `sample_weights`, or both.
+        forward_only: a probe: no graph, but the state counts the visits if `update`.
     """
     shift = form.shift and shifted is None
-    if num_items is not None:  # 0 where a step has no label at all
+    if num_items is not None:  # 0 if a step has no label at all
         num_items = torch.where(num_items > 0, num_items, 1) if isinstance(num_items, Tensor) else num_items or 1
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True, **(weights or {})}
     if weights and "token_weights" in weights and (form.prompt or shifted is not None):
@@ -62,8 +62,8 @@ def forward_loss(
         raise ValueError(f"token_weights lie beside the labels and do not combine with {what}: leave out either")
     if form.prompt and sample_ids is not None and sample_ids.dim() == 2:
         raise ValueError(
-            "prompt tuning does not combine with packed samples, as PEFT lets the samples of a row see each other: "
-            "pad the samples, each in a row of its own (packing=False, padding_free=False), or train LoRA"
+            "prompt tuning does not combine with packed samples, as PEFT lets the samples of a row attend to each "
+            "other: pad the samples, each in a row of its own (packing=False, padding_free=False), or train LoRA"
         )
     if forward_only:
         options["update"] = update and state is not None

@@ -1,8 +1,8 @@
-"""What loss a model trains: found by asking the model itself on a few rows, before its first training step.
+"""Which loss a model trains: found by running the model on a few rows, before its first training step.
 
-Transformers' models say nowhere whether they shift labels, what they add to their cross-entropy, or whether they weight
-it. So the model computes its own loss for labels that are made up for the question, and GEKO's plain loss of the same
-logits has to equal it. Made-up labels make the answer clear: they hold many classes, and ignored positions.
+Transformers' models do not say whether they shift labels, what they add to their cross-entropy, or whether they weight
+it. So the model computes its own loss for test labels, which GEKO's plain loss of the same logits has to equal. Test
+labels give a clear answer: they have many classes, and ignored positions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from geko_kernels.torch_private import version_of
 from geko_kernels.training.model_loss.few_rows import HIDDEN
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
-from geko_kernels.training.model_loss.untouched import RandomNumbers
+from geko_kernels.training.random_numbers import RandomNumbers
 
-_CLASSES = 64  # so many classes are asked one by one, of more a random choice
-_ROUNDS = 4  # of made-up labels, where each row has one
+_CLASSES = 64  # up to so many classes are all tested, of more a random choice
+_ROUNDS = 4  # of test labels, if each row has one
 _IGNORED = -100
 
 
@@ -32,12 +32,12 @@ class LossForm(NamedTuple):
 
     shift: bool  # position t predicts label t + 1
     route: Route
-    counts: bool = False  # the model divides by `num_items_in_batch`, as Trainer counts it
+    counts: bool = False  # the model divides by `num_items_in_batch`, as counted by Trainer
     prompt: bool = False  # its logits have more positions than its inputs: prompt tuning
-    masks: bool = False  # labels where `attention_mask` is 0 do not count
+    masks: bool = False  # labels with `attention_mask` 0 do not count
 
     def counted(self, labels: Tensor, attention_mask: Any) -> Tensor:
-        """`labels`, those that do not count as -100."""
+        """`labels`, with -100 for those that do not count."""
         hidden = hidden_labels(labels, attention_mask) if self.masks else None
         return labels if hidden is None else labels.masked_fill(hidden, _IGNORED)
 
@@ -48,18 +48,18 @@ class _Answer(NamedTuple):
     own: float  # the model's loss
     tolerance: float
     plain: dict[LossForm, float]  # the cross-entropy of its logits
-    valid: dict[LossForm, int]  # labels that count in it
+    valid: dict[LossForm, int]  # how many labels count in it
 
     def equals(self, loss: float) -> bool:
         return abs(self.own - loss) <= self.tolerance
 
 
 class Question:
-    """A model, `few` rows of its inputs (no labels), and how it is asked.
+    """A model, a `few` rows of its inputs (without labels), and how they are run.
 
     Args:
-        model: as it is trained, but for DDP and torch.compile; `base` is the same without PEFT.
-        labels: of the few rows: their shape and their name are those of the made-up ones.
+        model: as trained, but without DDP and torch.compile; `base` is the same without PEFT.
+        labels: of the few rows; the test labels have their shape and their name.
     """
 
     def __init__(self, model: nn.Module, base: nn.Module, few: Mapping[str, Any], labels: Tensor, name: str) -> None:
@@ -75,7 +75,7 @@ class Question:
         self._classes: int | None = None
 
     def outputs(self, labels: Tensor, **more: Any) -> Any:
-        """Of the model, with the same random numbers at each call."""
+        """The model's outputs, with the same random numbers at each call."""
         self.random.restore()
         return self.model(**self.few, **{self.name: labels}, **more)
 
@@ -98,7 +98,7 @@ class Question:
         return _Answer(float(own), tolerance, plain, valid)
 
     def other_terms(self, labels: Tensor, route: Route) -> float:
-        """What the model's loss is without its cross-entropy."""
+        """The model's loss without its cross-entropy."""
         if not route.has_terms:
             return 0.0
         with without_cross_entropy(self.base, route):
@@ -110,15 +110,15 @@ class Question:
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Within, the model is in training mode.
+        """Inside the context the model is in training mode.
 
         Raises:
-            ValueError: its forward writes to a parameter, which cannot be put back without a copy of all of them.
+            ValueError: its forward writes to a parameter; restoring it would take a copy of all of them.
         """
         before = [(name, value, version_of(value)) for name, value in self.model.named_parameters()]
         self.model.train()
         try:
-            with warnings.catch_warnings():  # of activation checkpointing without gradients
+            with warnings.catch_warnings():  # from activation checkpointing without gradients
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -131,7 +131,7 @@ class Question:
                 )
 
     def made_up(self) -> Iterator[Tensor]:
-        """Labels for the few rows, on their device; those (B, S) end with the rows' own."""
+        """Test labels for the few rows, on their device; (B, S) labels end with the rows' own."""
         classes = self.num_classes()
         if classes < 2:
             raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
@@ -159,49 +159,49 @@ class Question:
             yield self.labels.contiguous()
 
     def special_classes(self) -> list[int]:
-        """Those that a loss may leave out: padding and the like."""
+        """Token ids whose labels a loss may ignore, such as padding."""
         config = getattr(self.base, "config", None)
         named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos")]
         return sorted({0, *(k for k in named if isinstance(k, int) and 0 < k < self.num_classes())})
 
     def is_finite(self) -> bool:
-        """Can the model be asked, and has it a finite loss, or none?"""
+        """Does the model run on the test, with a finite loss, or none?"""
         answer = self.answer(next(self.made_up())) if self.num_classes() > 1 else None
         return answer is None or math.isfinite(answer.own)
 
     def num_classes(self) -> int:
-        """Labels that the model can be given."""
+        """The range of labels that the model accepts."""
         if self._classes is None:
             labels = torch.full_like(self.labels, self.plain_label())
             logits = find_logits(self.outputs(labels), labels)
             self._classes = logits.shape[-1]
             config = getattr(self.base, "config", None)
-            if getattr(config, "is_encoder_decoder", False):  # labels are the decoder's inputs
+            if getattr(config, "is_encoder_decoder", False):  # labels are inputs of the decoder
                 embeddings = self.base.get_input_embeddings()  # type: ignore[operator]
                 self._classes = min(self._classes, getattr(embeddings, "num_embeddings", self._classes))
         return self._classes
 
     def first_position(self) -> Tensor:
-        """Only the first position has a label: a loss that shifts has none left."""
+        """Only the first position has a label, so a loss that shifts has none left."""
         labels = torch.full_like(self.labels, _IGNORED)
         labels[:, 0] = self.plain_label()
         return labels
 
     def plain_label(self) -> int:
-        """0, or 1 where 0 is padding: a decoder may look for the last label that is none."""
+        """0, or 1 if 0 is padding: a decoder may look for the last label that is not padding."""
         return int(getattr(getattr(self.base, "config", None), "pad_token_id", None) == 0)
 
 
 def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[Route]) -> LossForm | None:
     """The form in which GEKO's loss equals the model's own; None if the model returns no loss.
 
-    Call it under `torch.no_grad` with the model in eval mode: dropout would make two forwards differ.
+    Call it under `torch.no_grad` with the model in eval mode: with dropout two forwards would differ.
 
     takes_num_items: Trainer passes `num_items_in_batch` to the model.
-    routes: how the model can be called in training, the best first.
+    routes: the ways in which the model can be called in training, the best first.
 
     Raises:
-        ValueError: there is none; with both figures.
+        ValueError: there is none; gives both figures.
     """
     asked = list(question.made_up())
     answers = [question.answer(labels) for labels in asked]
@@ -227,9 +227,9 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
 
 
 def _relative_error(own: Tensor, logits: Tensor, valid: int) -> float:
-    """How far a loss may be off: more where the model computed it, or the loss of each label, in low precision.
+    """How far a loss may be off: more if the model computed it, or the loss of each label, in low precision.
 
-    Autocast may return float32 of what it has rounded before: then the logits show it.
+    Autocast may return values in float32 that it has rounded before; the logits then show it.
     """
     if own.dtype in (torch.float16, torch.bfloat16):
         return torch.finfo(own.dtype).eps
@@ -240,7 +240,7 @@ def _relative_error(own: Tensor, logits: Tensor, valid: int) -> float:
 
 
 def _check_training(question: Question, form: LossForm, route: Route, labels: Tensor) -> None:
-    """Refuse a model that smooths its labels or has a second head in training mode alone."""
+    """Refuse a model that smooths its labels or has a second head in training mode only."""
     if route is Route.APART:  # it may then return no logits
         return
     with question.in_training():
@@ -250,7 +250,7 @@ def _check_training(question: Question, form: LossForm, route: Route, labels: Te
 
 
 def _shifts_first(question: Question, route: Route) -> bool:
-    """Does the model shift, where the logits are such that every label has the same loss?"""
+    """Does the model shift, if the logits give every label the same loss?"""
     labels = question.first_position()
     answer = question.answer(labels)
     assert answer is not None
@@ -259,7 +259,7 @@ def _shifts_first(question: Question, route: Route) -> bool:
 
 
 def _counts(question: Question, form: LossForm, before: _Answer, term: float, labels: Tensor) -> bool:
-    """Does the model divide by `num_items_in_batch` where it gets one?"""
+    """Does the model divide by `num_items_in_batch` if it gets one?"""
     valid = before.valid[form]
     items = 3 * valid + 1
     answer = question.answer(labels, num_items_in_batch=torch.tensor(items, device=labels.device))
@@ -275,7 +275,7 @@ def _counts(question: Question, form: LossForm, before: _Answer, term: float, la
 
 
 def hidden_labels(labels: Tensor, attention_mask: Any) -> Tensor | None:
-    """(B, S) bool: labels of tokens that are not attended to; None if there are none."""
+    """(B, S) bool: labels of tokens that are not attended to; None without any."""
     if not isinstance(attention_mask, Tensor) or labels.dim() != 2 or attention_mask.shape != labels.shape:
         return None
     hidden = attention_mask.to(labels.device) == 0

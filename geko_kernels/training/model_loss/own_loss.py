@@ -1,4 +1,4 @@
-"""A model's forward without its own cross-entropy: what is left of its loss are the terms that it adds to it."""
+"""A model's forward without its own cross-entropy, so that only the other terms of its loss remain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Route(Enum):
-    """How the model is called, so that GEKO's loss takes the place of its cross-entropy and of nothing else."""
+    """How the model is called, so that GEKO's loss replaces its cross-entropy and nothing else."""
 
     LOSS_FUNCTION = "with labels, its `loss_function` replaced"
     CROSS_ENTROPY = "with labels, F.cross_entropy and F.nll_loss replaced while it runs"
@@ -29,12 +29,12 @@ class Route(Enum):
 
 @contextmanager
 def without_cross_entropy(base: nn.Module, route: Route) -> Iterator[None]:
-    """Within, the cross-entropy of `base` (unwrapped) is 0, so that its loss holds its other terms alone."""
+    """Inside the context the cross-entropy of `base` (unwrapped) is 0, so its loss has only its other terms."""
     if route is not Route.LOSS_FUNCTION:
         with _NoCrossEntropy() if route is Route.CROSS_ENTROPY else nullcontext():
             yield
         return
-    own = vars(base)  # before any submodule of that name, and never in a state_dict
+    own = vars(base)  # found before any submodule of that name, and never in a state_dict
     given = own.get("_loss_function")
     own["_loss_function"] = _zero_loss
     try:
@@ -46,7 +46,7 @@ def without_cross_entropy(base: nn.Module, route: Route) -> Iterator[None]:
 
 
 def _zero_loss(*args: Any, **kwargs: Any) -> Tensor:
-    """() float32, in the place of a model's `loss_function`."""
+    """() float32; replaces a model's `loss_function`."""
     device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return torch.zeros((), device=device)
 
@@ -65,7 +65,7 @@ class _NoCrossEntropy(TorchFunctionMode):
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` and DistributedDataParallel were given."""
+    """The module inside `torch.compile` and DistributedDataParallel."""
     while (inner := _inside(model)) is not None:
         model = inner
     return model
@@ -78,7 +78,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def in_one_graph(model: nn.Module) -> bool:
-    """Was `model` compiled with fullgraph=True? Then nothing in it may leave the graph."""
+    """Was `model` compiled with fullgraph=True? Then nothing in it may break the graph."""
     inner = _inside(model)
     own = getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False)
     return bool(own) or (inner is not None and in_one_graph(inner))
@@ -95,7 +95,7 @@ def find_logits(outputs: Any, labels: Tensor) -> Tensor:
     """The logits among a model's outputs: the tensor itself, key "logits", or the first that fits the labels.
 
     Raises:
-        ValueError: there are none, by name of what there is instead.
+        ValueError: there are none; names what there is.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim():
@@ -124,7 +124,7 @@ def _fits(logits: Tensor, labels: Tensor) -> bool:
 
 
 def find_loss(outputs: Any) -> Tensor | None:
-    """The loss that a model returned, where `transformers.Trainer` looks for it; None without one."""
+    """The loss that a model returned, taken from where `transformers.Trainer` takes it; None without one."""
     if isinstance(outputs, Mapping):
         return outputs.get("loss")
     if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
@@ -133,9 +133,9 @@ def find_loss(outputs: Any) -> Tensor | None:
 
 
 def fit_labels(labels: Tensor, logits: Tensor, prompt: bool) -> Tensor:
-    """`labels` int64 in the shape that the loss takes them: (B, 1) of classes as (B,), as many as there are positions.
+    """`labels` int64 in the shape that the loss takes: (B, 1) of classes as (B,), one for each position.
 
-    prompt: the model puts tokens of its own before the sample's (prompt tuning); they get no label.
+    prompt: the model adds tokens before the sample's (prompt tuning); they get no label.
     """
     labels = labels.to(logits.device, torch.int64)
     if labels.dim() >= logits.dim() > 1 and labels.shape[-1] == 1:

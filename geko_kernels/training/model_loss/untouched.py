@@ -1,47 +1,25 @@
-"""Asking a model leaves nothing behind: its modes, buffers and counts and the random numbers to come are as before."""
+"""Tests a model without side effects: restores its modes, buffers, counts and the random number generators."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from geko_kernels.torch_private import set_buffer
+from geko_kernels.training.random_numbers import RandomNumbers
 
 _PLAIN = (int, float, str, type(None), Tensor)
 
 
-class RandomNumbers:
-    """The state of Python's, NumPy's and torch's generators when it was made; torch's of the CPU and of `device`, and
-    those that modules of `model` have as attributes."""
-
-    def __init__(self, device: torch.device, model: nn.Module) -> None:
-        self.device = device
-        self.python, self.numpy, self.cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        values = (value for module in model.modules() for value in vars(module).values())
-        self.own = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, self.device)
-        for generator, state in self.own:
-            generator.set_state(state)
-
-
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, `model` is in eval mode without gradients.
+    """Inside the context `model` is in eval mode without gradients.
 
-    Afterwards its modules' modes, buffers and attributes that hold a number, a text or a tensor, and the random numbers
-    to come, are as they were.
+    Afterwards its modules' modes, buffers and attributes with numbers, texts or tensors are restored, and so are the
+    random number generators.
     """
     numbers = RandomNumbers(device, model)
     plain = [

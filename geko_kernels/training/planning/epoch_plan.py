@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 class EpochPlan(NamedTuple):
-    """One epoch: which samples in which order, and which stretch of the run it makes."""
+    """One epoch: its samples in order, and which part of the run it is."""
 
-    ids: Tensor  # (n,) int32 on the CPU: the head, chosen by bucket, then the uniform finish's share
-    head: int  # samples of the head
+    ids: Tensor  # (n,) int32 on the CPU: those selected by bucket, then those of the uniform finish
+    selected: int  # how many are selected by bucket
     start: float  # progress of the run at the first sample,
-    turn: float  # where the head ends
+    turn: float  # after the selected ones,
     end: float  # and after the last one
     packs: Tensor | None = None  # (p,) int64: where each pack of ids ends, if they are packed
 
     @property
     def units(self) -> int:
-        """Packs, or ids where they are not packed: what batches are made of."""
+        """How many packs, or ids without packing: what batches are made of."""
         return len(self.ids if self.packs is None else self.packs)
 
     def samples(self, units: int) -> int:
-        """Samples in the first `units` of them."""
+        """Samples in the first `units` units."""
         units = min(units, self.units)
         return units if self.packs is None or units == 0 else int(self.packs[units - 1])
 
     def units_of(self, samples: int) -> int:
-        """How many of them the first `samples` samples fill."""
+        """How many units the first `samples` samples fill."""
         return samples if self.packs is None else int(torch.searchsorted(self.packs, samples, right=True))

@@ -1,4 +1,4 @@
-"""In which order ids are handed out, and how many: each epoch's permutation, its cut, the last batch's repeats."""
+"""The order of an epoch's ids and their number: the permutation, where it is cut, the last batch's repeats."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 _CHUNK = 1 << 16  # ids turned into Python integers at a time
-_PART = 1 << 20  # samples whose turns are worked out at a time
-_FEW = 1 / 64  # of the samples: a plan of fewer would only make the others forgotten
-_SCATTER = -1640531527  # odd: the product's upper half scatters neighbouring ids
+_PART = 1 << 20  # samples whose turns are computed at a time
+_FEW = 1 / 64  # share of the samples: a smaller plan would only make the model forget the others
+_SCATTER = -1640531527  # odd: the product's upper bits scatter neighbouring ids
 
 
 class PaddedIds(Sampler[int]):
-    """`ids` (n,) in their order, filled up to a multiple of `pad_to` with marked repeats, see `GEKOSampler`."""
+    """`ids` (n,) in order, padded to a multiple of `pad_to` with marked repeats, see `GEKOSampler`."""
 
     def __init__(self, ids: Tensor, pad_to: int) -> None:
         self.ids, self.pad_to = ids, pad_to
@@ -45,7 +45,7 @@ def by_length(ids: Tensor, lengths: Tensor, window: int) -> Tensor:
 
 
 def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tensor:
-    """(N,) bool: each sample is in turn every `interval` epochs; neighbouring ids in no pattern."""
+    """(N,) bool: each sample is in turn every `interval` epochs; neighbouring ids follow no pattern."""
     turn = torch.empty(total, dtype=torch.bool, device=device)
     for start in range(0, total, _PART):
         part = torch.arange(start, min(start + _PART, total), dtype=torch.int32, device=device).mul_(_SCATTER)
@@ -55,7 +55,7 @@ def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tens
 
 
 def cut_after(kept: Tensor, budget: int) -> int:
-    """How many slots to pass until `budget` kept samples are drawn; none if next to nothing is kept."""
+    """How many slots to pass until `budget` kept samples are drawn; 0 if hardly any are kept."""
     count = int(np.count_nonzero(kept.numpy()))
     if budget <= 0 or count <= _FEW * len(kept):
         return 0
@@ -72,7 +72,7 @@ class Orders:
         self._ahead: tuple[int, Thread, Tensor] | None = None
 
     def of(self, epoch: int) -> Tensor:
-        """(N,) int32, the caller's to change."""
+        """(N,) int32, which the caller may change."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == epoch:
             ahead[1].join()
@@ -82,7 +82,7 @@ class Orders:
         return order
 
     def prepare(self, epoch: int) -> None:
-        """Make that epoch's in a thread: of 10 million samples it takes most of a plan's time."""
+        """Draw that epoch's permutation in a thread: with 10 million samples it takes most of a plan's time."""
         if self._ahead is None:
             order = torch.empty(self.total, dtype=torch.int32)
             thread = Thread(target=self._fill_, args=(order, epoch))

@@ -1,4 +1,4 @@
-"""Documents into packs: whole documents, no more tokens together than a row or a batch may have."""
+"""Packs of whole documents, with no more tokens than a row or a batch may have."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.utils.data import Sampler
 
 
 class Fill(Enum):
-    """How documents fill a pack, and what a pack's tokens are."""
+    """How documents fill a pack, and how a pack's tokens are counted."""
 
-    BEST_FIT = "best fit"  # where the least room is left, the longest document first; the sum of the lengths
-    IN_ORDER = "in order"  # one after the other; the sum of the lengths
-    PADDED = "padded"  # one after the other; rows x the longest
+    BEST_FIT = "best fit"  # longest first, into the least room left; counts the sum of the lengths
+    IN_ORDER = "in order"  # one after the other; counts the sum of the lengths
+    PADDED = "padded"  # one after the other; counts rows x the longest
 
 
 class Packer(NamedTuple):
-    """Cuts the ids of a plan into packs of at most `tokens` tokens. Depends on the ids and their order alone."""
+    """Cuts the ids of a plan into packs of at most `tokens` tokens, depending only on the ids and their order."""
 
     lengths: Tensor  # (N,) int64, tokens of each sample
     tokens: int
     fill: Fill
-    multiple: int = 1  # a padded row, or a pack without padding, is filled up to a multiple of so many tokens
+    multiple: int = 1  # a padded row, or a pack without padding, is padded to a multiple of this
 
     def pack(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (n,) -> the ids in the order of their packs (n,), and where each pack ends (p,) int64.
 
-        With BEST_FIT a pack stands where its longest document stood: as random an order as that of `ids`, and packs of
-        many short documents come no sooner than others. Within a pack the order of `ids` stays.
+        With BEST_FIT a pack takes the place of its longest document, so the order is as random as that of `ids`, and
+        packs of many short documents come no sooner than others. Within a pack the order of `ids` is kept.
         """
         lengths = self.lengths[ids.long()].numpy().clip(min=1)
         room = self.tokens // self.multiple * self.multiple
@@ -46,7 +46,7 @@ class Packer(NamedTuple):
         return ids, torch.from_numpy(fill_in_order(lengths, room, _padded if self.fill is Fill.PADDED else np.cumsum))
 
     def check(self, name: str) -> None:
-        """Raise `ValueError` if a sample is longer than a pack; `name` is the setting that says how long packs are."""
+        """Raise `ValueError` if a sample is longer than a pack; `name` is the setting of the packs' length."""
         room = self.tokens // self.multiple * self.multiple
         longest = int(self.lengths.max())
         if longest <= room:
@@ -64,13 +64,13 @@ class Packer(NamedTuple):
 def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     """(n,) lengths from 1 to `room` -> (n,) the pack of each by best-fit decreasing.
 
-    Each document, the longest first, goes where the least room is left for it, of equal packs into the one that has
-    been so for the longest time. Documents of one length are placed together: a pack with room for k takes k of them.
+    Each document, longest first, goes into the pack with the least sufficient room; among equals, into the one that has
+    had that room longest. Documents of one length are placed together: a pack with room for k of them takes k.
     """
     order = np.argsort(-lengths, kind="stable")
     packs = np.empty(len(lengths), dtype=np.int64)
-    longest = []  # place of the first document of each pack
-    left: dict[int, list[np.ndarray]] = {}  # room that is left -> packs
+    longest = []  # index of the first document of each pack
+    left: dict[int, list[np.ndarray]] = {}  # room left -> packs
     rooms: list[int] = []  # the keys of `left`, ascending
     values, starts, counts = np.unique(-lengths[order], return_index=True, return_counts=True)
     opened = 0
@@ -92,7 +92,7 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
             packs[order[start : start + taken * fit]] = np.repeat(free[:taken], fit)
             start += taken * fit
             _put(left, rooms, space - fit * length, free[:taken])
-            if taken < len(free) and start < end:  # the last ones of this length do not fill a pack
+            if taken < len(free) and start < end:  # the last documents of this length do not fill a pack
                 packs[order[start:end]] = free[taken]
                 _put(left, rooms, space - rest * length, free[taken : taken + 1])
                 start, taken = end, taken + 1
@@ -130,7 +130,7 @@ def _padded(lengths: np.ndarray) -> np.ndarray:
 
 
 class PackedIds(Sampler[list[int]]):
-    """Packs of ids as lists, filled up to a multiple of `pad_to` with packs of one marked repeat, see `GEKOSampler`."""
+    """Packs of ids as lists, padded to a multiple of `pad_to` with packs of one marked repeat, see `GEKOSampler`."""
 
     def __init__(self, ids: Tensor, ends: Tensor, pad_to: int) -> None:
         self.ids, self.ends, self.pad_to = ids, ends, pad_to

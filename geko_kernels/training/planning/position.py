@@ -1,4 +1,4 @@
-"""What the `state_dict()` of a `GEKOSampler` may hold: checked before a sampler takes it over."""
+"""Checks of a `GEKOSampler`'s `state_dict()` before it is loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from geko_kernels.training.planning.probes import MAX_INTERVAL
 
 _MOST = torch.iinfo(torch.int32).max
-# name -> dtype, which values are allowed, in words; one row a sample
-_COLUMNS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
+# tensors with one row a sample: name -> dtype, which values are allowed, the same in words
+PER_SAMPLE: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], str]] = {
     "interval": (torch.uint8, lambda column: column <= MAX_INTERVAL, f"from 0 to {MAX_INTERVAL}"),
     "next_probe": (torch.int32, lambda column: column >= 0, "an epoch"),
     "was_correct": (torch.bool, lambda column: column.view(torch.uint8) <= 1, "0 or 1"),
     "forgotten": (torch.uint8, lambda column: column >= 0, "a count"),
 }
-# name -> least, most
+# name -> smallest, largest value
 _INTEGERS = {
     "lost": (0, 2**62),
     "doubtful": (0, _MOST),
@@ -32,16 +32,16 @@ _REST = ("plan", "spans", "finished", "guarded", "num_epochs")
 
 
 def check_position(values: Mapping[str, Any], num_samples: int) -> None:
-    """Look at every value of a sampler's `state_dict()`.
+    """Check every value of a sampler's `state_dict()`.
 
     Raises:
-        ValueError: one is missing, unknown, of the wrong kind or of another run; names it.
+        ValueError: a value is missing, unknown, of the wrong kind or from another run; names it.
     """
-    known = {*_COLUMNS, *_INTEGERS, *_REST}
+    known = {*PER_SAMPLE, *_INTEGERS, *_REST}
     missing, unknown = sorted(known - values.keys()), sorted(values.keys() - known - {"packs", "answering"})
     if missing or unknown:
         raise ValueError(f"state_dict does not fit: missing {missing}, unknown {unknown}")
-    for name, (dtype, allows, words) in _COLUMNS.items():
+    for name, (dtype, allows, words) in PER_SAMPLE.items():
         _check_column(name, values[name], dtype, num_samples)
         fits = allows(values[name])
         if not bool(fits.all()):
@@ -109,8 +109,12 @@ def _check_packs(packs: Any, size: int) -> None:
 
 
 def _are_spans(spans: list[Any], size: int) -> bool:
-    head, *points = spans
-    if type(head) is not int or not 0 <= head <= size or any(type(point) not in (int, float) for point in points):
+    selected, *points = spans
+    if (
+        type(selected) is not int
+        or not 0 <= selected <= size
+        or any(type(point) not in (int, float) for point in points)
+    ):
         return False
     start, turn, end = points
     return 0 <= start <= min(turn, end) and max(turn, end) <= 1

@@ -1,4 +1,4 @@
-"""When a left-out sample is looked at again."""
+"""When a left-out sample is probed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from geko_kernels.torch_private import version_of
 
 MAX_INTERVAL = 64  # epochs
-STAGGER = 8  # epochs that the first probes of a crowd are spread over
+STAGGER = 8  # epochs over which the first probes of samples left out together are spread
 
 
 class ProbeSchedule:
     """Re-check times of the samples that an epoch's plan leaves out; 5 bytes a sample, on the state's device.
 
-    A sample left out at epoch e is due at one of e + 1 to e + 8, by its id modulo 8: one eighth of
-    the samples that froze together is probed each epoch. While it stays left out the time to the next probe doubles,
-    from 8 epochs on (up to 64). `hurry_` makes all due at once.
+    A sample left out at epoch e is due at one of e + 1 to e + 8, by its id modulo 8, so that each epoch probes one
+    eighth of the samples that froze together. While it stays left out, the interval doubles from 8 epochs up to 64.
+    `hurry_` makes all due at once.
 
     Columns: interval (N,) uint8, 0 for a sample that takes part; next_probe (N,) int32, an epoch.
     """
@@ -24,7 +24,7 @@ class ProbeSchedule:
     def __init__(self, num_samples: int, device: torch.device) -> None:
         self.interval = torch.zeros(num_samples, dtype=torch.uint8, device=device)
         self.next_probe = torch.zeros(num_samples, dtype=torch.int32, device=device)
-        self._handed: tuple[Tensor, Tensor, int] | None = None  # ids, their visits, version of all visits
+        self._handed: tuple[Tensor, Tensor, int] | None = None  # ids, their visits, version of `times_seen`
 
     def due(self, left_out: Tensor, epoch: int) -> Tensor:
         """left_out (N,) bool -> ids (n,) int64 to probe before `epoch`, ascending."""
@@ -34,15 +34,15 @@ class ProbeSchedule:
         return due.nonzero()[:, 0]
 
     def hand_out_(self, ids: Tensor, times_seen: Tensor) -> None:
-        """Remember that `ids` are to be visited."""
+        """Remember that `ids` have been handed out to be visited."""
         self._handed = ids, times_seen[ids], _version(times_seen)
 
     def untouched(self, times_seen: Tensor) -> bool:
-        """Whether nothing has counted a visit, or has tried to, since samples were handed out."""
+        """Whether no visit has been counted, or tried to be, since samples were handed out."""
         return self._handed is not None and _version(times_seen) == self._handed[2]
 
     def check_visited(self, times_seen: Tensor) -> None:
-        """Raise `ValueError` if none of the samples handed out has more visits than then."""
+        """Raise `ValueError` if none of the samples handed out has been visited since."""
         assert self._handed is not None
         ids, seen, _ = self._handed
         if len(ids) and bool((times_seen[ids] == seen).all()):
@@ -52,17 +52,17 @@ class ProbeSchedule:
             )
 
     def probed_(self, ids: Tensor, epoch: int) -> None:
-        """Double the interval of `ids`, just probed; those that came back are reset by `follow_`."""
+        """Double the interval of the just probed `ids`; `follow_` resets those that return to training."""
         interval = (self.interval[ids] * 2).clamp(max=MAX_INTERVAL)
         self.interval[ids] = interval
         self.next_probe[ids] = epoch + interval.int()
 
     def hurry_(self, epoch: int) -> None:
-        """All that are left out are due at `epoch`."""
+        """Make all left-out samples due at `epoch`."""
         self.next_probe.clamp_(max=epoch)
 
     def follow_(self, left_out: Tensor, epoch: int) -> None:
-        """Start the clock of samples newly left out of `epoch`, stop it for those that take part."""
+        """Start the interval of samples newly left out of `epoch`, end it for those that take part."""
         fresh = left_out & (self.interval == 0)
         for part in range(STAGGER):
             self.next_probe[part::STAGGER].masked_fill_(fresh[part::STAGGER], epoch + 1 + part)
@@ -71,5 +71,5 @@ class ProbeSchedule:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often `tensor` was written; 0 for one made in inference mode, where nobody counts."""
+    """How often `tensor` was written to; 0 for an inference tensor, which does not count."""
     return 0 if tensor.is_inference() else version_of(tensor)

@@ -19,11 +19,10 @@ from geko_kernels.training.planning.epoch_plan import EpochPlan
 from geko_kernels.training.planning.guard import generalises, nearly_suspects, update_quarantine_
 from geko_kernels.training.planning.orders import Orders, by_length, cut_after, in_turn, iterate_padded
 from geko_kernels.training.planning.packing import Packer, iterate_packs
-from geko_kernels.training.planning.position import check_position
+from geko_kernels.training.planning.position import PER_SAMPLE, check_position
 from geko_kernels.training.planning.probes import ProbeSchedule
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
-_COLUMNS = ("interval", "next_probe", "was_correct", "forgotten")
 Row = tuple[float, float, float, float]  # weights by Bucket: (FREEZE, LIGHT, FOCUS, HARD)
 
 
@@ -210,7 +209,7 @@ class GEKOSampler(Sampler[int]):
         if cut < slots:
             kept[cut:] = (~self._barred()).cpu().index_select(0, perm[cut:])
         ids = torch.from_numpy(perm.numpy()[:slots][kept.numpy()[:slots]])  # masked_select needs 16 bytes a sample
-        head = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
+        selected = int(np.count_nonzero(kept.numpy()[:cut]))  # torch would wake a thread a core: milliseconds
         left_out = ~keep if cut else state.quarantined
         if self.held_back is not None:
             left_out = left_out & ~self.held_back
@@ -218,9 +217,9 @@ class GEKOSampler(Sampler[int]):
         del left_out
         self._note_answering(keep, perm[cut:slots])
         if self.lengths is not None:
-            ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:head], ids[head:])])
-        ids, packs = self._packed(ids, head)
-        return EpochPlan(ids, head, *self._stretch(epoch, start, head, len(ids)), packs)
+            ids = torch.cat([by_length(part, self.lengths, self.window) for part in (ids[:selected], ids[selected:])])
+        ids, packs = self._packed(ids, selected)
+        return EpochPlan(ids, selected, *self._stretch(epoch, start, selected, len(ids)), packs)
 
     def _note_answering(self, keep: Tensor, finish: Tensor) -> None:
         self.answering, config = None, self.state.config
@@ -246,53 +245,53 @@ class GEKOSampler(Sampler[int]):
         order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
         return order if self.present is None else self.present[order.long()]
 
-    def _packed(self, ids: Tensor, head: int) -> tuple[Tensor, Tensor | None]:
-        """The ids in the order of their packs, the head in packs of its own, and where the packs end."""
+    def _packed(self, ids: Tensor, selected: int) -> tuple[Tensor, Tensor | None]:
+        """The ids in the order of their packs, the selected ones in packs of their own, and where the packs end."""
         if self.packer is None:
             return ids, None
-        (first, ends), (last, last_ends) = (self.packer.pack(part) for part in (ids[:head], ids[head:]))
-        return torch.cat([first, last]), torch.cat([ends, last_ends + head])
+        (first, ends), (last, last_ends) = (self.packer.pack(part) for part in (ids[:selected], ids[selected:]))
+        return torch.cat([first, last]), torch.cat([ends, last_ends + selected])
 
-    def _stretch(self, epoch: int, start: float | None, head: int, size: int) -> tuple[float, float, float]:
-        """Progress at the begin of a plan of `size`, where its head ends, and at its end."""
+    def _stretch(self, epoch: int, start: float | None, selected: int, size: int) -> tuple[float, float, float]:
+        """Progress at the begin of a plan of `size`, after its selected samples, and at its end."""
         begin, longest = self._span(epoch, start)
         if start is not None:
             drawn = self.num_epochs * self.total
-            return begin, min(begin + head / drawn, 1.0), min(begin + size / drawn, 1.0)
+            return begin, min(begin + selected / drawn, 1.0), min(begin + size / drawn, 1.0)
         return begin, min(max(1 - self.state.config.uniform_finish, begin), longest), longest
 
     def fill_up_(self, size: int, start: float | None = None) -> None:
         """Extend the plan at hand to `size` samples by others, in the epoch's order; quarantined ones stay out.
 
-        Those beyond the head have weight 1 where their batch begins beyond it. `start` as for `set_epoch`.
+        Those after the selected ones have weight 1 where their batch begins after them. `start` as for `set_epoch`.
         """
         assert self.plan is not None
-        ids, head, packs = self.plan.ids, self.plan.head, self.plan.packs
+        ids, selected, packs = self.plan.ids, self.plan.selected, self.plan.packs
         others = ~self._barred().cpu()
         others[ids.long()] = False
         order = self._order(self.epoch)
         more, ends = self._packed(order[others[order.long()]][: max(size - len(ids), 0)], 0)
-        begin, turn, end = self._stretch(self.epoch, start, head, len(ids) + len(more))
+        begin, turn, end = self._stretch(self.epoch, start, selected, len(ids) + len(more))
         if packs is not None and ends is not None:
             packs = torch.cat([packs, ends + len(ids)])
-        self.plan = EpochPlan(torch.cat([ids, more]), head, begin, turn if head else begin, end, packs)
+        self.plan = EpochPlan(torch.cat([ids, more]), selected, begin, turn if selected else begin, end, packs)
         self.advance(0)
 
     def relocate_(self, start: float | None = None) -> None:
         """Place the plan at hand, drawn for a run of another length, within this one; `start` as for `set_epoch`."""
         if self.plan is not None:
-            ids, head = self.plan.ids, self.plan.head
-            self.plan = EpochPlan(ids, head, *self._stretch(self.epoch, start, head, len(ids)), self.plan.packs)
+            ids, selected = self.plan.ids, self.plan.selected
+            self.plan = EpochPlan(ids, selected, *self._stretch(self.epoch, start, selected, len(ids)), self.plan.packs)
 
     def progress(self, consumed: float) -> float:
         """Finished share of the run, in [0, 1], after `consumed` samples of the plan."""
         if self.plan is None:
             return 0.0
-        ids, head, start, turn, end, _ = self.plan
-        if consumed < head:
-            return start + (turn - start) * consumed / head
-        tail = len(ids) - head
-        return turn + (end - turn) * min((consumed - head) / tail, 1.0) if tail else end
+        ids, selected, start, turn, end, _ = self.plan
+        if consumed < selected:
+            return start + (turn - start) * consumed / selected
+        tail = len(ids) - selected
+        return turn + (end - turn) * min((consumed - selected) / tail, 1.0) if tail else end
 
     def _weights_at(self, progress: float) -> Row:
         config = self.state.config
@@ -307,7 +306,7 @@ class GEKOSampler(Sampler[int]):
 
         In the first epoch FREEZE weighs what LIGHT does, unless a curriculum says otherwise: one visit proves nothing.
         """
-        if self.plan is not None and consumed >= self.plan.head and len(self.plan.ids) > self.plan.head:
+        if self.plan is not None and consumed >= self.plan.selected and len(self.plan.ids) > self.plan.selected:
             return (1.0, 1.0, 1.0, 1.0)
         row = self._weights_at(self.progress(consumed))
         return row if self.epoch or self.state.config.use_curriculum else (row[Bucket.LIGHT], *row[1:])
@@ -408,7 +407,7 @@ class GEKOSampler(Sampler[int]):
         plan = self.plan
         size = 0 if plan is None else len(plan.ids)
         return {
-            **{name: getattr(self._owner(name), name) for name in _COLUMNS},
+            **{name: getattr(self._owner(name), name) for name in PER_SAMPLE},
             "plan": None if plan is None else plan.ids,
             **({} if plan is None or plan.packs is None else {"packs": plan.packs}),
             **({} if plan is None or self.answering is None else {"answering": self.answering}),
@@ -432,7 +431,7 @@ class GEKOSampler(Sampler[int]):
         """
         check_position(values, len(self.state))
         self._check_packs(values)
-        for name in _COLUMNS:
+        for name in PER_SAMPLE:
             getattr(self._owner(name), name).copy_(values[name])
         self.answering = values["answering"].to(self.state.device) if "answering" in values else None
         self.lost.fill_(values["lost"])

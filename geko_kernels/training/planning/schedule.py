@@ -1,4 +1,4 @@
-"""The learning rate by progress, however short a run's epochs get."""
+"""The learning rate as a function of progress, however short the epochs get."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Factor = Callable[[Any], float]
 
 
 def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_steps: int) -> Callable[[], bool]:
-    """Make a schedule over `num_steps` read `progress() * num_steps` in place of its count of steps.
+    """Make a schedule over `num_steps` read `progress() * num_steps` instead of its step count.
 
-    `scheduler` is a LambdaLR as `transformers.get_scheduler` makes; another kind (by plateau) stays as it is.
+    `scheduler` is a LambdaLR from `transformers.get_scheduler`; another kind (plateau) is left unchanged.
 
-    Returns: a function that says whether the rate would still fall from where the run stands to its end.
+    Returns: a function that says whether the rate would still fall between now and the end of the run.
     """
     if type(scheduler) is not LambdaLR:
         return lambda: False
@@ -28,7 +28,7 @@ def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_s
 
 
 def read_progress_(scheduler: LRScheduler | None) -> None:
-    """Set the rate of where the run stands now: it has passed epochs without a step of the schedule."""
+    """Set the rate of the current progress, after epochs without a step of the schedule."""
     if type(scheduler) is not LambdaLR:
         return
     rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

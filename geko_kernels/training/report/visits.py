@@ -16,7 +16,7 @@ from geko_kernels.losses.logits import SampleStats
 
 VISITS_NAME = "geko_visits.safetensors"
 _FORMAT = "geko_kernels.VisitLog"
-_COLUMNS = {"sample": torch.int32, "loss": torch.float32, "hit": torch.float16, "epochs": torch.int32}
+_DTYPES = {"sample": torch.int32, "loss": torch.float32, "hit": torch.float16, "epochs": torch.int32}
 
 
 class Visits(NamedTuple):
@@ -113,7 +113,7 @@ class VisitLog:
         if not os.path.isfile(path):
             return False
         columns, metadata = load_tensors(path, _FORMAT, "GEKOTrainer")
-        wrong = [name for name, dtype in _COLUMNS.items() if name not in columns or columns[name].dtype != dtype]
+        wrong = [name for name, dtype in _DTYPES.items() if name not in columns or columns[name].dtype != dtype]
         if wrong or "ends" not in columns or metadata.get("num_samples") != str(self.num_samples):
             raise ValueError(
                 f"{path} does not hold the visits of {self.num_samples} samples: resume with the dataset that the run "

@@ -25,7 +25,7 @@ class Parts(NamedTuple):
     answer: list[Any]  # trained tokens, or the label
 
 
-class Beginning(NamedTuple):
+class ItemExcerpt(NamedTuple):
     """What is kept of an item that is read to find its group."""
 
     kind: str  # of `Parts`, "" for an item without tokens
@@ -116,20 +116,20 @@ class _Read(Dataset[Any]):
         return self.take(self.dataset[row])
 
 
-class BeginningOf:
-    """`Beginning` of an item; a class, since loader workers may have to pickle it."""
+class ExcerptOf:
+    """`ItemExcerpt` of an item; a class, since loader workers may have to pickle it."""
 
     def __init__(self, label_names: Sequence[str]) -> None:
         self.label_names = tuple(label_names)
 
-    def __call__(self, item: Any) -> Beginning:
+    def __call__(self, item: Any) -> ItemExcerpt:
         parts = parts_of(item, self.label_names)
         group = item.get(GROUPS) if isinstance(item, Mapping) else None
         group = group.item() if isinstance(group, (Tensor, np.generic)) else group
         if parts is None:
-            return Beginning("", (), (), group)
+            return ItemExcerpt("", (), (), group)
         answer = () if parts.kind == "aligned" else tuple(parts.answer[:_BEGINNING])
-        return Beginning(parts.kind, tuple(parts.prompt[:_BEGINNING]), answer, group)
+        return ItemExcerpt(parts.kind, tuple(parts.prompt[:_BEGINNING]), answer, group)
 
 
 def _itself(item: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers.trainer_utils import has_length
 
-from geko_kernels.training.stopping.items import GROUPS, BeginningOf, parts_of, read, with_answer
+from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, parts_of, read, with_answer
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
 FEWEST = 2000  # samples below which none is held back
@@ -45,7 +45,7 @@ def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
     first = dataset[0]
     if parts_of(first, args.label_names or ()) is None and not (isinstance(first, Mapping) and GROUPS in first):
         return hold_back(range(total), how_many(total), seed)  # reading images would take long and tell nothing
-    rows = list(read(dataset, range(total), args, BeginningOf(args.label_names or ())))
+    rows = list(read(dataset, range(total), args, ExcerptOf(args.label_names or ())))
     prompts = [row.prompt if row.kind else ("item", number) for number, row in enumerate(rows)]
     groups = near_duplicates(prompts, [row.answer for row in rows], [row.group for row in rows])  # type: ignore[arg-type]
     return hold_back(groups, how_many(total), seed)

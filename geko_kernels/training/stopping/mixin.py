@@ -16,8 +16,8 @@ from transformers.utils import logging
 from geko_kernels.losses.logits import SampleStats
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.checkpoint import STATE_NAME
-from geko_kernels.training.model_loss.untouched import RandomNumbers
 from geko_kernels.training.planned import PlannedMixin
+from geko_kernels.training.random_numbers import RandomNumbers
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.files import (
