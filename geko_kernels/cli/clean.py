@@ -74,8 +74,8 @@ def _lost_classes(source: Source, suspected: set[int], label: str, samples: Path
     names = listed([f"{name!r} ({count:,})" for name, count in lost.items()])
     return (
         f"\nWarning: no row is left of {'the class' if len(lost) == 1 else f'{len(lost):,} classes'} {names}, which a "
-        f'model trained on these data cannot learn. Look at the rows; in {samples} set "suspected" and "quarantined" to '
-        "false for those that are right, and give the command again with --overwrite"
+        f"model trained on these data cannot learn. Look at the rows; in {samples} set "
+        '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
     )
 
 

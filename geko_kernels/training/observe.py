@@ -68,6 +68,8 @@ def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
 class Observation(TrainerCallback):
     """What `observe` recorded; row e of each array is the e-th epoch, NaN where a sample was not seen in it.
 
+    A further `train()` adds its epochs; one that an error has broken off counts as one if a step of it was trained.
+
     Several processes: each records its own samples, and all have everything from the end of each epoch on.
 
     Attributes:
@@ -87,6 +89,8 @@ class Observation(TrainerCallback):
         self._shift: bool | None = None
         self._fused: bool | None = None  # has the model a head that makes no logits?
         self._called = False  # has the trainer asked for a loss of training?
+        self._offset = 0.0  # epochs recorded before this call of train()
+        self._progress: Any = None  # the TrainerState of the latest epoch, which a further train() leaves as it was
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -163,26 +167,45 @@ class Observation(TrainerCallback):
         if rank_and_world()[0]:
             return Path(folder) / "report.html"
         fused = bool(self._fused)
-        summary = summary_of(self.state, self.counts, self._stacked(), self._trainer.state.log_history, fused)
+        logged = [
+            {**row, "epoch": row["epoch"] + self._offset} if "epoch" in row else row
+            for row in self._trainer.state.log_history
+        ]
+        summary = summary_of(self.state, self.counts, self._stacked(), logged, fused)
         skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
         summary["run"] = trainer_facts(self._trainer)
         return write_run(folder, summary, self.counts.not_measured(fused), skipped)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if self.counts.open_epoch is not None:  # broken off, by an error or a batch that `auto_find_batch_size` lessens
+            self._end_broken_off()
+        if self.counts.epochs:
+            self._offset = max(self.counts.epochs[-1]["end"] - (state.epoch or 0.0), 0.0)
         self.counts.switch("other")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        if self.counts.open_epoch is not None and bool(self._records[-1].isnan().all()):
-            self._records.pop()  # of an attempt of `auto_find_batch_size` that has trained nothing
         self._records.append(torch.full((len(QUANTITIES), len(self.state)), math.nan, device=args.device))
+        self._progress = state
         self.counts.begin_epoch(len(self._records) - 1, state.global_step)
         self.counts.switch("steps")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self._end_epoch(state.global_step, state.epoch)
+
+    def _end_epoch(self, step: int, epoch: float) -> None:
         self._records[-1] = _merged(self._records[-1]).cpu()
         self.state.sync()
-        self.counts.close_epoch(self._records[-1], state.global_step, state.epoch, fused=bool(self._fused))
+        self.counts.close_epoch(self._records[-1], step, self._offset + epoch, fused=bool(self._fused))
         self.counts.switch("other")
+
+    def _end_broken_off(self) -> None:
+        """What was trained of it is an epoch of its own; if nothing was, it is none."""
+        reached = self._progress
+        if reached.global_step > self.counts.mark["step"]:
+            self._end_epoch(reached.global_step, reached.epoch)
+        else:
+            self._records.pop()
+            self.counts.drop_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.counts.switch(None)

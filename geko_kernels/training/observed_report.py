@@ -64,6 +64,11 @@ class ObservedCounts(Efficiency):
         }
         self.end_epoch(step, marks)
 
+    def drop_epoch(self) -> None:
+        """The open epoch is none; its forwards stay counted. All processes call it."""
+        self.collect()
+        self.open_epoch = None
+
     def report(self) -> dict[str, Any]:
         self.samples_standard = round(self.train["samples"])
         values = super().report()

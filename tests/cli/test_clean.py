@@ -221,8 +221,8 @@ def test_a_class_of_which_nothing_is_left_is_named(run, tmp_path, capsys):
     assert f"{48 - len(trees)} of 48 rows" in first
     assert more == [
         f"Warning: no row is left of the class 'tree' ({len(trees)}), which a model trained on these data cannot "
-        f'learn. Look at the rows; in {run / "samples.jsonl"} set "suspected" and "quarantined" to false for those that are '
-        "right, and give the command again with --overwrite"
+        f"learn. Look at the rows; in {run / 'samples.jsonl'} set "
+        '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
     ]
     suspect(run, trees - {min(trees)})
     assert main(["clean", str(run), "--out", str(tmp_path / "b.jsonl"), "--overwrite"]) == 0
