@@ -39,6 +39,8 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
 
 def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     """What `GEKOLoader.load_state_dict` does; nothing is changed where it raises."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"state_dict must be what GEKOLoader.state_dict() returned, got {type(values).__name__}")
     missing = sorted(_KEYS - values.keys())
     if missing:
         raise ValueError(f"state_dict lacks {missing}: is it what GEKOLoader.state_dict() returned?")

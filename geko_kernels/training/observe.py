@@ -36,7 +36,7 @@ from geko_kernels.training.observed_tokens import (
 from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.label_errors import label_error_scores
-from geko_kernels.training.report.samples import duplicate_groups, write_rows
+from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, duplicate_groups, told_of, write_rows
 from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.trainer import GEKOMixin
 
@@ -130,9 +130,9 @@ class Observation(TrainerCallback):
         """One row a sample, as `.jsonl`, `.csv` or `.parquet`: id, a list each of what was recorded, null where unseen.
 
         The lists are named as the arrays are; without logits there are no confidences and margins, and bucket is null.
-        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `bucket`,
-        `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no suspects, and no
-        groups of packed rows.
+        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `record_id`,
+        `text`, `bucket`, `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no
+        suspects, and no texts and groups of packed rows.
         """
         write_rows(path, self._sample_rows())
 
@@ -140,17 +140,20 @@ class Observation(TrainerCallback):
         names = [name for name in QUANTITIES if not (self._fused and name in OF_LOGITS)]
         records, data = self._stacked(), self._trainer.train_dataset
         columns = [values.T.tolist() for values in records[:, : len(names)].unbind(1)]
-        buckets = [None if self._fused else Bucket(bucket).name for bucket in self.state.bucket.tolist()]
+        state = self.state
+        visited = (state.times_seen > 0).tolist()
+        buckets = [Bucket(b).name if seen else None for b, seen in zip(state.bucket.tolist(), visited, strict=True)]
         rows, parts = self.samples.places() if self.samples.first is not None else ((), ())
         skipped = getattr(data, "skipped_rows", ())
         known = records[:, 1].isfinite()
-        visited, p = known.nonzero()[:, 1].numpy(), records[:, 1][known].numpy()
-        scores = label_error_scores(visited, p, np.zeros(len(buckets), bool)).tolist()
+        samples, p = known.nonzero()[:, 1].numpy(), records[:, 1][known].numpy()
+        scores = label_error_scores(samples, p, np.zeros(len(buckets), bool)).tolist()
         groups = [None] * len(buckets) if rows else duplicate_groups(data, len(buckets))
+        told = [] if rows else told_of(data)
         for i, bucket in enumerate(buckets):
             lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
             sample, group = i if rows else row_of(i, skipped), groups[i]
-            row = {"id": sample, **dict(zip(names, lists, strict=True)), "bucket": bucket}
+            row = {"id": sample, **(told[i] if told else {}), **dict(zip(names, lists, strict=True)), "bucket": bucket}
             row["label_error"] = scores[i] if math.isfinite(scores[i]) else None
             row["duplicate_group"] = None if group is None else row_of(group, skipped)
             yield row | ({"row": row_of(rows[i], skipped), "part": parts[i]} if rows else {})
@@ -159,6 +162,7 @@ class Observation(TrainerCallback):
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
 
         They are those of GEKOTrainer, for a run that trains every sample; what is not measured is named on the page.
+        Of up to 200,000 samples it begins with `samples.jsonl`, whose lists and texts the page shows.
         Of several processes the first writes.
 
         Raises:
@@ -174,6 +178,9 @@ class Observation(TrainerCallback):
         summary = summary_of(self.state, self.counts, self._stacked(), logged, fused)
         skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
         summary["run"] = trainer_facts(self._trainer)
+        if len(self.state) <= MOST_SAMPLES:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.write_samples(Path(folder) / SAMPLES_NAME)
         return write_run(folder, summary, self.counts.not_measured(fused), skipped)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
@@ -241,7 +248,11 @@ class Observation(TrainerCallback):
         ids = inputs.pop("sample_ids", None)
         if ids is None:
             if model.training and self._trainer.is_in_train:
-                raise ValueError("observe: the training batch has no sample_ids; the trainer makes its own dataloader")
+                raise ValueError(
+                    f"observe: the training batch has no sample_ids, since {type(self._trainer).__name__} makes a "
+                    "dataloader of its own: let its get_train_dataloader return super().get_train_dataloader(), and "
+                    "override _get_train_sampler for another order or data_collator for other batches"
+                )
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
         self._called = True
         name = label_of(inputs, self._trainer.label_names or ["labels"])
@@ -262,7 +273,8 @@ class Observation(TrainerCallback):
         logits = [found for found in map(_logits_of, seen) if found is not None]
         if not fused and not logits:
             kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
-            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none")
+            hint = "; with return_dict=True the model names them" if "tuple" in kinds else ""
+            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none{hint}")
         visits: Visits | None
         if fused:
             visits = self._of_fused_head(fused[-1], ids, loss, num_items)
@@ -287,6 +299,11 @@ class Observation(TrainerCallback):
 
     def _of_logits(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> Visits | None:
         shift = self._shift
+        if labels.is_floating_point():
+            raise ValueError(
+                "observe needs the number of a class as label, for it looks at the cross-entropy of the logits: got "
+                f"labels of {labels.dtype} and shape {tuple(labels.shape)}, for a regression or several classes at once"
+            )
         if shift is None:
             if not bool((labels != IGNORED).any() & loss.isfinite()):
                 return None  # nothing to compare
