@@ -251,6 +251,7 @@ def test_texts_and_ids_of_the_users_own_data():
         {"text": None},
     ]
     assert told_of([{"conversations": [{"from": "human", "value": "ask"}]}]) == [{"text": "ask"}]
+    assert told_of([{"id": "\ud83d", "text": "a\ud83d"}]) == [{"record_id": "?", "text": "a?"}]
     assert told_of([{"input_ids": [1]}]) == [] == told_of([]) == told_of(range(3)) == told_of([(1, 2)])
 
 

@@ -28,7 +28,7 @@ def excerpts_of_columns(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, 
     if "id" in columns:
         ids = list(columns["id"])
         kinds = {type(identity) for identity in ids}
-        told["record_id"] = ids if len(kinds) == 1 and kinds <= {int, str} else [_plain(identity) for identity in ids]
+        told["record_id"] = ids if kinds == {int} else [_plain(identity) for identity in ids]
     name = next((name for name in _TEXTS if name in columns), None)
     if name is not None:
         told["text"] = [_text(value) for value in columns[name]]
@@ -36,7 +36,12 @@ def excerpts_of_columns(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, 
 
 
 def _plain(identity: Any) -> str | None:
-    return None if identity is None else str(identity)
+    return None if identity is None else _whole(str(identity))
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which no file can hold, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _text(value: Any) -> str | None:
@@ -44,4 +49,4 @@ def _text(value: Any) -> str | None:
         turns = [turn for turn in value if isinstance(turn, Mapping)]
         asked = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")] or turns
         value = next((turn.get("content", turn.get("value")) or "" for turn in asked), None)
-    return value[:_CHARACTERS] if isinstance(value, str) else None
+    return _whole(value[:_CHARACTERS]) if isinstance(value, str) else None
