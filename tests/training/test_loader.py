@@ -288,6 +288,7 @@ def test_refuses_epochs_that_are_not_iterated():
         ({"due": torch.tensor([N])}, r"state_dict\['due'\] must hold ids in \[0, 96\), got 96..96"),
         ({"due": torch.tensor([0.5])}, r"state_dict\['due'\] must be None or a tensor of int64 ids"),
         ({"probed": -1}, r"state_dict\['probed'\] must be an int from 0"),
+        ({"visits": {}}, r"state_dict\['visits'\] is damaged: it must hold the columns of each visit"),
     ],
 )
 def test_refuses_a_damaged_state(damage, message):
