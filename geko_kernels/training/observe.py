@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.losses.logits import weighted_loss
@@ -23,7 +21,8 @@ from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, label_of
 from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.observed_batches import Samples, with_ids
-from geko_kernels.training.observed_report import ObservedCounts, summary_of
+from geko_kernels.training.observed_checks import check_labels, check_rows, check_trainer
+from geko_kernels.training.observed_report import ObservedCounts, merged, summary_of
 from geko_kernels.training.observed_tokens import (
     OF_LOGITS,
     QUANTITIES,
@@ -38,7 +37,6 @@ from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.label_errors import label_error_scores
 from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, duplicate_groups, told_of, write_rows
 from geko_kernels.training.report.summary import row_of
-from geko_kernels.training.trainer import GEKOMixin
 
 logger = logging.getLogger(__name__)
 _PATCHED = ("_get_dataloader", "compute_loss")
@@ -61,7 +59,7 @@ def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
             already; at the first batch a model without logits, several samples in one row that nothing tells apart, or
             a loss that is no cross-entropy of the logits.
     """
-    _check(trainer, config)
+    check_trainer(trainer, config)
     return Observation(trainer, config)
 
 
@@ -184,6 +182,7 @@ class Observation(TrainerCallback):
         return write_run(folder, summary, self.counts.not_measured(fused), skipped)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        check_rows(self._trainer.train_dataset, self.samples.rows)
         if self.counts.open_epoch is not None:  # broken off, by an error or a batch that `auto_find_batch_size` lessens
             self._end_broken_off()
         if self.counts.epochs:
@@ -200,7 +199,7 @@ class Observation(TrainerCallback):
         self._end_epoch(state.global_step, state.epoch)
 
     def _end_epoch(self, step: int, epoch: float) -> None:
-        self._records[-1] = _merged(self._records[-1]).cpu()
+        self._records[-1] = merged(self._records[-1]).cpu()
         self.state.sync()
         self.counts.close_epoch(self._records[-1], step, self._offset + epoch, fused=bool(self._fused))
         self.counts.switch("other")
@@ -299,11 +298,7 @@ class Observation(TrainerCallback):
 
     def _of_logits(self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any) -> Visits | None:
         shift = self._shift
-        if labels.is_floating_point():
-            raise ValueError(
-                "observe needs the number of a class as label, for it looks at the cross-entropy of the logits: got "
-                f"labels of {labels.dtype} and shape {tuple(labels.shape)}, for a regression or several classes at once"
-            )
+        check_labels(labels)
         if shift is None:
             if not bool((labels != IGNORED).any() & loss.isfinite()):
                 return None  # nothing to compare
@@ -316,40 +311,3 @@ class Observation(TrainerCallback):
 def _logits_of(outputs: Any) -> Tensor | None:
     logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
     return logits if isinstance(logits, Tensor) else None
-
-
-def _merged(record: Tensor) -> Tensor:
-    """(K, N) with the samples of all processes; of one that several saw the highest rank's."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return record
-    seen = ~record[0].isnan()
-    owner = torch.where(seen, rank, -1).to(record.device)
-    dist.all_reduce(owner, dist.ReduceOp.MAX)
-    known = record.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    values = torch.where(owner == rank, known, 0.0)
-    unknown = torch.where(owner == rank, record.isnan(), False).int()
-    dist.all_reduce(values)
-    dist.all_reduce(unknown)
-    return values.masked_fill((owner < 0) | (unknown > 0), math.nan)
-
-
-def _check(trainer: Any, config: Any) -> None:
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
-    if isinstance(trainer, GEKOMixin):
-        raise TypeError(f"{type(trainer).__name__} records its samples already: see its sample_state")
-    if config is not None and not isinstance(config, GEKOConfig):
-        raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
-    if "compute_loss" in vars(trainer):
-        raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "observe does not combine with DataParallel: start the script with torchrun or accelerate launch, or make "
-            "one GPU visible"
-        )
-    data = trainer.train_dataset
-    if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
-        raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")
-    if trainer.label_smoother is not None:
-        raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")

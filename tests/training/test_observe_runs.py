@@ -220,3 +220,15 @@ def test_a_report_before_any_training_says_so(tmp_path):
     observation = gk.observe(standard(tiny_classifier(), arguments(tmp_path), classified(12)))
     text = observation.write_report(tmp_path / "report").read_text()
     assert "Nothing was trained while this was recorded" in text and "Nothing stands out" not in text
+
+
+@pytest.mark.parametrize("number", [8, 20])
+def test_other_data_than_those_observed_are_refused(tmp_path, number):
+    trainer = standard(tiny_classifier(), arguments(tmp_path), classified(12))
+    gk.observe(trainer)
+    trainer.train_dataset = classified(number)
+    message = (
+        f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and observe anew"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()

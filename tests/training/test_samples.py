@@ -16,7 +16,7 @@ from training import MapDataset, arguments, sentences, standard, tiny_llama, tra
 import geko_kernels as gk
 from geko_kernels import ops
 from geko_kernels.training.report.label_errors import label_error_scores
-from geko_kernels.training.report.samples import MOST_SAMPLES, duplicate_groups, read_samples, told_of
+from geko_kernels.training.report.samples import MOST_SAMPLES, duplicate_groups, read_samples, told_of, write_rows
 from geko_kernels.training.report.visits import VISITS_NAME, VisitLog
 
 RUN = {"num_train_epochs": 6, "learning_rate": 2e-2}
@@ -235,6 +235,13 @@ def test_an_observed_run_has_scores_and_groups_too(tmp_path):
     assert (mean[order].diff() <= 1e-6).all() and rows[order[0]]["label_error"] == 0
     with open(tmp_path / "samples.csv", newline="") as file:
         assert [json.loads(row["losses"]) for row in csv.DictReader(file)] == [row["losses"] for row in rows]
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"a.jsonl cannot be written: there is no directory {tmp_path / 'none'}"
+    ):
+        write_rows(tmp_path / "none" / "a.jsonl", [{"id": 0}])
 
 
 def test_texts_and_ids_of_the_users_own_data():

@@ -121,12 +121,15 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
     Raises:
         ValueError: `path` ends in something else.
+        FileNotFoundError: its directory is missing.
         ImportError: pandas or pyarrow is missing, for `.parquet`; says what to install.
     """
     path = Path(path)
     writer = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}.get(path.suffix.lower())
     if writer is None:
         raise ValueError(f"path must end in .jsonl, .csv or .parquet, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if writer is _write_parquet:
         _check_parquet()
     write_whole(path, lambda temporary: writer(temporary, rows))
