@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from geko_kernels._files import write_whole
 from geko_kernels.cli.errors import UsageError
+from geko_kernels.training.formats.labels import listed, typed_alike
 from geko_kernels.training.formats.records import Records
 from geko_kernels.training.formats.sources import Source, digest_of, read_source
 from geko_kernels.training.report.efficiency import write_json
@@ -25,12 +27,13 @@ def note_data(run_dir: str, records: Records, label_column: str) -> None:
     """Write into a run's folder which data it was trained on."""
     local = os.path.abspath(os.path.expanduser(records.source))
     data = local if os.path.exists(local) else records.source
-    known = {"data": data, "label": label_column or "label", "digest": records.digest}
+    label = (label_column or "label") if records.is_classification else ""
+    known = {"data": data, "label": label, "digest": records.digest}
     write_json(Path(run_dir) / DATA_NAME, {"version": _VERSION, **known})
 
 
 def clean(run_dir: str, out: str, overwrite: bool) -> str:
-    """Write the data of `run_dir` without the suspected rows to `out`; returns the line that tells of it.
+    """Write the data of `run_dir` without the suspected rows to `out`; returns what to tell of it.
 
     Raises:
         UsageError, DataError: what is missing in the run, or why `out` cannot be written; nothing is written then.
@@ -44,18 +47,45 @@ def clean(run_dir: str, out: str, overwrite: bool) -> str:
             f"{known['data']} is not what {run_dir} was trained on, so that its rows are others now: put back what it "
             "was trained on, or train on the new data"
         )
+    if max(suspected, default=0) >= len(source.rows):
+        raise UsageError(
+            f"{Path(run_dir) / SAMPLES_NAME} is of another run: it suspects row {max(suspected):,}, and "
+            f"{known['data']} has {len(source.rows):,} rows, counted from 0"
+        )
     rows = [row for number, (_, row) in enumerate(source.rows) if number not in suspected]
     if not rows:
         raise UsageError(f"all {len(source.rows):,} rows of {known['data']} are suspected, so nothing would be left")
     _writer(out, source, rows, known["label"])(Path(out))
-    listed = f': those with "suspected": true in {Path(run_dir) / SAMPLES_NAME}' if suspected else ""
-    return f"{out}: {len(rows):,} of {len(source.rows):,} rows of {known['data']}; {len(suspected):,} left out{listed}"
+    those = f': those with "suspected": true in {Path(run_dir) / SAMPLES_NAME}' if suspected else ""
+    told = f"{out}: {len(rows):,} of {len(source.rows):,} rows of {known['data']}; {len(suspected):,} left out{those}"
+    return told + _lost_classes(source, suspected, known["label"], Path(run_dir) / SAMPLES_NAME)
+
+
+def _lost_classes(source: Source, suspected: set[int], label: str, samples: Path) -> str:
+    """A line that names the classes of which every row is left out; empty if there are none."""
+    if not label or label not in source.rows[0][1]:
+        return ""
+    labels = [row[label] for _, row in source.rows]
+    labels = typed_alike(labels) if source.is_table else labels
+    left = {name for number, name in enumerate(labels) if number not in suspected}
+    lost = {name: count for name, count in Counter(labels).items() if name not in left}
+    if not lost:
+        return ""
+    names = listed([f"{name!r} ({count:,})" for name, count in lost.items()])
+    return (
+        f"\nWarning: no row is left of {'the class' if len(lost) == 1 else f'{len(lost):,} classes'} {names}, which a "
+        f"model trained on these data cannot learn. Look at the rows; in {samples} set "
+        '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
+    )
 
 
 def _known_data(run_dir: str) -> dict[str, str]:
     path = Path(run_dir) / DATA_NAME
     if not path.is_file():
-        raise UsageError(f"{run_dir} has no {DATA_NAME}: give the --output-dir of a `geko train` run that has ended")
+        raise UsageError(
+            f"{run_dir} has no {DATA_NAME}: give the --output-dir of a `geko train` run that has ended; after a script "
+            'of your own leave out of its data what write_samples calls "suspected"'
+        )
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["version"] != _VERSION:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.processes import check_alike, rank_and_world
 from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.report.facts import loader_facts
+from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, sample_rows, write_rows
 from geko_kernels.training.report.summary import run_summary
 
 _UNCOUNTED = (
@@ -105,7 +107,8 @@ class GEKOLoader:
         self._source = BatchSource(dataset, batch_size, self.device, collate_fn, num_workers, self.rank, self.world)
         self.state = SampleState(len(dataset), config or GEKOConfig.recommended(), self.device)
         self.sampler = GEKOSampler(self.state, num_epochs, seed=seed)
-        self.counts = LoopCounts(self.state, dist.all_reduce if self.world > 1 else None)
+        several = (dist.all_reduce, partial(dist.all_reduce, op=dist.ReduceOp.MAX)) if self.world > 1 else ()
+        self.counts = LoopCounts(self.state, *several)
         self._items: dict[str, Any] | None = None  # digests of some
         self._consumed = 0  # samples of the plan at hand
         self._due: Tensor | None = None  # ids of the round of probes at hand,
@@ -196,6 +199,7 @@ class GEKOLoader:
             for data, ids, size in self._source.load(self._due[self._probed :], self.seed + epoch):
                 yield from self._hand_out(Batch(data, ids, epoch, False), size)
             self.counts.switch("selection")
+            self.counts.flush_visits()  # a sample may be trained in the same epoch
             try:
                 self.sampler.probed(self._due, epoch)
             except ValueError as error:
@@ -267,6 +271,7 @@ class GEKOLoader:
     def write_report(self, folder: str | Path) -> Path:
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
 
+        Of up to 200,000 samples it begins with `samples.jsonl`, whose lists and texts the page shows.
         What they hold: `geko_kernels/training/report/efficiency.py`; what a loop does not show is None there and
         named on the page: `LoopCounts`. Of several processes the first writes, and before the run's end figures of
         the last epoch or `state_dict`.
@@ -280,9 +285,28 @@ class GEKOLoader:
         counts.samples_standard = round(self.progress * self.num_epochs * len(self.state))
         if self.rank:
             return Path(folder) / "report.html"
+        if len(self.state) <= MOST_SAMPLES:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.write_samples(Path(folder) / SAMPLES_NAME)
         summary = run_summary(self.state, self.sampler, counts.report(), [])
         skipped = getattr(self.dataset, "skipped_rows", ())
         return write_run(folder, {**summary, "run": loader_facts(self)}, counts.not_measured, skipped)
+
+    def write_samples(self, path: str | Path) -> None:
+        """Write what the run knows of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
+
+        The columns are those of `GEKOTrainer.write_samples`; `hits` is null unless all batches have one label a sample.
+        Of several processes the first writes, and before the run's end what the last epoch or `state_dict` had.
+
+        Raises:
+            ValueError, ImportError: another ending; pandas or pyarrow is missing for `.parquet`.
+        """
+        if self.rank:
+            return
+        if self.world == 1:
+            self.counts.flush_visits()
+        rows = sample_rows(self.state, self.sampler, self.counts.log.visits(), self.dataset)
+        write_rows(path, rows if self.counts.shows_hits else ({**row, "hits": None} for row in rows))
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on; tensors are copies. Of several processes all call it.

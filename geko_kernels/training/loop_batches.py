@@ -110,6 +110,13 @@ def check_dataset(dataset: Any) -> None:
         raise TypeError(
             f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load it whole"
         )
+    table = hasattr(dataset, "iloc") and hasattr(dataset, "columns")  # a DataFrame
+    named = isinstance(dataset, Mapping) and 0 not in dataset  # splits or columns
+    if table or named or isinstance(dataset, str | bytes):
+        raise TypeError(
+            f"dataset must give a sample for each row, dataset[0] to dataset[len - 1], got {type(dataset).__name__}: "
+            "give one split of several, zip columns into a list (a DataFrame: to_dict('records')), load a file"
+        )
     if len(dataset) == 0:
         raise ValueError("dataset must have at least one sample, got none")
 

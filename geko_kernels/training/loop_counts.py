@@ -13,6 +13,7 @@ from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, LABEL_KEYS
 from geko_kernels.training.report.efficiency import Efficiency, count_tokens
+from geko_kernels.training.report.visits import VisitLog
 
 _TIE = 1e-5  # nats: the label has the largest logit if loss + log(confidence) is 0 up to rounding
 _UNKNOWN = {
@@ -44,8 +45,14 @@ class LoopCounts(Efficiency):
     if batches do not show their tokens; `accuracy` if batches do not have one label a sample.
     """
 
-    def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:
-        super().__init__(state.device, reduce)
+    def __init__(
+        self,
+        state: SampleState,
+        reduce: Callable[[Tensor], None] | None = None,
+        reduce_max: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.log = VisitLog(len(state), state.device, reduce_max)
+        super().__init__(state.device, reduce, self.log)
         self.state, self.predictions = state, state.predictions
         self.steps = 0  # training batches of all processes together count as one
         self.unknown: list[str] = []  # keys of _UNKNOWN
@@ -95,6 +102,10 @@ class LoopCounts(Efficiency):
         """The note on the report page."""
         return [_BEYOND, *(_UNKNOWN[what] for what in self.unknown)]
 
+    @property
+    def shows_hits(self) -> bool:
+        return "hits" not in self.unknown
+
     def report(self) -> dict[str, Any]:
         values = super().report()
         values["samples_nonfinite"] = None
@@ -104,7 +115,7 @@ class LoopCounts(Efficiency):
             values |= dict.fromkeys(("tokens_forward", "tokens_backward"))
         for epoch in values["epochs"]:
             epoch["nonfinite"] = None
-            if "hits" in self.unknown:
+            if not self.shows_hits:
                 epoch["accuracy"] = None
         return values
 

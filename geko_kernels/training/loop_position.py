@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from geko_kernels.training.fingerprint import changed_items
+from geko_kernels.training.report.visits import is_whole
 
 if TYPE_CHECKING:
     from geko_kernels.training.loader import GEKOLoader
 
 _SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # must be equal in both runs
-_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts"}
+_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts", "visits"}
 
 
 def position_of(loader: GEKOLoader) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
     sampler, state = loader.sampler, loader.state
     state.sync()
     size, trained = loader._size_visited(), loader._trains_at_hand
+    counts, visits = _counts(loader, size > 0)
     return {
         **_own(loader),
         "config": state.config.to_dict(),
@@ -33,12 +35,15 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
         "due": None if loader._due is None else loader._due.clone(),
         "probed": loader._probed + size * (not trained),
         "looked": sampler._looked,
-        "counts": _counts(loader, size > 0),
+        "counts": counts,
+        "visits": visits,
     }
 
 
 def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     """What `GEKOLoader.load_state_dict` does; nothing is changed where it raises."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"state_dict must be what GEKOLoader.state_dict() returned, got {type(values).__name__}")
     missing = sorted(_KEYS - values.keys())
     if missing:
         raise ValueError(f"state_dict lacks {missing}: is it what GEKOLoader.state_dict() returned?")
@@ -47,6 +52,8 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     state, sampler = loader.state, loader.sampler
     if not isinstance(values["counts"], dict) or values["counts"].keys() != loader.counts.state_dict().keys():
         raise ValueError(f"state_dict['counts'] must hold {sorted(loader.counts.state_dict())}")
+    if not is_whole(values["visits"]):
+        raise ValueError("state_dict['visits'] is damaged: it must hold the columns of each visit")
     before = _copied(state.state_dict())
     state.load_state_dict(values["state"])
     try:
@@ -64,6 +71,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     loader._due = None if values["due"] is None else values["due"].cpu().clone()
     loader._probed = values["probed"]
     loader.counts.load_state_dict(copy.deepcopy(values["counts"]))
+    loader.counts.log.load_state_dict(values["visits"])
     if loader._due is not None:
         seen = state.times_seen.clone()
         seen[loader._due[: loader._probed].to(seen.device)] -= 1  # as they were when the round began
@@ -75,18 +83,21 @@ def _own(loader: GEKOLoader) -> dict[str, int]:
     return {name: num[name] if name in num else getattr(loader, name) for name in _SAME}
 
 
-def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> dict[str, Any]:
-    """A copy of the report's counts, with or without the current batch."""
+def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The report's counts and visits, with the batch at hand or without it; those of the run stay."""
     counts = loader.counts
     counts.collect()
-    before = copy.deepcopy(counts.state_dict())
+    counts.flush_visits()
+    before, mark = copy.deepcopy(counts.state_dict()), counts.log.mark()
     if not with_batch_at_hand:
-        return before
+        return before, counts.log.state_dict()
     assert loader._at_hand is not None
     counts.add(loader._at_hand[0])
     counts.collect()
-    values = copy.deepcopy(counts.state_dict())
+    counts.flush_visits()
+    values = copy.deepcopy(counts.state_dict()), counts.log.state_dict()
     counts.load_state_dict(before)
+    counts.log.rewind(mark)
     return values
 
 

@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
 
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.losses.logits import weighted_loss
@@ -23,7 +21,8 @@ from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, label_of
 from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.observed_batches import Samples, with_ids
-from geko_kernels.training.observed_report import ObservedCounts, summary_of
+from geko_kernels.training.observed_checks import check_labels, check_rows, check_trainer
+from geko_kernels.training.observed_report import ObservedCounts, merged, summary_of
 from geko_kernels.training.observed_tokens import (
     OF_LOGITS,
     QUANTITIES,
@@ -36,9 +35,8 @@ from geko_kernels.training.observed_tokens import (
 from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.label_errors import label_error_scores
-from geko_kernels.training.report.samples import duplicate_groups, write_rows
+from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, duplicate_groups, told_of, write_rows
 from geko_kernels.training.report.summary import row_of
-from geko_kernels.training.trainer import GEKOMixin
 
 logger = logging.getLogger(__name__)
 _PATCHED = ("_get_dataloader", "compute_loss")
@@ -61,12 +59,14 @@ def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
             already; at the first batch a model without logits, several samples in one row that nothing tells apart, or
             a loss that is no cross-entropy of the logits.
     """
-    _check(trainer, config)
+    check_trainer(trainer, config)
     return Observation(trainer, config)
 
 
 class Observation(TrainerCallback):
     """What `observe` recorded; row e of each array is the e-th epoch, NaN where a sample was not seen in it.
+
+    A further `train()` adds its epochs; one that an error has broken off counts as one if a step of it was trained.
 
     Several processes: each records its own samples, and all have everything from the end of each epoch on.
 
@@ -87,6 +87,8 @@ class Observation(TrainerCallback):
         self._shift: bool | None = None
         self._fused: bool | None = None  # has the model a head that makes no logits?
         self._called = False  # has the trainer asked for a loss of training?
+        self._offset = 0.0  # epochs recorded before this call of train()
+        self._progress: Any = None  # the TrainerState of the latest epoch, which a further train() leaves as it was
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -126,9 +128,9 @@ class Observation(TrainerCallback):
         """One row a sample, as `.jsonl`, `.csv` or `.parquet`: id, a list each of what was recorded, null where unseen.
 
         The lists are named as the arrays are; without logits there are no confidences and margins, and bucket is null.
-        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `bucket`,
-        `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no suspects, and no
-        groups of packed rows.
+        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `record_id`,
+        `text`, `bucket`, `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no
+        suspects, and no texts and groups of packed rows.
         """
         write_rows(path, self._sample_rows())
 
@@ -136,17 +138,20 @@ class Observation(TrainerCallback):
         names = [name for name in QUANTITIES if not (self._fused and name in OF_LOGITS)]
         records, data = self._stacked(), self._trainer.train_dataset
         columns = [values.T.tolist() for values in records[:, : len(names)].unbind(1)]
-        buckets = [None if self._fused else Bucket(bucket).name for bucket in self.state.bucket.tolist()]
+        state = self.state
+        visited = (state.times_seen > 0).tolist()
+        buckets = [Bucket(b).name if seen else None for b, seen in zip(state.bucket.tolist(), visited, strict=True)]
         rows, parts = self.samples.places() if self.samples.first is not None else ((), ())
         skipped = getattr(data, "skipped_rows", ())
         known = records[:, 1].isfinite()
-        visited, p = known.nonzero()[:, 1].numpy(), records[:, 1][known].numpy()
-        scores = label_error_scores(visited, p, np.zeros(len(buckets), bool)).tolist()
+        samples, p = known.nonzero()[:, 1].numpy(), records[:, 1][known].numpy()
+        scores = label_error_scores(samples, p, np.zeros(len(buckets), bool)).tolist()
         groups = [None] * len(buckets) if rows else duplicate_groups(data, len(buckets))
+        told = [] if rows else told_of(data)
         for i, bucket in enumerate(buckets):
             lists = [[x if math.isfinite(x) else None for x in column[i]] for column in columns]
             sample, group = i if rows else row_of(i, skipped), groups[i]
-            row = {"id": sample, **dict(zip(names, lists, strict=True)), "bucket": bucket}
+            row = {"id": sample, **(told[i] if told else {}), **dict(zip(names, lists, strict=True)), "bucket": bucket}
             row["label_error"] = scores[i] if math.isfinite(scores[i]) else None
             row["duplicate_group"] = None if group is None else row_of(group, skipped)
             yield row | ({"row": row_of(rows[i], skipped), "part": parts[i]} if rows else {})
@@ -155,6 +160,7 @@ class Observation(TrainerCallback):
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
 
         They are those of GEKOTrainer, for a run that trains every sample; what is not measured is named on the page.
+        Of up to 200,000 samples it begins with `samples.jsonl`, whose lists and texts the page shows.
         Of several processes the first writes.
 
         Raises:
@@ -163,26 +169,49 @@ class Observation(TrainerCallback):
         if rank_and_world()[0]:
             return Path(folder) / "report.html"
         fused = bool(self._fused)
-        summary = summary_of(self.state, self.counts, self._stacked(), self._trainer.state.log_history, fused)
+        logged = [
+            {**row, "epoch": row["epoch"] + self._offset} if "epoch" in row else row
+            for row in self._trainer.state.log_history
+        ]
+        summary = summary_of(self.state, self.counts, self._stacked(), logged, fused)
         skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
         summary["run"] = trainer_facts(self._trainer)
+        if len(self.state) <= MOST_SAMPLES:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.write_samples(Path(folder) / SAMPLES_NAME)
         return write_run(folder, summary, self.counts.not_measured(fused), skipped)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        check_rows(self._trainer.train_dataset, self.samples.rows)
+        if self.counts.open_epoch is not None:  # broken off, by an error or a batch that `auto_find_batch_size` lessens
+            self._end_broken_off()
+        if self.counts.epochs:
+            self._offset = max(self.counts.epochs[-1]["end"] - (state.epoch or 0.0), 0.0)
         self.counts.switch("other")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        if self.counts.open_epoch is not None and bool(self._records[-1].isnan().all()):
-            self._records.pop()  # of an attempt of `auto_find_batch_size` that has trained nothing
         self._records.append(torch.full((len(QUANTITIES), len(self.state)), math.nan, device=args.device))
+        self._progress = state
         self.counts.begin_epoch(len(self._records) - 1, state.global_step)
         self.counts.switch("steps")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._records[-1] = _merged(self._records[-1]).cpu()
+        self._end_epoch(state.global_step, state.epoch)
+
+    def _end_epoch(self, step: int, epoch: float) -> None:
+        self._records[-1] = merged(self._records[-1]).cpu()
         self.state.sync()
-        self.counts.close_epoch(self._records[-1], state.global_step, state.epoch, fused=bool(self._fused))
+        self.counts.close_epoch(self._records[-1], step, self._offset + epoch, fused=bool(self._fused))
         self.counts.switch("other")
+
+    def _end_broken_off(self) -> None:
+        """What was trained of it is an epoch of its own; if nothing was, it is none."""
+        reached = self._progress
+        if reached.global_step > self.counts.mark["step"]:
+            self._end_epoch(reached.global_step, reached.epoch)
+        else:
+            self._records.pop()
+            self.counts.drop_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.counts.switch(None)
@@ -218,7 +247,11 @@ class Observation(TrainerCallback):
         ids = inputs.pop("sample_ids", None)
         if ids is None:
             if model.training and self._trainer.is_in_train:
-                raise ValueError("observe: the training batch has no sample_ids; the trainer makes its own dataloader")
+                raise ValueError(
+                    f"observe: the training batch has no sample_ids, since {type(self._trainer).__name__} makes a "
+                    "dataloader of its own: let its get_train_dataloader return super().get_train_dataloader(), and "
+                    "override _get_train_sampler for another order or data_collator for other batches"
+                )
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
         self._called = True
         name = label_of(inputs, self._trainer.label_names or ["labels"])
@@ -239,7 +272,8 @@ class Observation(TrainerCallback):
         logits = [found for found in map(_logits_of, seen) if found is not None]
         if not fused and not logits:
             kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
-            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none")
+            hint = "; with return_dict=True the model names them" if "tuple" in kinds else ""
+            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none{hint}")
         visits: ObservedVisits | None
         if fused:
             visits = self._of_fused_head(fused[-1], ids, loss, num_items)
@@ -266,6 +300,7 @@ class Observation(TrainerCallback):
         self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any
     ) -> ObservedVisits | None:
         shift = self._shift
+        check_labels(labels)
         if shift is None:
             if not bool((labels != IGNORED).any() & loss.isfinite()):
                 return None  # nothing to compare
@@ -278,40 +313,3 @@ class Observation(TrainerCallback):
 def _logits_of(outputs: Any) -> Tensor | None:
     logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
     return logits if isinstance(logits, Tensor) else None
-
-
-def _merged(record: Tensor) -> Tensor:
-    """(K, N) with the samples of all processes; of one that several saw the highest rank's."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return record
-    seen = ~record[0].isnan()
-    owner = torch.where(seen, rank, -1).to(record.device)
-    dist.all_reduce(owner, dist.ReduceOp.MAX)
-    known = record.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    values = torch.where(owner == rank, known, 0.0)
-    unknown = torch.where(owner == rank, record.isnan(), False).int()
-    dist.all_reduce(values)
-    dist.all_reduce(unknown)
-    return values.masked_fill((owner < 0) | (unknown > 0), math.nan)
-
-
-def _check(trainer: Any, config: Any) -> None:
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
-    if isinstance(trainer, GEKOMixin):
-        raise TypeError(f"{type(trainer).__name__} records its samples already: see its sample_state")
-    if config is not None and not isinstance(config, GEKOConfig):
-        raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
-    if "compute_loss" in vars(trainer):
-        raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "observe does not combine with DataParallel: start the script with torchrun or accelerate launch, or make "
-            "one GPU visible"
-        )
-    data = trainer.train_dataset
-    if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
-        raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")
-    if trainer.label_smoother is not None:
-        raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")

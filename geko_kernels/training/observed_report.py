@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.observed_tokens import ObservedVisits
+from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.efficiency import Efficiency, bucket_names, count_tokens
 from geko_kernels.training.report.forecast import forecast
 from geko_kernels.training.report.summary import run_summary
@@ -64,6 +67,11 @@ class ObservedCounts(Efficiency):
         }
         self.end_epoch(step, marks)
 
+    def drop_epoch(self) -> None:
+        """The open epoch is none; its forwards stay counted. All processes call it."""
+        self.collect()
+        self.open_epoch = None
+
     def report(self) -> dict[str, Any]:
         self.samples_standard = round(self.train["samples"])
         values = super().report()
@@ -88,3 +96,19 @@ def summary_of(
             losses = records[:, 0, sample["id"]]
             sample |= {"loss": float(losses[~losses.isnan()][-1]), "bucket": "not measured"}
     return summary
+
+
+def merged(record: Tensor) -> Tensor:
+    """(K, N) with the samples of all processes; of one that several saw the highest rank's."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return record
+    seen = ~record[0].isnan()
+    owner = torch.where(seen, rank, -1).to(record.device)
+    dist.all_reduce(owner, dist.ReduceOp.MAX)
+    known = record.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    values = torch.where(owner == rank, known, 0.0)
+    unknown = torch.where(owner == rank, record.isnan(), False).int()
+    dist.all_reduce(values)
+    dist.all_reduce(unknown)
+    return values.masked_fill((owner < 0) | (unknown > 0), math.nan)

@@ -18,8 +18,9 @@ class SamplesMixin(PlannedMixin):
         At its end a run of up to 200,000 samples writes `samples.jsonl` into `output_dir`. The columns:
 
             id                  the row of the user's data
-            record_id, text     of `load_dataset` and the command line alone: the data's own `id`, if they have one,
-                                and the first 200 characters of the text or prompt
+            record_id, text     the data's own `id`, and the first 200 characters of their `text`, `prompt`,
+                                `instruction`, `messages` or `conversations`, where they have one; the dataset must
+                                be a list of dicts, a `datasets.Dataset` or of `load_dataset`
             epochs, losses      lists, one entry a visit since `train` was called: its planned epoch, from 0, and the
                                 mean loss of its tokens, nats, before weighting. Probes are visits of the epoch that
                                 they precede; visits without a label or a finite loss are left out

@@ -181,7 +181,8 @@ def test_out(run, data, tmp_path, capsys):
 def test_no_run_no_samples_or_other_data(run, tmp_path, capsys):
     out = tmp_path / "better.jsonl"
     assert refusal(capsys, tmp_path, out) == (
-        f"{tmp_path} has no geko_data.json: give the --output-dir of a `geko train` run that has ended"
+        f"{tmp_path} has no geko_data.json: give the --output-dir of a `geko train` run that has ended; after a script "
+        'of your own leave out of its data what write_samples calls "suspected"'
     )
     changed = write_jsonl(tmp_path / "words.jsonl", [*ROWS[:20], {**ROWS[20], "ü": "e"}, *ROWS[21:]])
     known = json.loads((run / "geko_data.json").read_text())
@@ -209,3 +210,37 @@ def test_a_run_that_judged_nothing_or_suspects_all(run, tmp_path, capsys):
     )
     (run / "samples.jsonl").write_text("{")
     assert "samples.jsonl is damaged: line 1 is not JSON" in refusal(capsys, run, tmp_path / "b.jsonl")
+
+
+def test_a_class_of_which_nothing_is_left_is_named(run, tmp_path, capsys):
+    trees = {i for i, row in enumerate(ROWS) if row["label"] == "tree"}
+    suspect(run, trees)
+    capsys.readouterr()
+    assert main(["clean", str(run), "--out", str(tmp_path / "b.jsonl")]) == 0
+    first, *more = capsys.readouterr().out.splitlines()
+    assert f"{48 - len(trees)} of 48 rows" in first
+    assert more == [
+        f"Warning: no row is left of the class 'tree' ({len(trees)}), which a model trained on these data cannot "
+        f"learn. Look at the rows; in {run / 'samples.jsonl'} set "
+        '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
+    ]
+    suspect(run, trees - {min(trees)})
+    assert main(["clean", str(run), "--out", str(tmp_path / "b.jsonl"), "--overwrite"]) == 0
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_classes_of_a_table_are_those_that_were_trained(tmp_path):
+    rows = [(f"line {i}", {"text": "a", "label": label}) for i, label in enumerate(["TRUE", "true", "false"])]
+    source, samples = clean.Source(rows, True, []), tmp_path / "samples.jsonl"
+    assert clean._lost_classes(source, {0}, "label", samples) == ""
+    assert "of the class True (2), " in clean._lost_classes(source, {0, 1}, "label", samples)
+    assert "of 2 classes True (2), False (1), " in clean._lost_classes(source, {0, 1, 2}, "label", samples)
+    assert clean._lost_classes(source, {0, 1}, "", samples) == ""  # the label is not what was trained
+
+
+def test_samples_of_another_run(run, tmp_path, data, capsys):
+    rows = [*read_samples(run), {"id": 48, "suspected": True}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert refusal(capsys, run, tmp_path / "b.jsonl") == (
+        f"{run / 'samples.jsonl'} is of another run: it suspects row 48, and {data} has 48 rows, counted from 0"
+    )

@@ -81,6 +81,7 @@ class Loop:
             "weights": self.weights(),
             "state": {name: column.double().tolist() for name, column in self.loader.state.state_dict().items()},
             "epochs": [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in report["epochs"]],
+            "visits": [column.tolist() for column in self.loader.counts.log.visits()],
             "counts": {name: report[name] for name in report if name not in ("seconds", "epochs")},
         }
 

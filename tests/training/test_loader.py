@@ -203,6 +203,8 @@ def test_moves_packed_sequences_and_named_tuples():
         ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
         ({"dataset": iter([1])}, TypeError, r"dataset must have len\(\) and \[\], got list_iterator"),
         ({"dataset": []}, ValueError, "dataset must have at least one sample, got none"),
+        ({"dataset": {"x": [1], "y": [2]}}, TypeError, r"dataset\[0\] to dataset\[len - 1\], got dict: give one split"),
+        ({"dataset": "data.jsonl"}, TypeError, r"dataset\[0\] to dataset\[len - 1\], got str: .* load a file"),
     ],
 )
 def test_refuses_wrong_arguments(named, error, message):
@@ -286,12 +288,37 @@ def test_refuses_epochs_that_are_not_iterated():
         ({"due": torch.tensor([N])}, r"state_dict\['due'\] must hold ids in \[0, 96\), got 96..96"),
         ({"due": torch.tensor([0.5])}, r"state_dict\['due'\] must be None or a tensor of int64 ids"),
         ({"probed": -1}, r"state_dict\['probed'\] must be an int from 0"),
+        ({"visits": {}}, r"state_dict\['visits'\] is damaged: it must hold the columns of each visit"),
     ],
 )
 def test_refuses_a_damaged_state(damage, message):
     loader = gk.GEKOLoader(Toy(), device="cpu")
     with pytest.raises(ValueError, match=message):
         loader.load_state_dict({**loader.state_dict(), **damage})
+
+
+def test_a_state_that_is_none_of_its_own():
+    with pytest.raises(TypeError, match=r"must be what GEKOLoader.state_dict\(\) returned, got NoneType"):
+        gk.GEKOLoader(Toy(), device="cpu").load_state_dict(None)
+
+
+def test_refuses_a_table_whose_rows_have_no_number():
+    table = pytest.importorskip("pandas").DataFrame({"x": [1]})
+    with pytest.raises(TypeError, match=r"got DataFrame: .*zip columns .*to_dict\('records'\)"):
+        gk.GEKOLoader(table, device="cpu")
+
+
+def test_a_row_by_number_may_come_from_a_dict():
+    batch = next(iter(gk.GEKOLoader({i: i for i in range(4)}, 4, 1, device="cpu")))
+    assert sorted(batch.data.tolist()) == [0, 1, 2, 3]
+
+
+def test_a_script_that_ends_within_an_epoch_ends_quietly():
+    script = "import geko_kernels as gk\nloader = gk.GEKOLoader([1] * 8, 2, 1)\nfor batch in loader:\n    break\n"
+    script += "batches = iter(loader)\nnext(batches)\nraise SystemExit"
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_loader_does_not_find_the_run_s_length():

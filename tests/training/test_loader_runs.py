@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import geko_kernels as gk
+from geko_kernels.training.report.samples import read_samples
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "loader_run.py"
 ENVIRONMENT = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -66,8 +67,9 @@ def test_ranks_share_the_plan_of_one_process(runs):
 
 def test_every_rank_ends_as_one_process_does(runs):
     one, first, second = (run["whole"] for run in runs[0])
-    for key in ("state", "weights", "epochs", "counts"):
+    for key in ("state", "weights", "epochs", "counts", "visits"):
         assert first[key] == second[key], key
+    assert first["visits"][:2] == one["visits"][:2] and first["visits"][3] == one["visits"][3]
     assert first["state"]["times_seen"] == one["state"]["times_seen"]
     assert first["state"]["bucket"] == one["state"]["bucket"]
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-5)
@@ -80,7 +82,7 @@ def test_every_rank_ends_as_one_process_does(runs):
 @pytest.mark.parametrize("number", [8, 15])
 def test_resumed_ranks_equal_those_that_never_stopped(runs, number):
     for run in runs[0]:
-        for key in ("seen", "state", "weights", "epochs", "counts"):
+        for key in ("seen", "state", "weights", "epochs", "counts", "visits"):
             assert run[f"resumed {number}"][key] == run["whole"][key], key
 
 
@@ -171,6 +173,35 @@ def test_report_says_what_was_seen(tmp_path):
     parts = [seconds[part] for part in ("steps", "probes", "selection")]
     assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(seconds["total"])
     assert figures["num_samples"] == 60 and gk.GEKOConfig.from_dict(figures["config"]) == loader.state.config
+
+
+def test_samples_have_every_visit_and_the_report_shows_them(tmp_path):
+    items = [{"x": x, "labels": y, "text": f"<{i}>", "id": f"row {i}"} for i, (x, y) in enumerate(Items())]
+    loader = gk.GEKOLoader(items, batch_size=8, num_epochs=5, device="cpu")
+    losses, hits, probes = train(loader, of=lambda data: (data["x"], data["labels"]))
+    page = loader.write_report(tmp_path)
+    rows = read_samples(tmp_path)
+    assert [(row["id"], row["record_id"], row["text"]) for row in rows[:2]] == [
+        (0, "row 0", "<0>"),
+        (1, "row 1", "<1>"),
+    ]
+    assert [row["times_seen"] for row in rows] == loader.state.times_seen.tolist() == [len(r["losses"]) for r in rows]
+    assert sum(len(row["losses"]) for row in rows) == probes + sum(len(p) for parts in losses.values() for p in parts)
+    first = [row["losses"][0] for row in rows]  # epoch 0 trains all
+    assert sum(first) == pytest.approx(float(torch.cat(losses[0]).sum()), rel=1e-5)
+    assert sum(row["hits"][0] for row in rows) == float(torch.cat(hits[0]).sum())
+    last = [row["losses"][-1] for row in rows]
+    assert last == pytest.approx(loader.state.loss_history[:, -1].tolist(), abs=1e-6)
+    assert "Data map" in page.read_text()
+    loader.write_samples(tmp_path / "samples.csv")
+    assert (tmp_path / "samples.csv").read_text().count("\n") == 61
+
+
+def test_hits_that_do_not_show_are_null(tmp_path):
+    loader = gk.GEKOLoader(Items(lambda x, y: (x, y, 0)), batch_size=8, num_epochs=1, device="cpu")
+    train(loader, of=lambda data: data[:2])
+    loader.write_samples(tmp_path / "samples.jsonl")
+    assert {row["hits"] for row in read_samples(tmp_path)} == {None}
 
 
 def test_report_says_that_it_has_not_seen_labels(tmp_path):

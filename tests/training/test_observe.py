@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -135,6 +136,35 @@ def test_seq2seq_with_evaluation_and_columns_nobody_reads(tmp_path, given):
     for a, b in zip(plain.model.state_dict().values(), observed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert observation.state.times_seen.tolist() == [2] * 10
+
+
+def test_what_is_no_class_index_or_names_no_logits_is_refused(tmp_path):
+    trainer = _trainer(tmp_path, False)
+    trainer.train_dataset = [{**item, "labels": 0.5} for item in trainer.train_dataset]
+    gk.observe(trainer)
+    trainer.compute_loss_func = lambda outputs, labels, **named: outputs.logits.sum()
+    with pytest.raises(ValueError, match=r"number of a class as label.*got labels of torch.float32 and shape \(3,\)"):
+        trainer.train()
+    trainer = _trainer(tmp_path, False)
+    trainer.model.config.return_dict = False
+    gk.observe(trainer)
+    with pytest.raises(ValueError, match=r"outputs \(tuple\) have none; with return_dict=True the model names them"):
+        trainer.train()
+    trainer = _trainer(tmp_path, False)
+    gk.observe(trainer)
+    trainer.get_train_dataloader = lambda: DataLoader(trainer.train_dataset, 3)
+    with pytest.raises(ValueError, match="Trainer makes a dataloader of its own: let its get_train_dataloader return"):
+        trainer.train()
+
+
+def test_samples_that_were_not_seen_have_no_bucket(tmp_path):
+    trainer = _trainer(tmp_path, False, max_steps=1, gradient_accumulation_steps=1)
+    observation = gk.observe(trainer)
+    trainer.train()
+    observation.write_samples(tmp_path / "samples.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    seen = [row["losses"] != [None] for row in rows]
+    assert sum(seen) == 3 and [row["bucket"] is not None for row in rows] == seen
 
 
 def test_a_recording_trainer_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from training import arguments, classified, sentences, standard, tiny_classifier, tiny_llama
+from transformers import TrainerCallback
 
 import geko_kernels as gk
 from geko_kernels.training.observed_batches import _restarts
@@ -170,3 +171,64 @@ def test_a_loss_that_is_nan_from_the_start_is_left_to_the_trainer(tmp_path):
     observation = gk.observe(trainer)
     trainer.train()
     assert observation.losses.isnan().all() and observation.state.times_seen.tolist() == [0] * 12
+
+
+class _Fails(TrainerCallback):
+    """Raises once, at the end of step `at`."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **named):
+        if state.global_step == self.at:
+            self.at = -1
+            raise KeyError("broken off")
+
+
+def test_epochs_of_a_run_that_was_broken_off_and_of_the_next(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=2, per_device_train_batch_size=4)
+    trainer = standard(tiny_classifier(), args, classified(12), callbacks=[_Fails(4)])
+    observation = gk.observe(trainer)
+    with pytest.raises(KeyError, match="broken off"):
+        trainer.train()
+    trainer.train()
+    assert observation.losses.isfinite().sum(1).tolist() == [12, 4, 12, 12]
+    observation.write_report(tmp_path / "report")
+    figures = json.loads((tmp_path / "report" / "geko_report.json").read_text())
+    epochs = figures["efficiency"]["epochs"]
+    assert [(epoch["epoch"], epoch["samples"], epoch["steps"]) for epoch in epochs] == [
+        (0, 12, 3),
+        (1, 4, 1),
+        (2, 12, 3),
+        (3, 12, 3),
+    ]
+    assert [epoch["end"] for epoch in epochs] == pytest.approx([1, 4 / 3, 7 / 3, 10 / 3])
+    assert figures["log_history"][-1]["epoch"] == pytest.approx(10 / 3)
+    assert "4 epochs trained; the run was only observed" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_the_epochs_of_a_resumed_run_keep_their_numbers_on_the_axis(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=2, save_strategy="epoch", per_device_train_batch_size=4)
+    standard(tiny_classifier(), args, classified(12)).train()
+    trainer = standard(tiny_classifier(), args, classified(12))
+    observation = gk.observe(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [epoch["end"] for epoch in observation.counts.epochs] == [2.0]
+
+
+def test_a_report_before_any_training_says_so(tmp_path):
+    observation = gk.observe(standard(tiny_classifier(), arguments(tmp_path), classified(12)))
+    text = observation.write_report(tmp_path / "report").read_text()
+    assert "Nothing was trained while this was recorded" in text and "Nothing stands out" not in text
+
+
+@pytest.mark.parametrize("number", [8, 20])
+def test_other_data_than_those_observed_are_refused(tmp_path, number):
+    trainer = standard(tiny_classifier(), arguments(tmp_path), classified(12))
+    gk.observe(trainer)
+    trainer.train_dataset = classified(number)
+    message = (
+        f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and observe anew"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()

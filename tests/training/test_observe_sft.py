@@ -70,6 +70,7 @@ def test_the_fused_head_gives_losses_label_probabilities_and_hits(tmp_path, kind
     assert row.pop("duplicate_group") is None and 0 <= row.pop("label_error") <= 0.5
     assert row == {
         "id": 3,
+        "text": rows(kind, 12)[3][kind] + ("<eos>" if kind == "text" else ""),  # TRL's
         "losses": [float(found[0, 3])],
         "label_probabilities": [float(found[1, 3])],
         "hits": [float(found[2, 3])],

@@ -37,7 +37,7 @@ def test_trainer_run(tmp_path):
     assert facts["model"] == f"LlamaForCausalLM, {size:,} parameters"
     assert facts["data"] == "16 samples (list); evaluation: a: 4 samples (list)"
     assert facts["learning rate"] == "0.01, linear" and facts["batch"] == "4 samples a device, 2 batches a step"
-    assert (facts["length"], facts["seed"], facts["device"]) == ("2 epochs", "7", "CPU, 1 threads, float32")
+    assert (facts["length"], facts["seed"], facts["device"]) == ("2 epochs", "7", "CPU, 1 thread, float32")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", facts["date"])
     assert f"geko_kernels {gk.__version__}, torch {torch.__version__}, transformers " in facts["versions"]
     assert all(f"<dt>{name}</dt>" in text for name in facts)
@@ -66,7 +66,7 @@ def test_observed_run(tmp_path):
     figures, text = report_of(tmp_path)
     assert figures["observed"] and figures["run"]["model"].startswith("LlamaForCausalLM")
     assert figures["forecast"]["after_epoch"] == 2 and figures["forecast"]["text"] in text
-    assert "every sample in each: the run was only observed" in text and "None was left out of an epoch." in text
+    assert "trained; the run was only observed" in text and "GEKO left none out of an epoch." in text
     assert "are left out" not in text and "None: this run held nothing back." in text
 
 

@@ -16,7 +16,7 @@ from training import MapDataset, arguments, sentences, standard, tiny_llama, tra
 import geko_kernels as gk
 from geko_kernels import ops
 from geko_kernels.training.report.label_errors import label_error_scores
-from geko_kernels.training.report.samples import MOST_SAMPLES, duplicate_groups, read_samples
+from geko_kernels.training.report.samples import MOST_SAMPLES, duplicate_groups, read_samples, told_of, write_rows
 from geko_kernels.training.report.visits import VISITS_NAME, VisitLog
 
 RUN = {"num_train_epochs": 6, "learning_rate": 2e-2}
@@ -235,3 +235,43 @@ def test_an_observed_run_has_scores_and_groups_too(tmp_path):
     assert (mean[order].diff() <= 1e-6).all() and rows[order[0]]["label_error"] == 0
     with open(tmp_path / "samples.csv", newline="") as file:
         assert [json.loads(row["losses"]) for row in csv.DictReader(file)] == [row["losses"] for row in rows]
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"a.jsonl cannot be written: there is no directory {tmp_path / 'none'}"
+    ):
+        write_rows(tmp_path / "none" / "a.jsonl", [{"id": 0}])
+
+
+def test_texts_and_ids_of_the_users_own_data():
+    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "ask"}]
+    rows = [{"id": "a", "text": "x" * 300, "input_ids": [1]}, {"id": "b", "text": None, "input_ids": [2]}]
+    told = [{"record_id": "a", "text": "x" * 200}, {"record_id": "b", "text": None}]
+    datasets = pytest.importorskip("datasets")
+    assert told_of(rows) == told and told_of(datasets.Dataset.from_list(rows).with_format("torch")) == told
+    assert told_of(datasets.Dataset.from_list(rows).with_transform(lambda row: row)) == told
+    assert told_of([{"id": 7, "input_ids": [1]}, {"id": 8}]) == [{"record_id": 7}, {"record_id": 8}]
+    assert told_of([{"messages": chat}, {"messages": "broken"}, {"messages": [1]}]) == [
+        {"text": "ask"},
+        {"text": "broken"},
+        {"text": None},
+    ]
+    assert told_of([{"conversations": [{"from": "human", "value": "ask"}]}]) == [{"text": "ask"}]
+    assert told_of([{"id": "\ud83d", "text": "a\ud83d"}]) == [{"record_id": "?", "text": "a?"}]
+    assert told_of([{"input_ids": [1]}]) == [] == told_of([]) == told_of(range(3)) == told_of([(1, 2)])
+
+
+def test_a_report_of_an_observation_has_the_samples_and_their_texts(tmp_path):
+    items = [{"input_ids": [1 + i % 4] * 6, "labels": [9 if i == 3 else 5] * 6} for i in range(20)]
+    items = [{**item, "text": f"<b>'\"&\n\0{i}é\u2028", "id": f"row {i}"} for i, item in enumerate(items)]
+    trainer = standard(tiny_llama(), arguments(tmp_path, num_train_epochs=3), items)
+    observation = gk.observe(trainer)
+    trainer.train()
+    text = observation.write_report(tmp_path / "report").read_text()
+    rows = read_samples(tmp_path / "report")
+    assert [(row["record_id"], row["text"]) for row in rows] == [(item["id"], item["text"]) for item in items]
+    assert "Data map" in text and "&lt;b&gt;&#39;&#34;&amp;" in text and "<b>'" not in text
+    observation.write_samples(tmp_path / "samples.csv")
+    with open(tmp_path / "samples.csv", newline="", encoding="utf-8") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == [item["text"] for item in items]

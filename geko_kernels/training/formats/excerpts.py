@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from geko_kernels.training.formats.records import Records
 
 _CHARACTERS = 200
+_TEXTS = ("text", "prompt", "instruction", "messages", "conversations")
+TOLD = ("id", *_TEXTS)  # the columns that are looked at
 
 
 def excerpts_of(records: Records) -> list[dict[str, Any]]:
@@ -14,21 +17,36 @@ def excerpts_of(records: Records) -> list[dict[str, Any]]:
 
     The text is that of the prompt or instruction, if there is one; of a chat it is the user's first turn.
     """
-    texts = [{"text": _text(row)[:_CHARACTERS]} for row in records.rows]
-    if records.ids is None:
-        return texts
-    kinds = {type(identity) for identity in records.ids}
-    ids = records.ids if len(kinds) == 1 and kinds <= {int, str} else [_plain(identity) for identity in records.ids]
-    return [{"record_id": identity, **text} for identity, text in zip(ids, texts, strict=True)]
+    name = next(name for name in _TEXTS if name in records.rows[0])
+    columns: dict[str, Iterable[Any]] = {} if records.ids is None else {"id": records.ids}
+    return excerpts_of_columns({**columns, name: [row[name] for row in records.rows]})
+
+
+def excerpts_of_columns(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """The same of the columns in `TOLD` that there are; a value of no known form has no text."""
+    told: dict[str, list[Any]] = {}
+    if "id" in columns:
+        ids = list(columns["id"])
+        kinds = {type(identity) for identity in ids}
+        told["record_id"] = ids if kinds == {int} else [_plain(identity) for identity in ids]
+    name = next((name for name in _TEXTS if name in columns), None)
+    if name is not None:
+        told["text"] = [_text(value) for value in columns[name]]
+    return [dict(zip(told, values, strict=True)) for values in zip(*told.values(), strict=True)]
 
 
 def _plain(identity: Any) -> str | None:
-    return None if identity is None else str(identity)
+    return None if identity is None else _whole(str(identity))
 
 
-def _text(row: dict[str, Any]) -> str:
-    value = next(row[name] for name in ("text", "prompt", "instruction", "messages", "conversations") if name in row)
-    if isinstance(value, str):
-        return value
-    asked = next((turn for turn in value if turn["role"] == "user"), value[0])
-    return asked["content"] or ""
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which no file can hold, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        turns = [turn for turn in value if isinstance(turn, Mapping)]
+        asked = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")] or turns
+        value = next((turn.get("content", turn.get("value")) or "" for turn in asked), None)
+    return _whole(value[:_CHARACTERS]) if isinstance(value, str) else None

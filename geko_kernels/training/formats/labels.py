@@ -30,7 +30,7 @@ class Classes(NamedTuple):
         for row, place in zip(records.rows, records.places, strict=True):
             label = _typed(row["label"], kind) if records.is_table else row["label"]
             if (type(label), label) not in number:
-                known = _listed([repr(label) for label in self.labels])
+                known = listed([repr(label) for label in self.labels])
                 raise DataError(
                     f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}"
                 )
@@ -45,7 +45,7 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
     """
     given: list[Label] = [row["label"] for row in train.rows]
     if train.is_table:
-        given = _typed_alike(given)
+        given = typed_alike(given)
     first: dict[type, tuple[str, Label]] = {}
     for label, place in zip(given, train.places, strict=True):
         first.setdefault(type(label), (place, label))
@@ -63,7 +63,7 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
     if sorted(order) == sorted(names):
         by_name = dict(zip(names, labels, strict=True))
         labels, names = [by_name[name] for name in order], order
-    pairs = _listed([f"{name} = {i}" for i, name in enumerate(names)])
+    pairs = listed([f"{name} = {i}" for i, name in enumerate(names)])
     what = {bool: "the labels are true and false", str: "the labels are names"}.get(
         next(iter(first)), "the labels are not 0, 1, ... without a gap, so they are taken as names"
     )
@@ -78,7 +78,7 @@ def _typed(label: Label, kind: type) -> Label:
     return _TRUTH.get(text.lower(), text) if kind is bool else text
 
 
-def _typed_alike(texts: list[Label]) -> list[Label]:
+def typed_alike(texts: list[Label]) -> list[Label]:
     """Numbers where all are whole ones, true and false likewise, else the text."""
     for kind in (int, bool):
         labels = [_typed(text, kind) for text in texts]
@@ -87,6 +87,7 @@ def _typed_alike(texts: list[Label]) -> list[Label]:
     return texts
 
 
-def _listed(values: list[Any]) -> str:
+def listed(values: list[Any]) -> str:
+    """The first ten, and how many more there are."""
     more = len(values) - _SHOWN
     return ", ".join(values[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

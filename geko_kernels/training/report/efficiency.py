@@ -113,6 +113,7 @@ class Efficiency:
         self.mark = self._marked(0)  # totals when the open epoch began
         self._part: str | None = None  # what the wall time goes to now
         self._since = 0.0
+        self._clock = time.perf_counter  # a loop left open closes when Python ends, and modules are gone by then
 
     def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
         """Add one forward's visits; `tokens` () is how many tokens the model read for them."""
@@ -134,7 +135,7 @@ class Efficiency:
 
     def switch(self, part: str | None) -> str | None:
         """From now on wall time goes to `part`; returns where it went before."""
-        now, before = time.perf_counter(), self._part
+        now, before = self._clock(), self._part
         if before is not None:
             self.spent[before] += now - self._since
         self._part, self._since = part, now

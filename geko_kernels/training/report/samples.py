@@ -18,6 +18,7 @@ from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.formats.encode import EncodedDataset
+from geko_kernels.training.formats.excerpts import TOLD, excerpts_of_columns
 from geko_kernels.training.planning.guard import suspects
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.label_errors import label_error_scores
@@ -53,13 +54,26 @@ def sample_rows(state: SampleState, sampler: GEKOSampler, visits: Visits, datase
     }
     skipped = getattr(dataset, "skipped_rows", ())
     groups = duplicate_groups(dataset, len(state))
-    told = dataset.excerpts if isinstance(dataset, EncodedDataset) else ()
+    told = told_of(dataset)
     for i in range(len(state)):
         row: Row = {"id": row_of(i, skipped), **(told[i] if told else {})}
         row |= {name: values[ends[i] : ends[i + 1]] for name, values in lists.items()}
         row |= {name: values[i] for name, values in columns.items()}
         group = groups[i]
         yield row | {"duplicate_group": None if group is None else row_of(group, skipped)}
+
+
+def told_of(dataset: Any) -> list[Row]:
+    """For each item `record_id` and `text`, those that the dataset has; empty where it has its items not at hand."""
+    if isinstance(dataset, EncodedDataset):
+        return dataset.excerpts
+    if _is_hf(dataset):
+        plain = dataset.with_format(None)
+        return excerpts_of_columns({name: plain[name] for name in TOLD if name in dataset.column_names})
+    if isinstance(dataset, (list, tuple)) and all(isinstance(item, Mapping) for item in dataset):
+        names = [name for name in TOLD if any(name in item for item in dataset[:1])]
+        return excerpts_of_columns({name: [item.get(name) for item in dataset] for name in names})
+    return []
 
 
 def rounded(values: np.ndarray) -> list[Any]:
@@ -82,10 +96,16 @@ def duplicate_groups(dataset: Any, num_samples: int) -> list[Any]:
     return groups
 
 
+def _is_hf(dataset: Any) -> bool:
+    """Is it a datasets.Dataset?"""
+    return isinstance(getattr(dataset, "column_names", None), list) and isinstance(
+        getattr(dataset, "format", None), dict
+    )
+
+
 def _token_lists(dataset: Any) -> Iterable[Any]:
-    columns, kind = getattr(dataset, "column_names", None), getattr(dataset, "format", None)
-    if isinstance(columns, list) and isinstance(kind, dict) and kind.get("type") != "custom":  # a datasets.Dataset
-        return dataset.with_format(None)["input_ids"] if "input_ids" in columns else ()
+    if _is_hf(dataset) and dataset.format.get("type") != "custom":
+        return dataset.with_format(None)["input_ids"] if "input_ids" in dataset.column_names else ()
     if not isinstance(dataset, (list, tuple, EncodedDataset)):
         return ()
     items = (dataset[i] for i in range(len(dataset)))
@@ -101,12 +121,15 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
     Raises:
         ValueError: `path` ends in something else.
+        FileNotFoundError: its directory is missing.
         ImportError: pandas or pyarrow is missing, for `.parquet`; says what to install.
     """
     path = Path(path)
     writer = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}.get(path.suffix.lower())
     if writer is None:
         raise ValueError(f"path must end in .jsonl, .csv or .parquet, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if writer is _write_parquet:
         _check_parquet()
     write_whole(path, lambda temporary: writer(temporary, rows))

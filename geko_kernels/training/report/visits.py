@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,13 @@ from geko_kernels.losses.logits import SampleStats
 
 VISITS_NAME = "geko_visits.safetensors"
 _FORMAT = "geko_kernels.VisitLog"
-_DTYPES = {"sample": torch.int32, "loss": torch.float32, "hit": torch.float16, "epochs": torch.int32}
+_DTYPES = {
+    "sample": torch.int32,
+    "loss": torch.float32,
+    "hit": torch.float16,
+    "epochs": torch.int32,
+    "ends": torch.int64,
+}
 
 
 class Visits(NamedTuple):
@@ -95,13 +101,25 @@ class VisitLog:
         del self._parts[mark:]
         self._new.fill_(-math.inf)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write what has been flushed."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has been flushed."""
         sample, loss, hit = self._columns()
         epochs = torch.tensor([part[0] for part in self._parts], dtype=torch.int32)
         ends = torch.tensor([len(part[1]) for part in self._parts], dtype=torch.int64).cumsum(0)
-        columns = {"sample": sample, "loss": loss, "hit": hit, "epochs": epochs, "ends": ends}
-        save_tensors(os.path.join(folder, VISITS_NAME), _FORMAT, columns, {"num_samples": str(self.num_samples)})
+        return {"sample": sample, "loss": loss, "hit": hit, "epochs": epochs, "ends": ends}
+
+    def load_state_dict(self, columns: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`, which `is_whole` has found so."""
+        sample, loss, hit = (columns[name].cpu().clone() for name in ("sample", "loss", "hit"))
+        ends = columns["ends"].tolist()
+        bounds = zip([0, *ends][:-1], ends, columns["epochs"].tolist(), strict=True)
+        self.rewind(0)
+        self._parts = [(epoch, sample[a:b], loss[a:b], hit[a:b]) for a, b, epoch in bounds]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what has been flushed."""
+        path = os.path.join(folder, VISITS_NAME)
+        save_tensors(path, _FORMAT, self.state_dict(), {"num_samples": str(self.num_samples)})
 
     def load(self, folder: str | os.PathLike[str]) -> bool:
         """Go on from what `save` wrote; False, and nothing is changed, where there is no such file.
@@ -113,15 +131,21 @@ class VisitLog:
         if not os.path.isfile(path):
             return False
         columns, metadata = load_tensors(path, _FORMAT, "GEKOTrainer")
-        wrong = [name for name, dtype in _DTYPES.items() if name not in columns or columns[name].dtype != dtype]
-        if wrong or "ends" not in columns or metadata.get("num_samples") != str(self.num_samples):
+        if not is_whole(columns) or metadata.get("num_samples") != str(self.num_samples):
             raise ValueError(
                 f"{path} does not hold the visits of {self.num_samples} samples: resume with the dataset that the run "
                 "was started with"
             )
-        sample, loss, hit = (columns[name] for name in ("sample", "loss", "hit"))
-        ends = columns["ends"].tolist()
-        bounds = zip([0, *ends[:-1]], ends, columns["epochs"].tolist(), strict=True)
-        self.rewind(0)
-        self._parts = [(epoch, sample[a:b], loss[a:b], hit[a:b]) for a, b, epoch in bounds]
+        self.load_state_dict(columns)
         return True
+
+
+def is_whole(columns: Any) -> bool:
+    """Are these the tensors of `VisitLog.state_dict`?"""
+    known = isinstance(columns, Mapping) and columns.keys() == _DTYPES.keys()
+    if not known or not all(isinstance(column, Tensor) and column.dim() == 1 for column in columns.values()):
+        return False
+    sample, loss, hit, epochs, ends = (columns[name] for name in _DTYPES)
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    fit = len(sample) == len(loss) == len(hit) == int(lengths.sum()) and len(epochs) == len(ends)
+    return fit and not (lengths < 0).any() and all(columns[name].dtype == kind for name, kind in _DTYPES.items())

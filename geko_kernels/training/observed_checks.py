@@ -1,0 +1,50 @@
+"""What `observe` refuses before and in training: trainers, data and labels that it cannot record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from geko_kernels.config import GEKOConfig
+from geko_kernels.training.trainer import GEKOMixin
+
+
+def check_trainer(trainer: Any, config: Any) -> None:
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+    if isinstance(trainer, GEKOMixin):
+        raise TypeError(f"{type(trainer).__name__} records its samples already: see its sample_state")
+    if config is not None and not isinstance(config, GEKOConfig):
+        raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+    if "compute_loss" in vars(trainer):
+        raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "observe does not combine with DataParallel: start the script with torchrun or accelerate launch, or make "
+            "one GPU visible"
+        )
+    data = trainer.train_dataset
+    if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
+        raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")
+    if trainer.label_smoother is not None:
+        raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")
+
+
+def check_rows(dataset: Any, observed: int) -> None:
+    if len(dataset) != observed:
+        raise ValueError(
+            f"observe: train_dataset had {observed:,} items when observe was called, and has {len(dataset):,} now: "
+            "close() the observation and observe anew"
+        )
+
+
+def check_labels(labels: Tensor) -> None:
+    if labels.is_floating_point():
+        raise ValueError(
+            "observe needs the number of a class as label, for it looks at the cross-entropy of the logits: got "
+            f"labels of {labels.dtype} and shape {tuple(labels.shape)}, for a regression or several classes at once"
+        )
