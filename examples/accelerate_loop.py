@@ -50,7 +50,8 @@ def main() -> None:
             labels = batch.data.pop("labels")
             with torch.set_grad_enabled(batch.trains):
                 logits = model(**batch.data).logits
-                loss = gk.weighted_loss(logits, labels, batch.ids, loader.state, shift=True, update=True)
+                given, weights = (logits, labels, batch.ids, loader.state), batch.weights
+                loss = gk.weighted_loss(*given, shift=True, sample_weights=weights, update=True)
             if batch.trains:
                 accelerator.backward(loss)
                 optimizer.step()

@@ -43,7 +43,8 @@ class Classifier(LightningModule):
         self.train(batch.trains)
         inputs, labels = batch.data
         with torch.set_grad_enabled(batch.trains):
-            loss = gk.weighted_loss(self.model(inputs), labels, batch.ids, self.loader.state, update=True)
+            given = labels, batch.ids, self.loader.state
+            loss = gk.weighted_loss(self.model(inputs), *given, sample_weights=batch.weights, update=True)
         if batch.trains:
             optimizer = self.optimizers()
             self.manual_backward(loss)

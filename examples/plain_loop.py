@@ -19,7 +19,7 @@ for number, epoch in enumerate(loader.epochs(), 1):
         model.train(batch.trains)
         with torch.set_grad_enabled(batch.trains):
             x, y = batch.data
-            loss = gk.weighted_loss(model(x), y, batch.ids, loader.state, update=True)  # in place of F.cross_entropy
+            loss = gk.weighted_loss(model(x), y, batch.ids, loader.state, sample_weights=batch.weights, update=True)
         if batch.trains:
             loss.backward()
             optimizer.step()

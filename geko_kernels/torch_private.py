@@ -34,6 +34,7 @@ NAMES = {  # what it tells
     "torch._C._functorch.get_unwrapped": "which tensor a transform has wrapped",
     "torch._C._functorch.is_functorch_wrapped_tensor": "whether a transform has wrapped a tensor",
     "torch._C._functorch.maybe_get_level": "which transform has wrapped a tensor",
+    "torch._foreach_lerp_": "how tensors move towards others in a few launches",
     "torch.Tensor._base": "which tensor a view is of",
     "torch.Tensor._is_view": "whether a tensor is a view",
     "torch.Tensor._version": "whether a tensor was written to",
@@ -74,6 +75,11 @@ def _required(path: str) -> Any:
 
 graph_task_id: Callable[[], int] = _required("torch._C._current_graph_task_id")  # -1 outside a backward
 _saved_tensors_hooks: Callable[[bool], Any] = _required("torch._C._autograd._top_saved_tensors_default_hooks")
+# without it a launch a tensor
+foreach_lerp_: Callable[[list[Tensor], list[Tensor], float], None] = find(
+    "torch._foreach_lerp_",
+    lambda values, towards, share: [value.lerp_(other, share) for value, other in zip(values, towards, strict=True)],
+)
 # without it gradients are always copied, for a possible second backward
 keeps_graph: Callable[[], bool] = find("torch._C._autograd._get_current_graph_task_keep_graph", lambda: True)
 interpreters: Callable[[], list[Any]] = _required("torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters")

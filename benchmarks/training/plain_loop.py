@@ -86,8 +86,8 @@ def train_geko(model: torch.nn.Module, toy: Toy, seed: int, changes: dict[str, f
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1 - loader.progress)
     for batch in loader:
         with torch.set_grad_enabled(batch.trains):
-            inputs, labels = batch.data
-            loss = gk.weighted_loss(model(inputs), labels, batch.ids, loader.state, update=True)
+            x, y = batch.data
+            loss = gk.weighted_loss(model(x), y, batch.ids, loader.state, sample_weights=batch.weights, update=True)
         if batch.trains:
             loss.backward()
             optimizer.step()

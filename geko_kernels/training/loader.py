@@ -45,7 +45,8 @@ class GEKOLoader:
             model.train(batch.trains)
             with torch.set_grad_enabled(batch.trains):
                 inputs, labels = batch.data
-                loss = weighted_loss(model(inputs), labels, batch.ids, loader.state, update=True)
+                given = labels, batch.ids, loader.state
+                loss = weighted_loss(model(inputs), *given, sample_weights=batch.weights, update=True)
             if batch.trains:
                 loss.backward()
                 optimizer.step()
@@ -178,7 +179,7 @@ class GEKOLoader:
             counts.switch("steps")
             for data, ids, size in self._source.load(sampler.plan.ids[self._consumed :], self.seed + epoch):
                 sampler.advance(self._consumed)
-                yield from self._hand_out(Batch(data, ids, epoch, True), size)
+                yield from self._hand_out(Batch(data, ids, epoch, True, sampler.sample_weights(ids)), size)
             self._check_counted()
             self._consumed = sampler.position = len(sampler.plan.ids)
             for _ in sampler:  # marks the plan as handed out

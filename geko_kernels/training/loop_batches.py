@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     ids: Tensor  # (B,) int64 on the device; -1 for a repeat that only fills a process's share
     epoch: int
     trains: bool  # False: a probe, forward only
+    weights: Tensor | None = None  # (B,) float32: sample_weights for the loss; None: all 1
 
 
 class ProcessShares(Sampler[list[int]]):

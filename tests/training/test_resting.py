@@ -86,3 +86,18 @@ def test_the_trainer_sends_the_weights_with_those_of_the_data(tmp_path, monkeypa
     weights = {i: weight for ids, given in seen for i, weight in zip(ids, given, strict=True) if i >= 0}
     assert 12 < len(weights) < 24
     assert weights == {i: (2.0 if i < 12 else 1.0) * (1 + i % 2) for i in weights}
+
+
+def test_the_loader_hands_the_weights_out_with_the_batch():
+    loader = gk.GEKOLoader(MapDataset([torch.tensor([float(i)]) for i in range(40)]), 8, 1, device="cpu")
+    loader.state.times_seen[:20], loader.state.bucket[:20] = 1, LIGHT
+    weights = {}
+    for batch in loader:
+        assert batch.trains
+        weights |= dict(zip(batch.ids.tolist(), batch.weights.tolist(), strict=True))
+        logits = torch.zeros(len(batch.ids), 3, requires_grad=True)
+        loss = gk.weighted_loss(
+            logits, batch.ids % 3, batch.ids, loader.state, sample_weights=batch.weights, update=True
+        )
+        loss.backward()
+    assert 20 < len(weights) < 40 and weights == {i: 2.0 if i < 20 else 1.0 for i in weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.results import RESULTS, read
+from geko_kernels import torch_private
+from geko_kernels.training.stopping import average as stopping_average
 from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.rule import Look, StopRule, surely_above
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, joined, near_duplicates
@@ -185,3 +188,25 @@ def test_held_back_samples_that_look_mislabelled_do_not_end_the_run():
     assert [add(blind, *each[:3], 0.0) for each in looks] == [True, False, False, False] and blind.stops()
     assert [loss for _, loss, _ in rule.curve] == pytest.approx([0.55, 0.495, 0.44, 0.385])  # all by the same measure
     assert "without the highest 30%, as many as look mislabelled in training" in rule.why()
+
+
+def test_without_torchs_private_name_the_average_is_the_same(monkeypatch):
+    def averaged():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        average = stopping_average.WeightAverage(model)
+        for _ in range(9):
+            with torch.no_grad():
+                model.weight.add_(torch.randn(2, 3))
+            average.update()
+        return average.values
+
+    expected = averaged()
+    with monkeypatch.context() as without:
+        without.delattr(torch, "_foreach_lerp_")
+        importlib.reload(torch_private)
+    monkeypatch.setattr(stopping_average, "foreach_lerp_", torch_private.foreach_lerp_)
+    try:
+        assert all(map(torch.equal, averaged(), expected)) and not hasattr(torch_private.foreach_lerp_, "__self__")
+    finally:
+        importlib.reload(torch_private)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geko_kernels.torch_private import foreach_lerp_
+
 _SPAN = 5  # the average reaches back over a fifth of the steps so far
 
 
@@ -41,7 +43,7 @@ class WeightAverage:
         """Take in the parameters as one optimizer step left them: a few launches for all of them."""
         self.step += 1
         share = min(1.0, _SPAN / self.step)
-        torch._foreach_lerp_(self.values, [_local(parameter).float() for parameter in self._parameters], share)
+        foreach_lerp_(self.values, [_local(parameter).float() for parameter in self._parameters], share)
 
     @torch.no_grad()
     def copy_to_model(self, values: Iterable[Tensor] | None = None) -> None:
