@@ -9,6 +9,13 @@
 #endif
 
 namespace geko {
+namespace {
+
+Tensor new_gradient(const Tensor& logits) {
+  return empty({logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+}
+
+}  // namespace
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 namespace {
@@ -61,16 +68,16 @@ KeptBlock& kept_block() {
 
 Tensor empty_gradient(const Tensor& logits) {
   const size_t count = logits.numel(), size = logits.element_size(), bytes = count * size;
-  if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return torch::stable::new_empty(logits, logits.sizes());
+  if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return new_gradient(logits);
   const Block block = kept_block().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
-  if (!block.start) return torch::stable::new_empty(logits, logits.sizes());
+  if (!block.start) return new_gradient(logits);
   const int64_t strides[3] = {logits.size(1) * logits.size(2), logits.size(2), 1};
   return torch::stable::from_blob(
       block.start, logits.sizes(), {strides, 3}, logits.device(), logits.scalar_type(),
       [block](void*) { kept_block().give_back(block); });
 }
 #else
-Tensor empty_gradient(const Tensor& logits) { return torch::stable::new_empty(logits, logits.sizes()); }
+Tensor empty_gradient(const Tensor& logits) { return new_gradient(logits); }
 #endif
 
 }  // namespace geko

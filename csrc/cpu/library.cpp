@@ -3,7 +3,8 @@
 
 #define GEKO_TABLE \
   "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error, "
-#define GEKO_WEIGHTS "Tensor? token_weights=None, Tensor? sample_weights=None"
+#define GEKO_WEIGHTS \
+  "Tensor? token_weights=None, Tensor? sample_weights=None, bool strict=False, bool stats=True"
 #define GEKO_GRAD \
   "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
 

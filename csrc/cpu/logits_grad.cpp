@@ -75,22 +75,32 @@ void write_grad(
   const GradKernel kernel = row_kernels().grad[rows.element];
   std::atomic<int64_t> foreign{-1};  // a token with a coefficient, but no label or no entry in grad_output
   // last row first: the end of the logits is what the forward left in the cache
-  for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t i) {
-    const int64_t t = count - 1 - i;
-    float g = 0.f;
-    int64_t target = 0;
-    if (coefficients.coeff[t] != 0.f) {
-      const int64_t visit = coefficients.visit_of(t);
-      target = batch.target_of(t);
-      if (visit < 0 || !batch.in_vocab(target))
-        foreign = t;
-      else
-        g = coefficients.at(t, visit);
+  for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t start, int64_t stop) {
+    Row group[kGroup];
+    RowGrad grads[kGroup];
+    int64_t held = 0;
+    for (int64_t i = start; i < stop; ++i) {
+      const int64_t t = count - 1 - i;
+      float g = 0.f;
+      int64_t target = 0;
+      if (coefficients.coeff[t] != 0.f) {
+        const int64_t visit = coefficients.visit_of(t);
+        target = batch.target_of(t);
+        if (visit < 0 || !batch.in_vocab(target))
+          foreign = t;
+        else
+          g = coefficients.at(t, visit);
+      }
+      if (g == 0.f) {
+        set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
+      } else {
+        group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)};
+        grads[held++] = {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g};
+      }
+      if (held == 0 || (held < kGroup && i + 1 < stop)) continue;
+      kernel(group, grads, held);
+      held = 0;
     }
-    if (g == 0.f) return set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
-    kernel(
-        {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)},
-        {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g});
   });
   STD_TORCH_CHECK(
       foreign < 0, "labels, coeff and token_visit must be those of one forward: token ", foreign.load(),

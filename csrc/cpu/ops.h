@@ -40,15 +40,19 @@ Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,
     double softcap);
 
+// `strict`: throws where a label or an id is out of range, before anything is counted. Without `stats` the last three
+// are empty.
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights);
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights);
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats);
 
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,

@@ -12,6 +12,18 @@ std::string listed(const Sizes& sizes) {
 
 }  // namespace
 
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  int64_t strides[4], stride = 1;  // contiguous
+  STD_TORCH_CHECK(sizes.size() <= 4, "at most 4 dimensions");
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &made));
+  return Tensor(made);
+}
+
 std::string shape_of(std::initializer_list<int64_t> sizes) { return listed(sizes); }
 
 std::string shape_and_type(const Tensor& tensor) {

@@ -9,7 +9,7 @@ Tensor integers(const Tensor& tensor, bool fits, const char* name, const char* s
   STD_TORCH_CHECK(
       fits && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && has_memory(tensor), name, " must be ",
       shape, " Long on the CPU, got ", shape_and_type(tensor));
-  return torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 }  // namespace
@@ -59,16 +59,30 @@ Tensor token_stats(
   const HeldBatch batch(labels, sample_ids, rows.vocab, ignore_index, shift);
   check_rows(rows, batch);
   const int64_t tokens = batch.tokens();
-  Tensor out = torch::stable::new_empty(logits, {5, tokens}, ScalarType::Float);
+  Tensor out = empty({5, tokens}, ScalarType::Float);
   float* stats = data<float>(out, {5, tokens}, "out");
   const StatsKernel kernel = row_kernels().stats[rows.element];
-  for_each_parallel(tokens, rows_a_step(rows.vocab), [&](int64_t t) {
-    const int64_t target = batch.target_of(t);
-    TokenStats one{};
-    if (batch.in_vocab(target))
-      one = kernel({rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)});
-    stats[t] = one.loss, stats[tokens + t] = one.top, stats[2 * tokens + t] = one.log_sum;
-    stats[3 * tokens + t] = one.confidence, stats[4 * tokens + t] = one.hit;
+  for_each_parallel(tokens, rows_a_step(rows.vocab), [&](int64_t start, int64_t stop) {
+    Row group[kGroup];
+    TokenStats found[kGroup];
+    int64_t at[kGroup], held = 0;
+    const auto write = [&](int64_t t, const TokenStats& one) {
+      stats[t] = one.loss, stats[tokens + t] = one.top, stats[2 * tokens + t] = one.log_sum;
+      stats[3 * tokens + t] = one.confidence, stats[4 * tokens + t] = one.hit;
+    };
+    for (int64_t t = start; t < stop; ++t) {
+      const int64_t target = batch.target_of(t);
+      if (batch.in_vocab(target)) {
+        group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)};
+        at[held++] = t;
+      } else {
+        write(t, {});
+      }
+      if (held == 0 || (held < kGroup && t + 1 < stop)) continue;
+      kernel(group, held, found);
+      for (int64_t i = 0; i < held; ++i) write(at[i], found[i]);
+      held = 0;
+    }
   });
   return out;
 }
