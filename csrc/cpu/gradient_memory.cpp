@@ -12,7 +12,9 @@ namespace geko {
 namespace {
 
 Tensor new_gradient(const Tensor& logits) {
-  return empty({logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  const ScalarType type = logits.scalar_type();
+  if (logits.dim() == 2) return empty({logits.size(0), logits.size(1)}, type);
+  return empty({logits.size(0), logits.size(1), logits.size(2)}, type);
 }
 
 }  // namespace
@@ -71,9 +73,10 @@ Tensor empty_gradient(const Tensor& logits) {
   if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return new_gradient(logits);
   const Block block = kept_block().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
   if (!block.start) return new_gradient(logits);
-  const int64_t strides[3] = {logits.size(1) * logits.size(2), logits.size(2), 1};
+  const size_t dims = logits.dim();
+  const int64_t vocab = logits.size(dims - 1), strides[3] = {logits.size(1) * vocab, vocab, 1};
   return torch::stable::from_blob(
-      block.start, logits.sizes(), {strides, 3}, logits.device(), logits.scalar_type(),
+      block.start, logits.sizes(), {strides + 3 - dims, dims}, logits.device(), logits.scalar_type(),
       [block](void*) { kept_block().give_back(block); });
 }
 #else

@@ -23,12 +23,13 @@ struct Coefficients {
 };
 
 // Whether no two elements share memory, as far as the strides say so at a glance.
-bool apart(const Tensor& tensor) {
+bool apart(const Rows& rows) {
+  const int64_t sizes[3] = {rows.batch, rows.length, rows.vocab};
   int64_t order[3] = {0, 1, 2}, end = 0;  // end: the last element's place in the dimensions so far
-  std::sort(order, order + 3, [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  std::sort(order, order + 3, [&](int64_t a, int64_t b) { return rows.strides[a] < rows.strides[b]; });
   for (const int64_t d : order) {
-    if (tensor.size(d) > 1 && tensor.stride(d) <= end) return false;
-    end += (tensor.size(d) - 1) * tensor.stride(d);
+    if (sizes[d] > 1 && rows.strides[d] <= end) return false;
+    end += (sizes[d] - 1) * rows.strides[d];
   }
   return true;
 }
@@ -68,7 +69,7 @@ void write_grad(
     const Tensor& coeff, const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
   const Rows rows(logits), to(out);
   const HeldBatch batch(labels, std::nullopt, rows.vocab, INT64_MIN, shift);
-  check_rows(rows, batch);
+  check_rows(logits, labels);
   const int64_t count = batch.tokens();
   const Coefficients coefficients = coefficients_of(batch, grad_output, coeff, scale, token_visit);
   const float* stats = data<float>(tokens, {5, count}, "tokens");
@@ -113,7 +114,8 @@ void write_grad(
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 3, "logits must be (B, S, V) on the CPU, got ", shape_and_type(logits));
+  const Rows rows(logits);
+  check_rows(logits, labels);
   Tensor out = empty_gradient(logits);
   write_grad(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
   return out;
@@ -122,9 +124,10 @@ Tensor logits_grad(
 void logits_grad_(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
+  const Rows rows(logits);
   STD_TORCH_CHECK(
-      logits.dim() != 3 || apart(logits), "logits must not overlap themselves to be written over, got strides ",
-      shape_of({logits.stride(0), logits.stride(1), logits.stride(2)}));
+      apart(rows), "logits must not overlap themselves to be written over, got strides ",
+      shape_of({rows.strides[0], rows.strides[1], rows.strides[2]}));
   write_grad(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
 }
 

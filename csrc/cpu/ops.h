@@ -1,4 +1,5 @@
-// The ops of the namespace geko_cpu; geko_kernels/reference/ops.py says what each equals.
+// The ops of the namespace geko_cpu; geko_kernels/reference/ops.py says what each equals. Besides (B, S, V) logits with
+// (B, S) labels they take (B, V) with (B,).
 #pragma once
 
 #include <optional>
@@ -22,7 +23,7 @@ struct HeldBatch : Batch {
   Optional held_ids;
 };
 
-// Where the rows of (B, S, V) logits lie, and what they are made of.
+// Where the rows of (B, S, V) or (B, V) logits lie, and what they are made of.
 struct Rows {
   explicit Rows(const Tensor& logits);
   char* at(int64_t token) const {
@@ -33,8 +34,8 @@ struct Rows {
   int64_t batch, length, vocab, size, strides[3], element;
 };
 
-// Throws std::runtime_error unless the rows are those of the batch.
-void check_rows(const Rows& rows, const Batch& batch);
+// Throws std::runtime_error unless the labels are one for each row of logits.
+void check_rows(const Tensor& logits, const Tensor& labels);
 
 Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,

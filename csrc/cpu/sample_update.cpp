@@ -235,7 +235,7 @@ Forward loss_forward_(
     bool strict, bool stats) {
   const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
   const Update rest = sample_update_(
-      tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(2), reduction, ignore_index,
+      tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(logits.dim() - 1), reduction, ignore_index,
       shift, update, token_weights, sample_weights, strict, stats);
   return std::tuple_cat(rest, std::make_tuple(tokens));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -117,6 +118,31 @@ class _PlannedLoss(torch.autograd.Function):
         return once("weighted_loss", grad, logits, grad_output), None, None, None
 
 
+class _NativeLoss(torch.autograd.Function):
+    """`_LogitsLoss` on the C++ backend, whose gradient op takes what is saved as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, visits: Visits, shift: bool, softcap: float, native: ModuleType
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        # on ctx, not saved: see `_LogitsLoss`
+        ctx.call = visits.tokens, visits.coeff, visits.scale, visits.token_visit, shift, softcap
+        ctx.native = native
+        return visits.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        check_upstream("weighted_loss", grad_output)
+        logits, labels = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ctx.native.logits_grad(grad_output, logits, labels, *ctx.call), None, None, None, None, None
+        with torch.no_grad():
+            grad = ctx.native.logits_grad(grad_output, logits, labels, *ctx.call)
+        return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
+
+
+_apply_native = super(torch.autograd.Function, _NativeLoss).apply  # as the next
 _apply_planned = super(torch.autograd.Function, _PlannedLoss).apply  # see `_apply`; torch.func is not at work here
 
 
@@ -291,8 +317,9 @@ def weighted_loss(
         labels, token_weights, sample_weights = prepare_weights(
             labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
         )
-    if eager and logits.device.type == "cpu":
-        check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
+    native = ops.native(logits) if eager and logits.device.type == "cpu" else None
+    if eager and logits.device.type == "cpu" and native is None:
+        check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = table_of(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
     options = (code, ignore_index, shift, cap, writes)
@@ -300,19 +327,29 @@ def weighted_loss(
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
-    if not weighted:
+    if native is not None:
+        call = (logits.detach(), labels, sample_ids, rules, weights, items), options[:-1], token_weights, sample_weights
+        try:
+            visits = Visits._make(ops.native_loss_forward(native, columns, error, return_stats, writes, *call))
+        except RuntimeError:
+            check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
+            raise
+    elif not weighted:
         foresight = (prediction and prediction[0], inplace)
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
-    if planned is None:
-        batch = _batch_of(logits.detach(), labels)
-        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
-        loss = visits.loss
-    else:
+    if planned is not None:
         loss, plan, _, entries, _ = planned
+    else:
+        if native is None:
+            batch = _batch_of(logits.detach(), labels)
+            visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
+        loss = visits.loss
     if eager:
         check_flag(error, state, logits.shape[-1])
     if differentiable:
-        if planned is None:
+        if native is not None and not inplace and not torch_private.transformed():
+            loss = _apply_native(logits, labels, visits, shift, cap, native)
+        elif planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = _apply(logits, labels, visits, shift, cap, overwrite)
         else:

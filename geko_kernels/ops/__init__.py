@@ -316,6 +316,30 @@ def planned_loss_forward(
     return outcome
 
 
+def native(logits: Tensor) -> ModuleType | None:
+    """The C++ backend if it is what runs on `logits`, else None: its ops need no Python between them and the caller."""
+    name = backend_name(logits.device, logits.dtype)
+    backend = _loaded.get(name) or _load(name)
+    return backend if hasattr(backend, "CHECKED") else None
+
+
+def native_loss_forward(
+    backend: ModuleType, columns: Sequence[Tensor], error: Tensor | None, stats: bool, update: bool, *call: Any
+) -> tuple[Tensor, ...]:
+    """`loss_forward_` of `backend` as one call; statistics are empty without `stats`.
+
+    Args: call: its other arguments, those before `columns` as one tuple, between `error` and `update` as another, and
+        the weights.
+    Raises: RuntimeError where a label or an id is out of range, before anything is counted.
+    """
+    batch, options, *weights = call
+    update = update and not recomputing()
+    outcome = backend.loss_forward_(*batch, columns, error, *options, update, *weights, True, stats)
+    if update:
+        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+    return outcome
+
+
 def planned_logits_grad(
     logits: Tensor,
     labels: Tensor,
