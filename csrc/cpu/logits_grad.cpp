@@ -80,8 +80,7 @@ void write_grad(
     Row group[kGroup];
     RowGrad grads[kGroup];
     int64_t held = 0;
-    for (int64_t i = start; i < stop; ++i) {
-      const int64_t t = count - 1 - i;
+    for (int64_t t = stop - 1; t >= start; --t) {
       float g = 0.f;
       int64_t target = 0;
       if (coefficients.coeff[t] != 0.f) {
@@ -98,11 +97,11 @@ void write_grad(
         group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)};
         grads[held++] = {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g};
       }
-      if (held == 0 || (held < kGroup && i + 1 < stop)) continue;
+      if (held == 0 || (held < kGroup && t > start)) continue;
       kernel(group, grads, held);
       held = 0;
     }
-  });
+  }, /*backwards=*/true);
   STD_TORCH_CHECK(
       foreign < 0, "labels, coeff and token_visit must be those of one forward: token ", foreign.load(),
       " has a coefficient, but its label is outside [0, ", rows.vocab, ") or its visit outside [0, ",

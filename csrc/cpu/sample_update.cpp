@@ -152,7 +152,7 @@ struct Judge {
 
   // The last visit of a sample stays: each thread has samples of its own, and goes through the visits in order.
   void write_rows(const std::vector<std::optional<SampleRow>>& learnt) const {
-    const int64_t parts = entries > 8 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
+    const int64_t parts = entries > 2 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
     for_each_parallel(parts, 1, [&](int64_t start, int64_t stop) {
       for (int64_t v = 0; v < entries; ++v) {
         const int64_t id = learnt[v] ? span_of(v).id : -1;
