@@ -6,7 +6,6 @@ Importing it raises `ImportError` where the extension `geko_kernels._C` was not 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 try:
     import geko_kernels._C as _C  # registers torch.ops.geko_cpu
@@ -21,55 +20,11 @@ sample_update_ = torch.ops.geko_cpu.sample_update_.default
 loss_forward_ = torch.ops.geko_cpu.loss_forward_.default
 logits_grad = torch.ops.geko_cpu.logits_grad.default
 logits_grad_ = torch.ops.geko_cpu.logits_grad_.default
-
-
-def score_rows_(
-    logits: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    tokens: Tensor,
-    fused: bool,
-    slot: int,
-    start: int,
-    count: int,
-    vocab: int,
-    softcap: float,
-) -> None:
-    """See `reference.rows.score_rows_`, never fused: a row leaves the cache before its gradient is computed."""
-    assert not fused
-    slots, part = slice(slot, slot + count), slice(start, start + count)
-    stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)
-    tokens.index_copy_(1, rows[part], stats)
-
-
-def gradient_rows_(
-    logits: Tensor,
-    positions: Tensor,
-    sources: Tensor | None,
-    end: Tensor | None,
-    labels: Tensor,
-    tokens: Tensor,
-    first: int,
-    last: int,
-    ready_from: int,
-    vocab: int,
-    shift: bool,
-    softcap: float,
-) -> None:
-    """See `reference_rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
-
-    No row is ready before: `score_rows_` makes no gradients.
-    """
-    last = last if end is None else min(last, int(end))
-    rows = logits[first:last]
-    if not len(rows):
-        return
-    if sources is not None:
-        moved = (sources[first:last] != torch.arange(first, last)).nonzero()[:, 0]
-        rows[moved] = logits[sources[first:last][moved]]
-    at = positions[first:last]
-    target = (labels.roll(-1, 1) if shift else labels).flatten()[at, None]
-    one, by_row = torch.ones(()), torch.empty(0, dtype=torch.int32)
-    stats, coeff = tokens[:, at], torch.ones(len(at))
-    logits_grad_(one, rows[:, None, :vocab], target, stats, coeff, one, by_row, False, softcap)
-    rows[:, vocab:] = 0
+scored_rows = torch.ops.geko_cpu.scored_rows.default
+score_rows_ = torch.ops.geko_cpu.score_rows_.default
+kept_rows_ = torch.ops.geko_cpu.kept_rows_.default
+gradient_rows_ = torch.ops.geko_cpu.gradient_rows_.default
+gather_rows = torch.ops.geko_cpu.gather_rows.default
+scatter_rows_ = torch.ops.geko_cpu.scatter_rows_.default
+column_sums = torch.ops.geko_cpu.column_sums.default
+rescale_ = torch.ops.geko_cpu.rescale_.default

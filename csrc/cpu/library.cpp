@@ -22,6 +22,22 @@ STABLE_TORCH_LIBRARY(geko_cpu, library) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("logits_grad(Tensor grad_output, Tensor logits, " GEKO_GRAD ") -> Tensor");
   library.def("logits_grad_(Tensor grad_output, Tensor(a!) logits, " GEKO_GRAD ") -> ()");
+  library.def(
+      "scored_rows(Tensor labels, Tensor? sample_ids, int vocab, int ignore_index, bool shift) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "score_rows_(Tensor logits, Tensor rows, Tensor targets, Tensor(a!) tokens, bool fused, int slot, int start, "
+      "int count, int vocab, float softcap) -> ()");
+  library.def(
+      "kept_rows_(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held, int start, "
+      "int count) -> Tensor");
+  library.def(
+      "gradient_rows_(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, Tensor labels, "
+      "Tensor tokens, int first, int last, int ready_from, int vocab, bool shift, float softcap) -> ()");
+  library.def("gather_rows(Tensor hidden, Tensor positions, Tensor coeff, int count) -> Tensor");
+  library.def("scatter_rows_(Tensor(a!) out, Tensor product, Tensor positions, Tensor coeff, int first) -> ()");
+  library.def("column_sums(Tensor tile, Tensor by_row) -> Tensor");
+  library.def("rescale_(Tensor(a!) values, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(geko_cpu, CPU, library) {
@@ -30,4 +46,12 @@ STABLE_TORCH_LIBRARY_IMPL(geko_cpu, CPU, library) {
   library.impl("loss_forward_", TORCH_BOX(&geko::loss_forward_));
   library.impl("logits_grad", TORCH_BOX(&geko::logits_grad));
   library.impl("logits_grad_", TORCH_BOX(&geko::logits_grad_));
+  library.impl("scored_rows", TORCH_BOX(&geko::scored_rows));
+  library.impl("score_rows_", TORCH_BOX(&geko::score_rows_));
+  library.impl("kept_rows_", TORCH_BOX(&geko::kept_rows_));
+  library.impl("gradient_rows_", TORCH_BOX(&geko::gradient_rows_));
+  library.impl("gather_rows", TORCH_BOX(&geko::gather_rows));
+  library.impl("scatter_rows_", TORCH_BOX(&geko::scatter_rows_));
+  library.impl("column_sums", TORCH_BOX(&geko::column_sums));
+  library.impl("rescale_", TORCH_BOX(&geko::rescale_));
 }

@@ -63,4 +63,29 @@ void logits_grad_(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap);
 
+std::tuple<Tensor, Tensor, Tensor> scored_rows(
+    const Tensor& labels, const Optional& sample_ids, int64_t vocab, int64_t ignore_index, bool shift);
+
+// `fused` must be false.
+void score_rows_(
+    const Tensor& logits, const Tensor& rows, const Tensor& targets, const Tensor& tokens, bool fused, int64_t slot,
+    int64_t start, int64_t count, int64_t vocab, double softcap);
+
+Tensor kept_rows_(
+    const Tensor& coeff, const Tensor& rows, const Tensor& positions, const Tensor& sources, int64_t held,
+    int64_t start, int64_t count);
+
+void gradient_rows_(
+    const Tensor& logits, const Tensor& positions, const Optional& sources, const Optional& end, const Tensor& labels,
+    const Tensor& tokens, int64_t first, int64_t last, int64_t ready_from, int64_t vocab, bool shift, double softcap);
+
+Tensor gather_rows(const Tensor& hidden, const Tensor& positions, const Tensor& coeff, int64_t count);
+
+void scatter_rows_(
+    const Tensor& out, const Tensor& product, const Tensor& positions, const Tensor& coeff, int64_t first);
+
+Tensor column_sums(const Tensor& tile, const Tensor& by_row);
+
+void rescale_(const Tensor& values, const Tensor& factor);
+
 }  // namespace geko

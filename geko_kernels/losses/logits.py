@@ -135,6 +135,8 @@ class _NativeLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         check_upstream("weighted_loss", grad_output)
         logits, labels = ctx.saved_tensors
+        if not logits.numel():
+            return torch.zeros_like(logits), None, None, None, None, None
         if not torch.is_grad_enabled():
             return ctx.native.logits_grad(grad_output, logits, labels, *ctx.call), None, None, None, None, None
         with torch.no_grad():
