@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
@@ -44,7 +46,9 @@ class _Call:
     num_items: Tensor | None
     reduction: int
     writes: bool
+    stats: bool
     chunk_mib: float | None
+    native: ModuleType | None  # the C++ backend, if it runs: it checks values itself
 
     def score(self, head: Head, gradients: HeadGradients | None) -> Visits:
         """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
@@ -55,11 +59,15 @@ class _Call:
         rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
 
         def update(tokens: Tensor, last: bool) -> Visits:
-            outcome = ops.sample_update_(
-                *(tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
-                *(head.vocab, self.reduction, batch.ignore_index, batch.shift, self.writes and last),
-                *(batch.token_weights, batch.sample_weights),
-            )
+            inputs = tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items
+            options = head.vocab, self.reduction, batch.ignore_index, batch.shift
+            by_weight, writes = (batch.token_weights, batch.sample_weights), self.writes and last
+            if self.native is None:
+                outcome = ops.sample_update_(*inputs, columns, error, *options, writes, *by_weight)
+            else:
+                told = self.stats and last
+                call = (self.native, "sample_update_", columns, error, told, writes, inputs, options, *by_weight)
+                outcome = ops.native_update_(*call)
             return Visits._make((*outcome, tokens))
 
         visits = chunks.run(self.scored, update, lambda visits: visits.scale)
@@ -105,7 +113,8 @@ class _LinearLoss(torch.autograd.Function):
             by_visit = ctx.call.reduction == Reduction.NONE
             found = _gradients_by_visit(ctx, grad_output) if by_visit else _rescaled(ctx, grad_output)
             gradients = [
-                None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)
+                grad if grad is None or grad.dtype == dtype else grad.to(dtype)
+                for grad, dtype in zip(found, ctx.dtypes, strict=True)
             ]
         sources = ctx.link, grad_output
         return (
@@ -174,6 +183,8 @@ def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
 
 def _unpadded(gradients: HeadGradients, head: Head) -> Gradients:
     hidden_grad, weight_grad, bias_grad = gradients.finish()
+    if len(head.weight) == head.vocab:
+        return hidden_grad, weight_grad, bias_grad
     return (
         hidden_grad,
         weight_grad[: head.vocab] if weight_grad is not None else None,
@@ -287,8 +298,13 @@ def weighted_linear_loss(
             labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
         )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
-    if device.type == "cpu":
+    native = ops.native(hidden)
+
+    def look() -> None:
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
+
+    if device.type == "cpu" and native is None:
+        look()
     batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
     call = _Call(
         batch=batch,
@@ -297,18 +313,30 @@ def weighted_linear_loss(
         num_items=num_items_tensor(num_items, reduction, device, eager=True),
         reduction=REDUCTIONS[reduction],
         writes=state is not None and ops.counts(update),
+        stats=return_stats,
         chunk_mib=budget,
+        native=native,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    seen: list[Visits] = []
-    with torch.autocast(device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+    try:
+        loss, visits = _run(rows, weight, bias, call)
+    except RuntimeError:
+        if native is not None:
+            look()
+        raise
+    return (loss, visits.stats()) if return_stats else loss
+
+
+def _run(rows: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Visits]:
+    kind, seen = rows.device.type, list[Visits]()
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
             loss = _LinearLoss.apply(rows, weight, bias, call, seen)
         else:
             with torch.no_grad():
                 seen.append(call.score(make_head(rows, weight, bias), None))
             loss = seen[0].loss
-    return (loss, seen[0].stats()) if return_stats else loss
+    return loss, seen[0]
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -319,7 +319,7 @@ def weighted_loss(
         labels, token_weights, sample_weights = prepare_weights(
             labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
         )
-    native = ops.native(logits) if eager and logits.device.type == "cpu" else None
+    native = ops.native(logits) if eager else None
     if eager and logits.device.type == "cpu" and native is None:
         check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = table_of(state, logits.device, eager)
@@ -332,10 +332,11 @@ def weighted_loss(
     if native is not None:
         call = (logits.detach(), labels, sample_ids, rules, weights, items), options[:-1], token_weights, sample_weights
         try:
-            visits = Visits._make(ops.native_loss_forward(native, columns, error, return_stats, writes, *call))
+            outcome = ops.native_update_(native, "loss_forward_", columns, error, return_stats, writes, *call)
         except RuntimeError:
             check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
             raise
+        visits = Visits._make(outcome)
     elif not weighted:
         foresight = (prediction and prediction[0], inplace)
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
