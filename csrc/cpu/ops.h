@@ -1,4 +1,4 @@
-// The ops of the namespace geko_cpu; geko_kernels/reference/ops.py says what each equals. Besides (B, S, V) logits with
+// The overloads `cpu` of the ops; geko_kernels/reference/ops.py says what each equals. Besides (B, S, V) logits with
 // (B, S) labels they take (B, V) with (B,).
 #pragma once
 
@@ -36,6 +36,20 @@ struct Rows {
 
 // Throws std::runtime_error unless the labels are one for each row of logits.
 void check_rows(const Tensor& logits, const Tensor& labels);
+
+// After that check.
+HeldBatch batch_of(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift);
+
+// `token_stats` of the tokens [start, stop), written to `out` (5, T).
+struct Scorer {
+  Scorer(const Tensor& logits, const HeldBatch& batch, const Tensor& out, double softcap);
+  void operator()(int64_t start, int64_t stop) const;
+  Rows rows;
+  const HeldBatch& batch;
+  float* stats;
+  float softcap;
+};
 
 Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,

@@ -84,6 +84,7 @@ struct Judge {
   int64_t reduction, entries;
   std::vector<Span> packed;
   Outputs out;
+  const Scorer* score;  // null where the statistics are there
 
   Span span_of(int64_t v) const {
     if (batch.packed) return v < static_cast<int64_t>(packed.size()) ? packed[v] : Span{};
@@ -130,12 +131,15 @@ struct Judge {
 
   // All visits, by the old rows; `learnt` (M,), where it is not null, takes the new rows.
   Total all(std::optional<SampleRow>* learnt) const {
-    const int64_t a_block = std::max<int64_t>(1, kBlock / std::max<int64_t>(batch.packed ? 1 : batch.length, 1));
+    const int64_t length = batch.packed ? 1 : std::max<int64_t>(batch.length, 1);
+    const int64_t a_block = std::max<int64_t>(1, std::min(kBlock, score ? rows_a_step(batch.vocab) : kBlock) / length);
     std::vector<Total> totals((entries + a_block - 1) / a_block);
     for_each_parallel(totals.size(), 1, [&](int64_t start, int64_t stop) {
       for (int64_t block = start; block < stop; ++block) {
+        const int64_t first = block * a_block, end = std::min(first + a_block, entries);
+        if (score) (*score)(first * batch.length, end * batch.length);
         Total total;  // not in its place at once: that shares a cache line with another thread's
-        for (int64_t v = block * a_block; v < std::min((block + 1) * a_block, entries); ++v) {
+        for (int64_t v = first; v < end; ++v) {
           const Visit visit = of(v, total);
           if (learnt && visit.finite) learnt[v] = visit.row;
         }
@@ -152,7 +156,7 @@ struct Judge {
 
   // The last visit of a sample stays: each thread has samples of its own, and goes through the visits in order.
   void write_rows(const std::vector<std::optional<SampleRow>>& learnt) const {
-    const int64_t parts = entries > 2 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
+    const int64_t parts = entries > 4 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
     for_each_parallel(parts, 1, [&](int64_t start, int64_t stop) {
       for (int64_t v = 0; v < entries; ++v) {
         const int64_t id = learnt[v] ? span_of(v).id : -1;
@@ -161,7 +165,7 @@ struct Judge {
     });
   }
 
-  static constexpr int64_t kBlock = 1024;
+  static constexpr int64_t kBlock = 512;
 };
 
 const float* sample_weights_of(const HeldBatch& batch, const Optional& given) {
@@ -169,18 +173,14 @@ const float* sample_weights_of(const HeldBatch& batch, const Optional& given) {
                       : data<float>(given, {batch.batch}, "sample_weights");
 }
 
-}  // namespace
-
-Update sample_update_(
-    const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
-    const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights,
-    bool strict, bool stats) {
+Update judged(
+    const Tensor& tokens, const HeldBatch& batch, const Scorer* score, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, bool update,
+    const Optional& token_weights, const Optional& sample_weights, bool strict, bool stats) {
   const Table table(columns);
   int64_t* key = data<int64_t>(error, {}, "error");
   const float* items_given = data<float>(num_items, {}, "num_items");
   STD_TORCH_CHECK(reduction >= NONE && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
-  const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
   const int64_t count = batch.tokens(), entries = batch.visits(), told = stats ? entries : 0;
   const bool none = reduction == NONE, of_tokens = reduction == TOKEN_MEAN;
 
@@ -208,12 +208,13 @@ Update sample_update_(
       *reinterpret_cast<const Rules*>(data<float>(rules, {kRules}, "rules")),
       data<float>(weights, {4}, "weights"),
       data<float>(tokens, {5, count}, "tokens"),
-      {data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), shift},
+      {data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), batch.shift},
       sample_weights_of(batch, sample_weights),
       reduction,
       entries,
       std::move(spans),
-      out};
+      out,
+      score};
   std::vector<std::optional<SampleRow>> learnt(table.q_value && update ? entries : 0);
   const Total total = judge.all(learnt.empty() ? nullptr : learnt.data());
   STD_TORCH_CHECK(!strict || total.error == kNoError, "labels or sample_ids hold a value out of range");
@@ -228,15 +229,34 @@ Update sample_update_(
   return {value, scale, coeff, token_visit, floats, ints, flags_out};
 }
 
+}  // namespace
+
+Update sample_update_(
+    const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats) {
+  const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
+  return judged(
+      tokens, batch, nullptr, rules, weights, num_items, columns, error, reduction, update, token_weights,
+      sample_weights, strict, stats);
+}
+
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
     bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights,
     bool strict, bool stats) {
-  const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
-  const Update rest = sample_update_(
-      tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(logits.dim() - 1), reduction, ignore_index,
-      shift, update, token_weights, sample_weights, strict, stats);
+  const HeldBatch batch = batch_of(logits, labels, sample_ids, ignore_index, shift);
+  const Tensor tokens = empty({5, batch.tokens()}, ScalarType::Float);
+  const Scorer score(logits, batch, tokens, softcap);
+  // visits of a few tokens are judged by the thread that has just scored them; else tokens are spread over all threads
+  const int64_t step = rows_a_step(batch.vocab);
+  const bool at_once = !batch.packed && batch.length <= step;
+  if (!at_once) for_each_parallel(batch.tokens(), step, score);
+  const Update rest = judged(
+      tokens, batch, at_once ? &score : nullptr, rules, weights, num_items, columns, error, reduction, update,
+      token_weights, sample_weights, strict, stats);
   return std::tuple_cat(rest, std::make_tuple(tokens));
 }
 

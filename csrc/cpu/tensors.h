@@ -78,7 +78,7 @@ inline uint8_t* flags(const Tensor& tensor, std::initializer_list<int64_t> sizes
 }
 
 // Rows that a thread takes at a time: enough work to pay for asking. A row costs as much as some elements more.
-inline int64_t rows_a_step(int64_t vocab) { return std::max<int64_t>(1, 32768 / (vocab + 8)); }
+inline int64_t rows_a_step(int64_t vocab) { return std::max<int64_t>(1, 8192 / (vocab + 8)); }
 
 // Calls `work(start, stop)` for all of [0, count) in steps, on torch's threads. Each thread begins with a part of its own,
 // the same one in every call, so that it finds in its cache what it wrote there; then it takes steps of the others, so that a

@@ -58,38 +58,48 @@ void check_rows(const Tensor& logits, const Tensor& labels) {
       shape_and_type(labels));
 }
 
+HeldBatch batch_of(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift) {
+  const Rows rows(logits);
+  check_rows(logits, labels);
+  return HeldBatch(labels, sample_ids, rows.vocab, ignore_index, shift);
+}
+
+Scorer::Scorer(const Tensor& logits, const HeldBatch& batch, const Tensor& out, double softcap)
+    : rows(logits), batch(batch), stats(data<float>(out, {5, batch.tokens()}, "out")), softcap(softcap) {}
+
+void Scorer::operator()(int64_t start, int64_t stop) const {
+  const StatsKernel kernel = row_kernels().stats[rows.element];
+  const int64_t tokens = batch.tokens();
+  Row group[kGroup];
+  TokenStats found[kGroup];
+  int64_t at[kGroup], held = 0;
+  const auto write = [&](int64_t t, const TokenStats& one) {
+    stats[t] = one.loss, stats[tokens + t] = one.top, stats[2 * tokens + t] = one.log_sum;
+    stats[3 * tokens + t] = one.confidence, stats[4 * tokens + t] = one.hit;
+  };
+  for (int64_t t = start; t < stop; ++t) {
+    const int64_t target = batch.target_of(t);
+    if (batch.in_vocab(target)) {
+      group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, softcap};
+      at[held++] = t;
+    } else {
+      write(t, {});
+    }
+    if (held == 0 || (held < kGroup && t + 1 < stop)) continue;
+    kernel(group, held, found);
+    for (int64_t i = 0; i < held; ++i) write(at[i], found[i]);
+    held = 0;
+  }
+}
+
 Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,
     double softcap) {
-  const Rows rows(logits);
-  const HeldBatch batch(labels, sample_ids, rows.vocab, ignore_index, shift);
-  check_rows(logits, labels);
-  const int64_t tokens = batch.tokens();
-  Tensor out = empty({5, tokens}, ScalarType::Float);
-  float* stats = data<float>(out, {5, tokens}, "out");
-  const StatsKernel kernel = row_kernels().stats[rows.element];
-  for_each_parallel(tokens, rows_a_step(rows.vocab), [&](int64_t start, int64_t stop) {
-    Row group[kGroup];
-    TokenStats found[kGroup];
-    int64_t at[kGroup], held = 0;
-    const auto write = [&](int64_t t, const TokenStats& one) {
-      stats[t] = one.loss, stats[tokens + t] = one.top, stats[2 * tokens + t] = one.log_sum;
-      stats[3 * tokens + t] = one.confidence, stats[4 * tokens + t] = one.hit;
-    };
-    for (int64_t t = start; t < stop; ++t) {
-      const int64_t target = batch.target_of(t);
-      if (batch.in_vocab(target)) {
-        group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)};
-        at[held++] = t;
-      } else {
-        write(t, {});
-      }
-      if (held == 0 || (held < kGroup && t + 1 < stop)) continue;
-      kernel(group, held, found);
-      for (int64_t i = 0; i < held; ++i) write(at[i], found[i]);
-      held = 0;
-    }
-  });
+  const HeldBatch batch = batch_of(logits, labels, sample_ids, ignore_index, shift);
+  Tensor out = empty({5, batch.tokens()}, ScalarType::Float);
+  const Scorer score(logits, batch, out, softcap);
+  for_each_parallel(batch.tokens(), rows_a_step(score.rows.vocab), score);
   return out;
 }
 

@@ -300,11 +300,11 @@ def weighted_linear_loss(
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     native = ops.native(hidden)
 
-    def look() -> None:
+    def raise_bad_values() -> None:
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
 
     if device.type == "cpu" and native is None:
-        look()
+        raise_bad_values()
     batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
     call = _Call(
         batch=batch,
@@ -322,7 +322,7 @@ def weighted_linear_loss(
         loss, visits = _run(rows, weight, bias, call)
     except RuntimeError:
         if native is not None:
-            look()
+            raise_bad_values()
         raise
     return (loss, visits.stats()) if return_stats else loss
 
