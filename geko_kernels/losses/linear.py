@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +14,6 @@ from geko_kernels.losses.arguments import (
     REDUCTIONS,
     ReductionName,
     check_batch,
-    check_flag,
     check_head,
     check_switches,
     check_values,
@@ -24,55 +22,13 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import batched, check_transforms, check_upstream, link, once
+from geko_kernels.losses.linear_call import Call, Gradients
 from geko_kernels.losses.linear_chunks import Batch, Chunks, Head, HostCopy, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import SampleStats, Visits, table_of
+from geko_kernels.losses.logits import SampleStats, Visits
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
-
-_SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call's arguments but for hidden, weight and bias."""
-
-    batch: Batch
-    scored: Scored
-    state: SampleState | None
-    num_items: Tensor | None
-    reduction: int
-    writes: bool
-    stats: bool
-    chunk_mib: float | None
-    native: ModuleType | None  # the C++ backend, if it runs: it checks values itself
-
-    def score(self, head: Head, gradients: HeadGradients | None) -> Visits:
-        """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
-        rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
-        rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
-        batch = self.batch
-        chunks = Chunks(head, batch, rows, gradients, self.state is None and batch.sample_weights is None)
-        rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
-
-        def update(tokens: Tensor, last: bool) -> Visits:
-            inputs = tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items
-            options = head.vocab, self.reduction, batch.ignore_index, batch.shift
-            by_weight, writes = (batch.token_weights, batch.sample_weights), self.writes and last
-            if self.native is None:
-                outcome = ops.sample_update_(*inputs, columns, error, *options, writes, *by_weight)
-            else:
-                told = self.stats and last
-                call = (self.native, "sample_update_", columns, error, told, writes, inputs, options, *by_weight)
-                outcome = ops.native_update_(*call)
-            return Visits._make((*outcome, tokens))
-
-        visits = chunks.run(self.scored, update, lambda visits: visits.scale)
-        check_flag(error, self.state, head.vocab)
-        return visits
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -83,7 +39,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, seen: list[Visits]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, seen: list[Visits]
     ) -> Tensor:
         head = make_head(hidden, weight, bias)
         ctx.call, ctx.gradients, ctx.link = call, None, link(hidden, weight, bias)
@@ -94,6 +50,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.visits = visits.tokens, visits.coeff, visits.token_visit  # those of the forward that was counted
         elif ops.recomputing():  # what runs is the backward of the first forward
             visits = call.score(head, None)
+        elif at_once := call.at_once(head, ctx.needs_input_grad[:3]):
+            visits, ctx.gradients = at_once
         else:
             gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
             visits = call.score(head, gradients)
@@ -259,7 +217,8 @@ def weighted_linear_loss(
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
-    with a kept share p the three GEMMs cost `(1 + 2 p) / 3` of what they cost else. The gradient of a frozen
+    with a kept share p the three GEMMs cost `(1 + 2 p) / 3` of what they cost else (logits of up to 16 MiB on a CPU:
+    where rows of weight 0 are more than a quarter). The gradient of a frozen
     `weight` or `hidden` costs nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept
     rows: its gradients are made in the backward.
 
@@ -306,7 +265,7 @@ def weighted_linear_loss(
     if device.type == "cpu" and native is None:
         raise_bad_values()
     batch = Batch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
-    call = _Call(
+    call = Call(
         batch=batch,
         scored=Scored(batch, weight.shape[0]),
         state=state,
@@ -327,7 +286,7 @@ def weighted_linear_loss(
     return (loss, visits.stats()) if return_stats else loss
 
 
-def _run(rows: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Visits]:
+def _run(rows: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Visits]:
     kind, seen = rows.device.type, list[Visits]()
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
