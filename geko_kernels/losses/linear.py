@@ -82,6 +82,9 @@ class _LinearLoss(torch.autograd.Function):
         )
 
 
+_apply = super(torch.autograd.Function, _LinearLoss).apply  # without its look at torch.func, which is refused
+
+
 def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
     """The gradients of the forward times the upstream one, given away unless the graph is kept."""
     if ctx.gradients is None:
@@ -90,6 +93,8 @@ def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
         hidden, weight, bias = (grad * grad_output if grad is not None else None for grad in ctx.gradients)
         return hidden, weight, bias
     gradients, ctx.gradients = ctx.gradients, None
+    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+        return gradients
     for grad in gradients:
         if grad is not None:
             ops.direct.rescale_(grad, grad_output)
@@ -136,12 +141,14 @@ def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         padded = -(-vocab // 64) * 64
         weight = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, padded - vocab))
         bias = torch.nn.functional.pad(bias.to(dtype), (0, padded - vocab)) if bias is not None else None
-    return Head(hidden.contiguous(), weight.to(dtype), bias.to(dtype) if bias is not None else None, vocab)
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
+    bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    return Head(hidden.contiguous(), weight, bias, vocab)
 
 
 def _unpadded(gradients: HeadGradients, head: Head) -> Gradients:
     hidden_grad, weight_grad, bias_grad = gradients.finish()
-    if len(head.weight) == head.vocab:
+    if head.weight.shape[0] == head.vocab:
         return hidden_grad, weight_grad, bias_grad
     return (
         hidden_grad,
@@ -290,7 +297,7 @@ def _run(rows: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple
     kind, seen = rows.device.type, list[Visits]()
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
-            loss = _LinearLoss.apply(rows, weight, bias, call, seen)
+            loss = _apply(rows, weight, bias, call, seen)
         else:
             with torch.no_grad():
                 seen.append(call.score(make_head(rows, weight, bias), None))

@@ -70,13 +70,13 @@ class Call:
         It is for one on the C++ backend in float32 whose logits fit into the budget and 16 MiB, and that scores every
         token. It makes 6 calls of ops in place of 15, each of which costs 3 us and more.
         """
-        tokens, native = len(head.hidden), self.native
+        tokens, native = head.hidden.shape[0], self.native
         if (
             native is None
             or head.hidden.dtype != torch.float32
             or tokens * head.vocab > _AT_ONCE
             or int(self.scored.copy.values[0]) != tokens
-            or buffer_rows(head, self.chunk_mib, False) != tokens
+            or (self.chunk_mib is not None and buffer_rows(head, self.chunk_mib, False) != tokens)
         ):
             return None
         hidden, batch = head.hidden, self.batch

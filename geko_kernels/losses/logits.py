@@ -324,35 +324,42 @@ def weighted_loss(
         check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = table_of(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
-    options = (code, ignore_index, shift, cap, writes)
     table = (rules, weights, items, columns, error)
+    options = (code, ignore_index, shift, cap)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
-    prediction = prediction_of(state, logits.device) if differentiable and eager else None
-    planned = None
     if native is not None:
-        call = (logits.detach(), labels, sample_ids, rules, weights, items), options[:-1], token_weights, sample_weights
+        call = (logits.detach(), labels, sample_ids, rules, weights, items), options, token_weights, sample_weights
         try:
             outcome = ops.native_update_(native, "loss_forward_", columns, error, return_stats, writes, *call)
         except RuntimeError:
             check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
             raise
         visits = Visits._make(outcome)
-    elif not weighted:
+        check_flag(error, state, logits.shape[-1])
+        if not differentiable:
+            loss = visits.loss
+        elif inplace or torch_private.transformed():
+            loss = _apply(logits, labels, visits, shift, cap, inplace)
+        else:
+            loss = _apply_native(logits, labels, visits, shift, cap, native)
+        return (loss, visits.stats()) if return_stats else loss
+    prediction = prediction_of(state, logits.device) if differentiable and eager else None
+    planned = None
+    if not weighted:
         foresight = (prediction and prediction[0], inplace)
-        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
-    if planned is not None:
-        loss, plan, _, entries, _ = planned
-    else:
-        if native is None:
-            batch = _batch_of(logits.detach(), labels)
-            visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
+        rest = (return_stats, *foresight, *options, writes)
+        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, *rest)
+    if planned is None:
+        batch = _batch_of(logits.detach(), labels)
+        by_weight = token_weights, sample_weights
+        visits = Visits(*ops.loss_forward_(*batch, sample_ids, *table, *options, writes, *by_weight))
         loss = visits.loss
+    else:
+        loss, plan, _, entries, _ = planned
     if eager:
         check_flag(error, state, logits.shape[-1])
     if differentiable:
-        if native is not None and not inplace and not torch_private.transformed():
-            loss = _apply_native(logits, labels, visits, shift, cap, native)
-        elif planned is None:
+        if planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = _apply(logits, labels, visits, shift, cap, overwrite)
         else:
