@@ -106,3 +106,59 @@ def test_a_batch_that_threads_share_is_the_reference_and_the_same_bits_on_any_nu
     monkeypatch.setattr(ops, "_override", "reference")
     for got, want in zip(results[0], call(), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def row_call(name, **changes):
+    """A C++ op on rows: a buffer of 6 x 16 logits, 4 tokens; with some arguments replaced."""
+    index, positions = torch.arange(4), torch.zeros(6, dtype=torch.int64)
+    logits, tokens, coeff = torch.zeros(6, 16), torch.zeros(5, 4), torch.ones(4)
+    call = {
+        "score_rows_": [logits, index, index, tokens, False, 0, 0, 4, 16, 0.0],
+        "kept_rows_": [coeff, index, positions, torch.arange(6), 0, 0, 4],
+        "gradient_rows_": [logits, positions, torch.arange(6), None, index[:, None], tokens, 0, 6, 6, 16, False, 0.0],
+        "gather_rows": [torch.zeros(4, 3), index, coeff, 4],
+        "scatter_rows_": [torch.zeros(4, 3), torch.zeros(4, 3), index, coeff, 0],
+        "column_sums": [torch.zeros(4, 3), coeff],
+        "rescale_": [torch.zeros(4), torch.tensor(2.0)],
+    }[name]
+    for place, value in changes.items():
+        call[int(place.removeprefix("at"))] = value
+    return getattr(cpp, name)(*call)
+
+
+@pytest.mark.parametrize("bad", [-1, 16, 2**40, -(2**63)])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(("score_rows_", 1), ("score_rows_", 2), ("kept_rows_", 1), ("gradient_rows_", 1), ("gradient_rows_", 2)),
+        *(("gather_rows", 1), ("scatter_rows_", 2)),
+    ],
+)
+def test_an_index_that_a_tensor_holds_is_never_followed_outside(name, place, bad):
+    row_call(name)
+    values = torch.arange(6 if name == "gradient_rows_" else 4)
+    values[2] = bad
+    with pytest.raises(RuntimeError, match="hold an index out of range"):
+        row_call(name, **{f"at{place}": values})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("score_rows_", {"at4": True}, "fused must be False on the CPU"),
+        ("score_rows_", {"at7": 5}, "rows .* must lie in"),
+        ("score_rows_", {"at5": 2**62, "at7": 2**62}, "slots .* must lie in"),
+        ("score_rows_", {"at8": -1}, "columns .* must lie in"),
+        ("kept_rows_", {"at4": 3}, "slots .* must lie in"),
+        ("gradient_rows_", {"at6": -1}, "slots .* must lie in"),
+        ("gradient_rows_", {"at0": torch.zeros(6, 32)[:, ::2]}, "logits must be a contiguous matrix"),
+        ("gather_rows", {"at0": torch.zeros(4, 3).double()}, "hidden must be float32, bfloat16 or float16"),
+        ("gather_rows", {"at3": -1}, "positions .* must lie in"),
+        ("scatter_rows_", {"at1": torch.zeros(4, 4)}, "product must have the columns of out"),
+        ("column_sums", {"at1": torch.ones(5)}, "by_row must be a contiguous CPU tensor of 4"),
+        ("rescale_", {"at1": torch.ones(2)}, "factor must be a contiguous CPU tensor of 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_in_cpp(name, changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        row_call(name, **changes)
