@@ -18,9 +18,11 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   STD_TORCH_CHECK(sizes.size() <= 4, "at most 4 dimensions");
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), cpu, 0, &made));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const auto failed = aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, cpu, 0, &made);
+  STD_TORCH_CHECK(
+      failed == TORCH_SUCCESS, "no memory for a tensor of ", shape_of(sizes), " ", torch::headeronly::toString(type));
   return Tensor(made);
 }
 
