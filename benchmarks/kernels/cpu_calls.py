@@ -1,11 +1,12 @@
 """Forward and backward of both losses on the CPU against eager PyTorch, from calls of microseconds to milliseconds.
 
-    python -m benchmarks.kernels.cpu_calls [--seconds 5]
+    python -m benchmarks.kernels.cpu_calls [--seconds 5] [--threads 1]
 
 `weighted_loss` against `F.cross_entropy`, and `weighted_linear_loss` against `F.cross_entropy(F.linear(...))`, in
 float32 with a state, `loss.backward()` included. The two take turns, some calls each, for `--seconds` a case. Prints
 the ratio of the medians and that of the minima, which a busy machine disturbs less, and writes
-`benchmarks/results/cpu_calls.jsonl`.
+`benchmarks/results/cpu_calls.jsonl`. Where other jobs take the cores, threads wait for each other: only `--threads 1`
+says something then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.results import RESULTS, append, environment
 
 # shape, (B, V) of the logits or (B, H, V) of a head: the most that ours may take of eager's time
 TARGETS = {(8, 10): 2.5, (64, 1000): 1.5, (4096, 26): 1.5, (65536, 4): 1.5, (8, 64, 10): 4.0, (4096, 64, 26): 2.0}
-_ROUND = 2e-3  # seconds of calls in a row, at least
+_ROUND, _CALLS = 1e-3, 20  # seconds of calls in a row, and the most of them
 
 
 def loss_calls(batch: int, vocab: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]:
@@ -60,7 +61,7 @@ def measure(shape: tuple[int, ...], seconds: float) -> dict[str, list[float]]:
     ours, eager, leaves = (loss_calls if len(shape) == 2 else head_calls)(*shape)
     for _ in range(5):
         guess = seconds_a_call(ours, leaves, 3), seconds_a_call(eager, leaves, 3)
-    calls = max(1, int(_ROUND / min(guess)))
+    calls = min(max(1, int(_ROUND / min(guess))), _CALLS)
     times: dict[str, list[float]] = {"geko": [], "torch": []}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -72,9 +73,12 @@ def measure(shape: tuple[int, ...], seconds: float) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, help="by default as many as torch takes")
     parser.add_argument("--commit", default="")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     for shape, bar in TARGETS.items():
         times = measure(shape, options.seconds)
         median = {name: statistics.median(values) for name, values in times.items()}
