@@ -36,13 +36,12 @@ struct Table {
 
   bool holds(int64_t id) const { return id >= 0 && id < rows; }
 
-  SampleRow read(int64_t id) const {
-    SampleRow row;
-    if (!holds(id)) return row;
+  // Into `row`, which is that of a sample never seen.
+  void read(int64_t id, SampleRow& row) const {
+    if (!holds(id)) return;
     row.q_value = q_value[id], row.confidence = confidence[id], row.times_seen = times_seen[id];
     row.bucket = bucket[id], row.wrong_streak = wrong_streak[id];
-    std::memcpy(row.history, history + id * kHistory, sizeof(row.history));
-    return row;
+    for (int64_t i = 0; i < kHistory; ++i) row.history[i] = history[id * kHistory + i];
   }
 
   void write(int64_t id, const SampleRow& row) const {
@@ -65,6 +64,12 @@ struct Outputs {
   float *loss, *coeff, *floats;
   int64_t* ints;
   uint8_t* flags;
+};
+
+// A sample's row after a visit, and whether it is to be written.
+struct Learnt {
+  SampleRow row;
+  bool counts = false;
 };
 
 // Sums over a block of visits. Blocks are added up in order, so that threads make no difference.
@@ -104,16 +109,17 @@ struct Judge {
     return sum;
   }
 
-  // The visit by the old row; its share goes into `total`.
-  Visit of(int64_t v, Total& total) const {
+  // The visit by the old row, of which `row` becomes the new one; its share goes into `total`. Whether it is finite.
+  bool of(int64_t v, SampleRow& row, Total& total) const {
     const bool of_tokens = reduction == TOKEN_MEAN;
     const Span span = span_of(v);
     const int64_t error = error_of(batch, span, table.rows);
     total.error = std::min(total.error, error);
     const Sums sums = error == kNoError ? sums_of(span) : Sums{};
-    const Visit visit = judge(table.read(span.id), sums, rules);
+    table.read(span.id, row);
+    const Visit visit = judge(row, sums, rules);
     const bool any = visit.tokens > 0, dropped = table.holds(span.id) && table.quarantined[span.id];
-    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, bucket_weights) : any ? 1.f : 0.f;
+    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, row, bucket_weights) : any ? 1.f : 0.f;
     if (sample_weights && any) weight *= sample_weights[batch.packed ? span.first : v];
     const float loss = any ? weight * (of_tokens ? static_cast<float>(sums.loss) : visit.loss) : 0.f;
     if (reduction == NONE) out.loss[v] = loss;
@@ -121,16 +127,16 @@ struct Judge {
     const float coeff = of_tokens || !any ? weight : weight / static_cast<float>(sums.items);
     for (int64_t t = span.first; t < span.end; ++t)
       out.coeff[t] = any && batch.in_vocab(batch.target_of(t)) ? coeff * by_token.of(t) : 0.f;
-    if (!out.floats) return visit;
-    const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
+    if (!out.floats) return visit.finite;
+    const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, row.q_value, weight};
     for (int64_t i = 0; i < 6; ++i) out.floats[i * entries + v] = means[i];
     out.ints[v] = span.id, out.ints[entries + v] = visit.tokens;
-    out.flags[v] = visit.row.bucket, out.flags[entries + v] = visit.correct;
-    return visit;
+    out.flags[v] = row.bucket, out.flags[entries + v] = visit.correct;
+    return visit.finite;
   }
 
   // All visits, by the old rows; `learnt` (M,), where it is not null, takes the new rows.
-  Total all(std::optional<SampleRow>* learnt) const {
+  Total all(Learnt* learnt) const {
     const int64_t length = batch.packed ? 1 : std::max<int64_t>(batch.length, 1);
     const int64_t a_block = std::max<int64_t>(1, std::min(kBlock, score ? rows_a_step(batch.vocab) : kBlock) / length);
     std::vector<Total> totals((entries + a_block - 1) / a_block);
@@ -140,8 +146,8 @@ struct Judge {
         if (score) (*score)(first * batch.length, end * batch.length);
         Total total;  // not in its place at once: that shares a cache line with another thread's
         for (int64_t v = first; v < end; ++v) {
-          const Visit visit = of(v, total);
-          if (learnt && visit.finite) learnt[v] = visit.row;
+          Learnt unused, &to = learnt ? learnt[v] : unused;
+          to.counts = of(v, to.row, total);
         }
         totals[block] = total;
       }
@@ -155,12 +161,12 @@ struct Judge {
   }
 
   // The last visit of a sample stays: each thread has samples of its own, and goes through the visits in order.
-  void write_rows(const std::vector<std::optional<SampleRow>>& learnt) const {
+  void write_rows(const std::vector<Learnt>& learnt) const {
     const int64_t parts = entries > 4 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
     for_each_parallel(parts, 1, [&](int64_t start, int64_t stop) {
       for (int64_t v = 0; v < entries; ++v) {
-        const int64_t id = learnt[v] ? span_of(v).id : -1;
-        if (id >= start * rows && id < stop * rows) table.write(id, *learnt[v]);
+        const int64_t id = learnt[v].counts ? span_of(v).id : -1;
+        if (id >= start * rows && id < stop * rows) table.write(id, learnt[v].row);
       }
     });
   }
@@ -215,7 +221,7 @@ Update judged(
       std::move(spans),
       out,
       score};
-  std::vector<std::optional<SampleRow>> learnt(table.q_value && update ? entries : 0);
+  std::vector<Learnt> learnt(table.q_value && update ? entries : 0);
   const Total total = judge.all(learnt.empty() ? nullptr : learnt.data());
   STD_TORCH_CHECK(!strict || total.error == kNoError, "labels or sample_ids hold a value out of range");
   if (!learnt.empty()) judge.write_rows(learnt);
