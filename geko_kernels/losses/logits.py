@@ -347,8 +347,8 @@ def weighted_loss(
     planned = None
     if not weighted:
         foresight = (prediction and prediction[0], inplace)
-        rest = (return_stats, *foresight, *options, writes)
-        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, *rest)
+        rest = (*options, writes)
+        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *rest)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
         by_weight = token_weights, sample_weights
