@@ -283,7 +283,7 @@ def weighted_linear_loss(
         chunk_mib=budget,
         native=native,
     )
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     try:
         loss, visits = _run(rows, weight, bias, call)
     except RuntimeError:
