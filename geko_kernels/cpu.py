@@ -6,70 +6,25 @@ Importing it raises `ImportError` where the extension `geko_kernels._C` was not 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 try:
-    import geko_kernels._C as _C  # registers torch.ops.geko_cpu
+    import geko_kernels._C as _C  # registers the overloads `cpu` of torch.ops.geko
 except ImportError as error:
     raise ImportError(f"the extension was not built at install, or not for this torch: {error}") from error
 
 CHECKED = {"token_stats", "sample_update_", "loss_forward_", "logits_grad", "logits_grad_"}  # in C++, see `op_checks`
 build_info, cpu_capability, num_threads = _C.build_info, _C.cpu_capability, _C.num_threads
 
-token_stats = torch.ops.geko_cpu.token_stats.default
-sample_update_ = torch.ops.geko_cpu.sample_update_.default
-loss_forward_ = torch.ops.geko_cpu.loss_forward_.default
-logits_grad = torch.ops.geko_cpu.logits_grad.default
-logits_grad_ = torch.ops.geko_cpu.logits_grad_.default
-
-
-def score_rows_(
-    logits: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    fused: bool,
-    slot: int,
-    start: int,
-    count: int,
-    vocab: int,
-    softcap: float,
-) -> None:
-    """See `reference.rows.score_rows_`, never fused: a row leaves the cache before its gradient is computed."""
-    assert not fused
-    slots, part = slice(slot, slot + count), slice(start, start + count)
-    stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)
-    statistics.index_copy_(1, rows[part], stats)
-
-
-def gradient_rows_(
-    logits: Tensor,
-    positions: Tensor,
-    sources: Tensor | None,
-    end: Tensor | None,
-    labels: Tensor,
-    statistics: Tensor,
-    first: int,
-    last: int,
-    ready_from: int,
-    vocab: int,
-    shift: bool,
-    softcap: float,
-) -> None:
-    """See `reference.rows.gradient_rows_`: the few rows that move are copied, then `logits_grad_` runs over all.
-
-    No row is ready before: `score_rows_` makes no gradients.
-    """
-    last = last if end is None else min(last, int(end))
-    rows = logits[first:last]
-    if not len(rows):
-        return
-    if sources is not None:
-        moved = (sources[first:last] != torch.arange(first, last)).nonzero()[:, 0]
-        rows[moved] = logits[sources[first:last][moved]]
-    at = positions[first:last]
-    target = (labels.roll(-1, 1) if shift else labels).flatten()[at, None]
-    one, by_row = torch.ones(()), torch.empty(0, dtype=torch.int32)
-    stats, coeff = statistics[:, at], torch.ones(len(at))
-    logits_grad_(one, rows[:, None, :vocab], target, stats, coeff, one, by_row, False, softcap)
-    rows[:, vocab:] = 0
+token_stats = torch.ops.geko.token_stats.cpu
+sample_update_ = torch.ops.geko.sample_update_.cpu
+loss_forward_ = torch.ops.geko.loss_forward_.cpu
+logits_grad = torch.ops.geko.logits_grad.cpu
+logits_grad_ = torch.ops.geko.logits_grad_.cpu
+scored_rows = torch.ops.geko.scored_rows.cpu
+score_rows_ = torch.ops.geko.score_rows_.cpu
+kept_rows_ = torch.ops.geko.kept_rows_.cpu
+gradient_rows_ = torch.ops.geko.gradient_rows_.cpu
+gather_rows = torch.ops.geko.gather_rows.cpu
+scatter_rows_ = torch.ops.geko.scatter_rows_.cpu
+column_sums = torch.ops.geko.column_sums.cpu
+rescale_ = torch.ops.geko.rescale_.cpu

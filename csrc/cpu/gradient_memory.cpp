@@ -9,6 +9,15 @@
 #endif
 
 namespace geko {
+namespace {
+
+Tensor new_gradient(const Tensor& logits) {
+  const ScalarType type = logits.scalar_type();
+  if (logits.dim() == 2) return empty({logits.size(0), logits.size(1)}, type);
+  return empty({logits.size(0), logits.size(1), logits.size(2)}, type);
+}
+
+}  // namespace
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 namespace {
@@ -61,16 +70,17 @@ KeptBlock& kept_block() {
 
 Tensor empty_gradient(const Tensor& logits) {
   const size_t count = logits.numel(), size = logits.element_size(), bytes = count * size;
-  if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return torch::stable::new_empty(logits, logits.sizes());
+  if (bytes < 2 * kHugePage || count > PTRDIFF_MAX / size) return new_gradient(logits);
   const Block block = kept_block().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
-  if (!block.start) return torch::stable::new_empty(logits, logits.sizes());
-  const int64_t strides[3] = {logits.size(1) * logits.size(2), logits.size(2), 1};
+  if (!block.start) return new_gradient(logits);
+  const size_t dims = logits.dim();
+  const int64_t vocab = logits.size(dims - 1), strides[3] = {logits.size(1) * vocab, vocab, 1};
   return torch::stable::from_blob(
-      block.start, logits.sizes(), {strides, 3}, logits.device(), logits.scalar_type(),
+      block.start, logits.sizes(), {strides + 3 - dims, dims}, logits.device(), logits.scalar_type(),
       [block](void*) { kept_block().give_back(block); });
 }
 #else
-Tensor empty_gradient(const Tensor& logits) { return torch::stable::new_empty(logits, logits.sizes()); }
+Tensor empty_gradient(const Tensor& logits) { return new_gradient(logits); }
 #endif
 
 }  // namespace geko

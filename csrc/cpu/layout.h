@@ -41,14 +41,9 @@ struct Batch {
   bool in_vocab(int64_t target) const { return target != ignore_index && target >= 0 && target < vocab; }
 };
 
-struct Layout {
-  std::vector<int32_t> visit;    // (T,) entry of the token's visit, -1 for padding
-  std::vector<int64_t> ids;      // (M,) sample id of the visit, -1 unused
-  std::vector<bool> left_out;    // (M,) the visit holds a bad value
-  std::vector<bool> scored;      // (T,) has a label inside the vocabulary to predict
-  int64_t error = kNoError;      // smallest error key
-
-  bool valid(int64_t token) const { return scored[token] && !left_out[visit[token]]; }
+// The tokens [first, end) of one visit; an entry that is not used has the id -1 and none.
+struct Span {
+  int64_t id = -1, first = 0, end = 0;
 };
 
 // The minimum of these keys is the first offender.
@@ -57,28 +52,30 @@ inline int64_t error_key(int64_t position, bool is_label, int64_t value) {
   return std::min<int64_t>(position, (1 << 30) - 1) << 33 | static_cast<int64_t>(is_label) << 32 | low;
 }
 
+// The visits of a packed batch in order, and in `token_visit` (T,) the entry of each token's, -1 for padding.
+inline std::vector<Span> spans_of(const Batch& in, int32_t* token_visit) {
+  std::vector<Span> spans;
+  for (int64_t t = 0, row = 0; row < in.batch; ++row)
+    for (int64_t i = 0; i < in.length; ++i, ++t) {
+      const int64_t id = in.ids[t];
+      if (id != -1 && (i == 0 || id != in.ids[t - 1])) spans.push_back({id, t, t});
+      if (id != -1) spans.back().end = t + 1;
+      token_visit[t] = id == -1 ? -1 : static_cast<int32_t>(spans.size()) - 1;
+    }
+  return spans;
+}
+
+// The smallest error key of a visit's tokens: of labels outside the vocabulary and of an id outside the table.
 // `num_samples` < 0 means no table, so any id but -1 counts.
-inline Layout layout_of(const Batch& in, int64_t num_samples) {
-  const int64_t tokens = in.tokens();
-  Layout out{std::vector<int32_t>(tokens), std::vector<int64_t>(in.visits(), -1), std::vector<bool>(in.visits()),
-             std::vector<bool>(tokens)};
-  if (!in.packed)
-    for (int64_t row = 0; row < in.batch; ++row) out.ids[row] = in.ids ? in.ids[row] : row;
-  int32_t started = 0;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t id = in.id_of(t), target = in.target_of(t);
-    const bool starts = in.packed && id != -1 && (t == in.row_of(t) * in.length || id != in.id_of(t - 1));
-    if (starts) out.ids[started++] = id;
-    out.visit[t] = id == -1 ? -1 : in.packed ? started - 1 : static_cast<int32_t>(in.row_of(t));
-    out.scored[t] = in.in_vocab(target);
-    const bool bad_label = target != in.ignore_index && !out.scored[t];
-    const bool bad_id = num_samples >= 0 && (id < -1 || id >= num_samples);
-    if (!bad_label && !bad_id) continue;
-    if (out.visit[t] >= 0) out.left_out[out.visit[t]] = true;
-    if (bad_label) out.error = std::min(out.error, error_key(t, true, target));
-    if (bad_id) out.error = std::min(out.error, error_key(t, false, id));
+inline int64_t error_of(const Batch& in, const Span& span, int64_t num_samples) {
+  int64_t error = kNoError;
+  const bool bad_id = num_samples >= 0 && (span.id < -1 || span.id >= num_samples);
+  for (int64_t t = span.first; t < span.end; ++t) {
+    const int64_t target = in.target_of(t);
+    if (target != in.ignore_index && !in.in_vocab(target)) error = std::min(error, error_key(t, true, target));
+    if (bad_id) error = std::min(error, error_key(t, false, span.id));
   }
-  return out;
+  return error;
 }
 
 }  // namespace geko

@@ -23,12 +23,13 @@ struct Coefficients {
 };
 
 // Whether no two elements share memory, as far as the strides say so at a glance.
-bool apart(const Tensor& tensor) {
+bool apart(const Rows& rows) {
+  const int64_t sizes[3] = {rows.batch, rows.length, rows.vocab};
   int64_t order[3] = {0, 1, 2}, end = 0;  // end: the last element's place in the dimensions so far
-  std::sort(order, order + 3, [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  std::sort(order, order + 3, [&](int64_t a, int64_t b) { return rows.strides[a] < rows.strides[b]; });
   for (const int64_t d : order) {
-    if (tensor.size(d) > 1 && tensor.stride(d) <= end) return false;
-    end += (tensor.size(d) - 1) * tensor.stride(d);
+    if (sizes[d] > 1 && rows.strides[d] <= end) return false;
+    end += (sizes[d] - 1) * rows.strides[d];
   }
   return true;
 }
@@ -68,30 +69,39 @@ void write_grad(
     const Tensor& coeff, const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
   const Rows rows(logits), to(out);
   const HeldBatch batch(labels, std::nullopt, rows.vocab, INT64_MIN, shift);
-  check_rows(rows, batch);
+  check_rows(logits, labels);
   const int64_t count = batch.tokens();
   const Coefficients coefficients = coefficients_of(batch, grad_output, coeff, scale, token_visit);
   const float* stats = data<float>(tokens, {5, count}, "tokens");
   const GradKernel kernel = row_kernels().grad[rows.element];
   std::atomic<int64_t> foreign{-1};  // a token with a coefficient, but no label or no entry in grad_output
   // last row first: the end of the logits is what the forward left in the cache
-  for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t i) {
-    const int64_t t = count - 1 - i;
-    float g = 0.f;
-    int64_t target = 0;
-    if (coefficients.coeff[t] != 0.f) {
-      const int64_t visit = coefficients.visit_of(t);
-      target = batch.target_of(t);
-      if (visit < 0 || !batch.in_vocab(target))
-        foreign = t;
-      else
-        g = coefficients.at(t, visit);
+  for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t start, int64_t stop) {
+    Row group[kGroup];
+    RowGrad grads[kGroup];
+    int64_t held = 0;
+    for (int64_t t = stop - 1; t >= start; --t) {
+      float g = 0.f;
+      int64_t target = 0;
+      if (coefficients.coeff[t] != 0.f) {
+        const int64_t visit = coefficients.visit_of(t);
+        target = batch.target_of(t);
+        if (visit < 0 || !batch.in_vocab(target))
+          foreign = t;
+        else
+          g = coefficients.at(t, visit);
+      }
+      if (g == 0.f) {
+        set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
+      } else {
+        group[held] = {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)};
+        grads[held++] = {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g};
+      }
+      if (held == 0 || (held < kGroup && t > start)) continue;
+      kernel(group, grads, held);
+      held = 0;
     }
-    if (g == 0.f) return set_zero(to.at(t), to.strides[2], rows.vocab, rows.size);
-    kernel(
-        {rows.at(t), rows.strides[2], rows.vocab, target, static_cast<float>(softcap)},
-        {to.at(t), to.strides[2], stats[count + t], stats[3 * count + t], g});
-  });
+  }, /*backwards=*/true);
   STD_TORCH_CHECK(
       foreign < 0, "labels, coeff and token_visit must be those of one forward: token ", foreign.load(),
       " has a coefficient, but its label is outside [0, ", rows.vocab, ") or its visit outside [0, ",
@@ -103,7 +113,8 @@ void write_grad(
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 3, "logits must be (B, S, V) on the CPU, got ", shape_and_type(logits));
+  const Rows rows(logits);
+  check_rows(logits, labels);
   Tensor out = empty_gradient(logits);
   write_grad(out, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
   return out;
@@ -112,9 +123,10 @@ Tensor logits_grad(
 void logits_grad_(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap) {
+  const Rows rows(logits);
   STD_TORCH_CHECK(
-      logits.dim() != 3 || apart(logits), "logits must not overlap themselves to be written over, got strides ",
-      shape_of({logits.stride(0), logits.stride(1), logits.stride(2)}));
+      apart(rows), "logits must not overlap themselves to be written over, got strides ",
+      shape_of({rows.strides[0], rows.strides[1], rows.strides[2]}));
   write_grad(logits, grad_output, logits, labels, tokens, coeff, scale, token_visit, shift, softcap);
 }
 

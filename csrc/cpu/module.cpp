@@ -6,7 +6,7 @@
 #include "csrc/cpu/simd/row_kernels.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "The CPU kernels of geko_kernels: facts about them; the ops are in torch.ops.geko_cpu.";
+  module.doc() = "The CPU kernels of geko_kernels: facts about them; the ops are overloads of torch.ops.geko.";
   module.def(
       "build_info", [] { return std::string("torch " GEKO_BUILD_TORCH ", C++ compiler " __VERSION__); },
       "What the extension was built with.");

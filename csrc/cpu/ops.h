@@ -1,4 +1,5 @@
-// The ops of the namespace geko_cpu; geko_kernels/reference/ops.py says what each equals.
+// The overloads `cpu` of the ops; geko_kernels/reference/ops.py says what each equals. Besides (B, S, V) logits with
+// (B, S) labels they take (B, V) with (B,).
 #pragma once
 
 #include <optional>
@@ -22,7 +23,7 @@ struct HeldBatch : Batch {
   Optional held_ids;
 };
 
-// Where the rows of (B, S, V) logits lie, and what they are made of.
+// Where the rows of (B, S, V) or (B, V) logits lie, and what they are made of.
 struct Rows {
   explicit Rows(const Tensor& logits);
   char* at(int64_t token) const {
@@ -33,22 +34,40 @@ struct Rows {
   int64_t batch, length, vocab, size, strides[3], element;
 };
 
-// Throws std::runtime_error unless the rows are those of the batch.
-void check_rows(const Rows& rows, const Batch& batch);
+// Throws std::runtime_error unless the labels are one for each row of logits.
+void check_rows(const Tensor& logits, const Tensor& labels);
+
+// After that check.
+HeldBatch batch_of(
+    const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift);
+
+// `token_stats` of the tokens [start, stop), written to `out` (5, T).
+struct Scorer {
+  Scorer(const Tensor& logits, const HeldBatch& batch, const Tensor& out, double softcap);
+  void operator()(int64_t start, int64_t stop) const;
+  Rows rows;
+  const HeldBatch& batch;
+  float* stats;
+  float softcap;
+};
 
 Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,
     double softcap);
 
+// `strict`: throws where a label or an id is out of range, before anything is counted. Without `stats` the last three
+// are empty.
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights);
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats);
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights);
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats);
 
 Tensor logits_grad(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
@@ -57,5 +76,30 @@ Tensor logits_grad(
 void logits_grad_(
     const Tensor& grad_output, const Tensor& logits, const Tensor& labels, const Tensor& tokens, const Tensor& coeff,
     const Tensor& scale, const Tensor& token_visit, bool shift, double softcap);
+
+std::tuple<Tensor, Tensor, Tensor> scored_rows(
+    const Tensor& labels, const Optional& sample_ids, int64_t vocab, int64_t ignore_index, bool shift);
+
+// `fused` must be false.
+void score_rows_(
+    const Tensor& logits, const Tensor& rows, const Tensor& targets, const Tensor& tokens, bool fused, int64_t slot,
+    int64_t start, int64_t count, int64_t vocab, double softcap);
+
+Tensor kept_rows_(
+    const Tensor& coeff, const Tensor& rows, const Tensor& positions, const Tensor& sources, int64_t held,
+    int64_t start, int64_t count);
+
+void gradient_rows_(
+    const Tensor& logits, const Tensor& positions, const Optional& sources, const Optional& end, const Tensor& labels,
+    const Tensor& tokens, int64_t first, int64_t last, int64_t ready_from, int64_t vocab, bool shift, double softcap);
+
+Tensor gather_rows(const Tensor& hidden, const Tensor& positions, const Tensor& coeff, int64_t count);
+
+void scatter_rows_(
+    const Tensor& out, const Tensor& product, const Tensor& positions, const Tensor& coeff, int64_t first);
+
+Tensor column_sums(const Tensor& tile, const Tensor& by_row);
+
+void rescale_(const Tensor& values, const Tensor& factor);
 
 }  // namespace geko

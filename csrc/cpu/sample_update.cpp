@@ -1,4 +1,4 @@
-// Visit means, learning state, bucket and weight of each visit, and the loss: one pass over tokens, one over visits.
+// Visit means, learning state, bucket and weight of each visit, and the loss: visit by visit, then the rows of the table.
 #include <cstring>
 
 #include "csrc/cpu/ops.h"
@@ -36,13 +36,12 @@ struct Table {
 
   bool holds(int64_t id) const { return id >= 0 && id < rows; }
 
-  SampleRow read(int64_t id) const {
-    SampleRow row;
-    if (!holds(id)) return row;
+  // Into `row`, which is that of a sample never seen.
+  void read(int64_t id, SampleRow& row) const {
+    if (!holds(id)) return;
     row.q_value = q_value[id], row.confidence = confidence[id], row.times_seen = times_seen[id];
     row.bucket = bucket[id], row.wrong_streak = wrong_streak[id];
-    std::memcpy(row.history, history + id * kHistory, sizeof(row.history));
-    return row;
+    for (int64_t i = 0; i < kHistory; ++i) row.history[i] = history[id * kHistory + i];
   }
 
   void write(int64_t id, const SampleRow& row) const {
@@ -60,31 +59,180 @@ struct TokenWeights {
   float of(int64_t token) const { return beside_labels ? beside_labels[token + shift] : 1.f; }
 };
 
-std::vector<Sums> sums_of(const Layout& layout, const float* stats, int64_t tokens, const TokenWeights& weights) {
-  std::vector<Sums> sums(layout.ids.size());
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (!layout.valid(t)) continue;
-    Sums& sum = sums[layout.visit[t]];
-    const double weight = weights.of(t);
-    sum.tokens += 1, sum.items += weight;
-    sum.loss += weight * stats[t], sum.confidence += weight * stats[3 * tokens + t];
-    sum.hits += weight * stats[4 * tokens + t];
+// What the call computes, at the addresses of the tensors it returns; the last three null where nobody wants them.
+struct Outputs {
+  float *loss, *coeff, *floats;
+  int64_t* ints;
+  uint8_t* flags;
+};
+
+// A sample's row after a visit, and whether it is to be written.
+struct Learnt {
+  SampleRow row;
+  bool counts = false;
+};
+
+// Sums over a block of visits. Blocks are added up in order, so that threads make no difference.
+struct Total {
+  double loss = 0., items = 0.;
+  int64_t counted = 0, error = kNoError;
+};
+
+// One call's arguments, and what it makes of each visit.
+struct Judge {
+  const HeldBatch& batch;
+  const Table& table;
+  const Rules& rules;
+  const float *bucket_weights, *stats;  // (4,), (5, T)
+  TokenWeights by_token;
+  const float* sample_weights;  // (B,) or (B, S), or null
+  int64_t reduction, entries;
+  std::vector<Span> packed;
+  Outputs out;
+  const Scorer* score;  // null where the statistics are there
+
+  Span span_of(int64_t v) const {
+    if (batch.packed) return v < static_cast<int64_t>(packed.size()) ? packed[v] : Span{};
+    return {batch.ids ? batch.ids[v] : v, v * batch.length, (v + 1) * batch.length};
   }
-  return sums;
+
+  Sums sums_of(const Span& span) const {
+    const int64_t tokens = batch.tokens();
+    Sums sum;
+    for (int64_t t = span.first; t < span.end; ++t) {
+      if (!batch.in_vocab(batch.target_of(t))) continue;
+      const double weight = by_token.of(t);
+      sum.tokens += 1, sum.items += weight;
+      sum.loss += weight * stats[t], sum.confidence += weight * stats[3 * tokens + t];
+      sum.hits += weight * stats[4 * tokens + t];
+    }
+    return sum;
+  }
+
+  // The visit by the old row, of which `row` becomes the new one; its share goes into `total`. Whether it is finite.
+  bool of(int64_t v, SampleRow& row, Total& total) const {
+    const bool of_tokens = reduction == TOKEN_MEAN;
+    const Span span = span_of(v);
+    const int64_t error = error_of(batch, span, table.rows);
+    total.error = std::min(total.error, error);
+    const Sums sums = error == kNoError ? sums_of(span) : Sums{};
+    table.read(span.id, row);
+    const Visit visit = judge(row, sums, rules);
+    const bool any = visit.tokens > 0, dropped = table.holds(span.id) && table.quarantined[span.id];
+    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, row, bucket_weights) : any ? 1.f : 0.f;
+    if (sample_weights && any) weight *= sample_weights[batch.packed ? span.first : v];
+    const float loss = any ? weight * (of_tokens ? static_cast<float>(sums.loss) : visit.loss) : 0.f;
+    if (reduction == NONE) out.loss[v] = loss;
+    total.loss += loss, total.counted += any, total.items += sums.items;
+    const float coeff = of_tokens || !any ? weight : weight / static_cast<float>(sums.items);
+    for (int64_t t = span.first; t < span.end; ++t)
+      out.coeff[t] = any && batch.in_vocab(batch.target_of(t)) ? coeff * by_token.of(t) : 0.f;
+    if (!out.floats) return visit.finite;
+    const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, row.q_value, weight};
+    for (int64_t i = 0; i < 6; ++i) out.floats[i * entries + v] = means[i];
+    out.ints[v] = span.id, out.ints[entries + v] = visit.tokens;
+    out.flags[v] = row.bucket, out.flags[entries + v] = visit.correct;
+    return visit.finite;
+  }
+
+  // All visits, by the old rows; `learnt` (M,), where it is not null, takes the new rows.
+  Total all(Learnt* learnt) const {
+    const int64_t length = batch.packed ? 1 : std::max<int64_t>(batch.length, 1);
+    const int64_t a_block = std::max<int64_t>(1, std::min(kBlock, score ? rows_a_step(batch.vocab) : kBlock) / length);
+    std::vector<Total> totals((entries + a_block - 1) / a_block);
+    for_each_parallel(totals.size(), 1, [&](int64_t start, int64_t stop) {
+      for (int64_t block = start; block < stop; ++block) {
+        const int64_t first = block * a_block, end = std::min(first + a_block, entries);
+        if (score) (*score)(first * batch.length, end * batch.length);
+        Total total;  // not in its place at once: that shares a cache line with another thread's
+        for (int64_t v = first; v < end; ++v) {
+          Learnt unused, &to = learnt ? learnt[v] : unused;
+          to.counts = of(v, to.row, total);
+        }
+        totals[block] = total;
+      }
+    });
+    Total sum;
+    for (const Total& part : totals) {
+      sum.loss += part.loss, sum.items += part.items, sum.counted += part.counted;
+      sum.error = std::min(sum.error, part.error);
+    }
+    return sum;
+  }
+
+  // The last visit of a sample stays: each thread has samples of its own, and goes through the visits in order.
+  void write_rows(const std::vector<Learnt>& learnt) const {
+    const int64_t parts = entries > 4 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
+    for_each_parallel(parts, 1, [&](int64_t start, int64_t stop) {
+      for (int64_t v = 0; v < entries; ++v) {
+        const int64_t id = learnt[v].counts ? span_of(v).id : -1;
+        if (id >= start * rows && id < stop * rows) table.write(id, learnt[v].row);
+      }
+    });
+  }
+
+  static constexpr int64_t kBlock = 512;
+};
+
+const float* sample_weights_of(const HeldBatch& batch, const Optional& given) {
+  return batch.packed ? data<float>(given, {batch.batch, batch.length}, "sample_weights")
+                      : data<float>(given, {batch.batch}, "sample_weights");
 }
 
-// (M,) factors of the visits from (B,), or packed from (B, S) that at each one's first token; empty for none.
-std::vector<float> factors_of(const HeldBatch& batch, const Layout& layout, const Optional& sample_weights) {
-  if (!sample_weights) return {};
-  if (!batch.packed) {
-    const float* given = data<float>(sample_weights, {batch.batch}, "sample_weights");
-    return std::vector<float>(given, given + batch.batch);
+Update judged(
+    const Tensor& tokens, const HeldBatch& batch, const Scorer* score, const Tensor& rules, const Tensor& weights,
+    const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, bool update,
+    const Optional& token_weights, const Optional& sample_weights, bool strict, bool stats) {
+  const Table table(columns);
+  int64_t* key = data<int64_t>(error, {}, "error");
+  const float* items_given = data<float>(num_items, {}, "num_items");
+  STD_TORCH_CHECK(reduction >= NONE && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
+  const int64_t count = batch.tokens(), entries = batch.visits(), told = stats ? entries : 0;
+  const bool none = reduction == NONE, of_tokens = reduction == TOKEN_MEAN;
+
+  Tensor value = none ? empty({entries}, ScalarType::Float) : empty({}, ScalarType::Float);
+  Tensor scale = empty({}, ScalarType::Float), coeff = empty({count}, ScalarType::Float);
+  Tensor token_visit = empty({batch.packed ? count : 0}, ScalarType::Int);
+  Tensor floats = empty({6, told}, ScalarType::Float), ints = empty({2, told}, ScalarType::Long);
+  Tensor flags_out = empty({2, told}, ScalarType::Byte);
+  float* value_to = static_cast<float*>(value.data_ptr());
+  float* coeff_to = static_cast<float*>(coeff.data_ptr());
+  Outputs out{value_to, coeff_to, nullptr, nullptr, nullptr};
+  if (stats) {
+    out.floats = static_cast<float*>(floats.data_ptr());
+    out.ints = static_cast<int64_t*>(ints.data_ptr());
+    out.flags = static_cast<uint8_t*>(flags_out.data_ptr());
   }
-  const float* given = data<float>(sample_weights, {batch.batch, batch.length}, "sample_weights");
-  std::vector<float> factors(layout.ids.size(), 1.f);
-  for (int64_t t = 0; t < batch.tokens(); ++t)
-    if (layout.visit[t] >= 0 && (t == 0 || layout.visit[t] != layout.visit[t - 1])) factors[layout.visit[t]] = given[t];
-  return factors;
+  std::vector<Span> spans;
+  if (batch.packed) {
+    spans = spans_of(batch, static_cast<int32_t*>(token_visit.data_ptr()));
+    std::fill_n(coeff_to, count, 0.f);  // padding belongs to no visit
+  }
+  const Judge judge{
+      batch,
+      table,
+      *reinterpret_cast<const Rules*>(data<float>(rules, {kRules}, "rules")),
+      data<float>(weights, {4}, "weights"),
+      data<float>(tokens, {5, count}, "tokens"),
+      {data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), batch.shift},
+      sample_weights_of(batch, sample_weights),
+      reduction,
+      entries,
+      std::move(spans),
+      out,
+      score};
+  std::vector<Learnt> learnt(table.q_value && update ? entries : 0);
+  const Total total = judge.all(learnt.empty() ? nullptr : learnt.data());
+  STD_TORCH_CHECK(!strict || total.error == kNoError, "labels or sample_ids hold a value out of range");
+  if (!learnt.empty()) judge.write_rows(learnt);
+  if (key) *key = std::min(*key, total.error);
+
+  float items = 1.f;
+  if (reduction == MEAN || of_tokens)
+    items = items_given ? *items_given : static_cast<float>(of_tokens ? total.items : total.counted);
+  *static_cast<float*>(scale.data_ptr()) = items > 0.f ? 1.f / items : 0.f;
+  if (!none) *value_to = static_cast<float>(items > 0.f ? total.loss / items : total.loss * 0.);
+  return {value, scale, coeff, token_visit, floats, ints, flags_out};
 }
 
 }  // namespace
@@ -92,79 +240,29 @@ std::vector<float> factors_of(const HeldBatch& batch, const Layout& layout, cons
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,
-    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights) {
-  const Table table(columns);
-  int64_t* key = data<int64_t>(error, {}, "error");
-  const float* items_given = data<float>(num_items, {}, "num_items");
-  STD_TORCH_CHECK(reduction >= NONE && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
+    int64_t ignore_index, bool shift, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats) {
   const HeldBatch batch(labels, sample_ids, vocab, ignore_index, shift);
-  const Layout layout = layout_of(batch, table.rows);
-  const int64_t count = batch.tokens(), entries = batch.visits();
-  const TokenWeights by_token{data<float>(token_weights, {batch.batch, batch.length}, "token_weights"), shift};
-  const std::vector<Sums> sums = sums_of(layout, data<float>(tokens, {5, count}, "tokens"), count, by_token);
-  const std::vector<float> factors = factors_of(batch, layout, sample_weights);
-  const Rules& rule = *reinterpret_cast<const Rules*>(data<float>(rules, {kRules}, "rules"));
-  const float* bucket_weights = data<float>(weights, {4}, "weights");
-
-  const bool none = reduction == NONE, of_tokens = reduction == TOKEN_MEAN;
-  const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(tokens, shape, type);
-  };
-  Tensor value = none ? empty({entries}, ScalarType::Float) : empty({}, ScalarType::Float);
-  Tensor scale = empty({}, ScalarType::Float), coeff = empty({count}, ScalarType::Float);
-  Tensor token_visit = empty({batch.packed ? count : 0}, ScalarType::Int);
-  Tensor floats = empty({6, entries}, ScalarType::Float), ints = empty({2, entries}, ScalarType::Long);
-  Tensor flags_out = empty({2, entries}, ScalarType::Byte);
-  float* loss_to = static_cast<float*>(value.data_ptr());
-  float* floats_to = data<float>(floats, {6, entries}, "floats");
-  int64_t* ints_to = data<int64_t>(ints, {2, entries}, "ints");
-  uint8_t* flags_to = data<uint8_t>(flags_out, {2, entries}, "flags");
-
-  std::vector<Visit> visits(entries);  // all judged by the old rows before any is written
-  std::vector<float> token_coeff(entries);
-  double sum = 0., weighed = 0.;
-  int64_t counted = 0;
-  for (int64_t v = 0; v < entries; ++v) {
-    const int64_t id = layout.ids[v];
-    const Visit visit = judge(table.read(id), sums[v], rule);
-    const bool dropped = table.quarantined && table.holds(id) && table.quarantined[id];
-    const float any = visit.tokens > 0 ? 1.f : 0.f;
-    float weight = dropped ? 0.f : table.q_value ? weight_of(visit, bucket_weights) : any;
-    if (!factors.empty() && visit.tokens > 0) weight *= factors[v];
-    const float loss = visit.tokens > 0 ? weight * (of_tokens ? static_cast<float>(sums[v].loss) : visit.loss) : 0.f;
-    if (none) loss_to[v] = loss;
-    sum += loss, counted += visit.tokens > 0, weighed += sums[v].items;
-    token_coeff[v] = of_tokens || visit.tokens == 0 ? weight : weight / static_cast<float>(sums[v].items);
-    const float means[6] = {visit.loss, visit.confidence, visit.accuracy, visit.quality, visit.row.q_value, weight};
-    for (int64_t i = 0; i < 6; ++i) floats_to[i * entries + v] = means[i];
-    ints_to[v] = id, ints_to[entries + v] = visit.tokens;
-    flags_to[v] = visit.row.bucket, flags_to[entries + v] = visit.correct;
-    visits[v] = visit;
-  }
-  if (table.q_value && update)
-    for (int64_t v = 0; v < entries; ++v)
-      if (visits[v].finite) table.write(layout.ids[v], visits[v].row);  // the last visit of a sample stays
-  if (key) *key = std::min(*key, layout.error);
-
-  float items = 1.f;
-  if (reduction == MEAN || of_tokens) items = items_given ? *items_given : static_cast<float>(of_tokens ? weighed : counted);
-  *data<float>(scale, {}, "scale") = items > 0.f ? 1.f / items : 0.f;
-  if (!none) *loss_to = static_cast<float>(items > 0.f ? sum / items : sum * 0.);
-  float* coeff_to = data<float>(coeff, {count}, "coeff");
-  for (int64_t t = 0; t < count; ++t) coeff_to[t] = layout.valid(t) ? token_coeff[layout.visit[t]] * by_token.of(t) : 0.f;
-  if (batch.packed && count)
-    std::memcpy(data<int32_t>(token_visit, {count}, "token_visit"), layout.visit.data(), count * sizeof(int32_t));
-  return {value, scale, coeff, token_visit, floats, ints, flags_out};
+  return judged(
+      tokens, batch, nullptr, rules, weights, num_items, columns, error, reduction, update, token_weights,
+      sample_weights, strict, stats);
 }
 
 Forward loss_forward_(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t reduction, int64_t ignore_index,
-    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights) {
-  const Tensor tokens = token_stats(logits, labels, sample_ids, ignore_index, shift, softcap);
-  const Update rest = sample_update_(
-      tokens, labels, sample_ids, rules, weights, num_items, columns, error, logits.size(2), reduction, ignore_index,
-      shift, update, token_weights, sample_weights);
+    bool shift, double softcap, bool update, const Optional& token_weights, const Optional& sample_weights,
+    bool strict, bool stats) {
+  const HeldBatch batch = batch_of(logits, labels, sample_ids, ignore_index, shift);
+  const Tensor tokens = empty({5, batch.tokens()}, ScalarType::Float);
+  const Scorer score(logits, batch, tokens, softcap);
+  // visits of a few tokens are judged by the thread that has just scored them; else tokens are spread over all threads
+  const int64_t step = rows_a_step(batch.vocab);
+  const bool at_once = !batch.packed && batch.length <= step;
+  if (!at_once) for_each_parallel(batch.tokens(), step, score);
+  const Update rest = judged(
+      tokens, batch, at_once ? &score : nullptr, rules, weights, num_items, columns, error, reduction, update,
+      token_weights, sample_weights, strict, stats);
   return std::tuple_cat(rest, std::make_tuple(tokens));
 }
 

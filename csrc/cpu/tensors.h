@@ -27,6 +27,10 @@ constexpr ScalarType kTypeOf<int32_t> = ScalarType::Int;
 template <>
 constexpr ScalarType kTypeOf<uint8_t> = ScalarType::Byte;
 
+// A new CPU tensor, not filled. The shim's own function: by the dispatcher, as `torch::stable::empty` has it, one takes
+// 0.8 us in place of 0.3.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type);
+
 // "(2, 3) Float" for an error message.
 std::string shape_and_type(const Tensor& tensor);
 std::string shape_of(std::initializer_list<int64_t> sizes);
@@ -73,19 +77,32 @@ inline uint8_t* flags(const Tensor& tensor, std::initializer_list<int64_t> sizes
   return static_cast<uint8_t*>(data_of(tensor, ScalarType::Bool, sizes, name));
 }
 
-// Rows that a thread takes at a time: enough work to pay for asking.
-inline int64_t rows_a_step(int64_t vocab) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1)); }
+// Rows that a thread takes at a time: enough work to pay for asking. A row costs as much as some elements more.
+inline int64_t rows_a_step(int64_t vocab) { return std::max<int64_t>(1, 8192 / (vocab + 8)); }
 
-// Calls `work(i)` once for each i below `count`, in any order, on torch's threads, which take the next `step` as they
-// finish: a thread that met rows without work, or a busy core, holds up no other.
+// Calls `work(start, stop)` for all of [0, count) in steps, on torch's threads. Each thread begins with a part of its own,
+// the same one in every call, so that it finds in its cache what it wrote there; then it takes steps of the others, so that a
+// thread that met rows without work, or a busy core, holds up no other. `backwards`: the last step of a part first.
 template <class Work>
-void for_each_parallel(int64_t count, int64_t step, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t steps = (count + step - 1) / step;
-  const int64_t threads = std::min(num_threads(), steps);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t start; (start = next.fetch_add(step)) < count;)
-      for (int64_t i = start; i < std::min(start + step, count); ++i) work(i);
+void for_each_parallel(int64_t count, int64_t step, const Work& work, bool backwards = false) {
+  constexpr int64_t kMost = 64;  // parts
+  struct alignas(64) Part {
+    std::atomic<int64_t> taken{0};  // steps
+  };
+  const int64_t steps = (count + step - 1) / step, parts = std::min({num_threads(), steps, kMost});
+  if (parts <= 1) {
+    if (count > 0) work(int64_t{0}, count);
+    return;
+  }
+  Part taken[kMost];
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t own, int64_t) {
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t part = (own + k) % parts, first = part * steps / parts, size = (part + 1) * steps / parts - first;
+      for (int64_t i; (i = taken[part].taken.fetch_add(1)) < size;) {
+        const int64_t start = (first + (backwards ? size - 1 - i : i)) * step;
+        work(start, std::min(start + step, count));
+      }
+    }
   });
 }
 

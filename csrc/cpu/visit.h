@@ -48,7 +48,6 @@ struct Visit {
   float loss, confidence, accuracy;  // means over them
   float quality;
   bool finite, correct;
-  SampleRow row;  // after the visit; where not finite, the old one but for its bucket
 };
 
 // 1 - min(r, 1), 0 for a NaN: r is the root mean square of the upward moves, or the standard deviation (by_std), of the
@@ -73,10 +72,10 @@ GEKO_HD float quality_of(const float* history, int32_t times_seen, const Rules& 
   return 1.f - (unsteady < 1.f ? unsteady : 1.f);
 }
 
-GEKO_HD uint8_t bucket_of(const Visit& visit, const Rules& rules) {
+GEKO_HD uint8_t bucket_of(const Visit& visit, const SampleRow& row, const Rules& rules) {
   if (!visit.correct) return visit.confidence > rules.focus_confidence ? HARD : FOCUS;
   const bool steady = visit.confidence > rules.freeze_confidence && visit.quality > rules.freeze_quality;
-  return steady && visit.row.q_value >= rules.min_q ? FREEZE : LIGHT;
+  return steady && row.q_value >= rules.min_q ? FREEZE : LIGHT;
 }
 
 // One visit more than `times_seen`, which a damaged file may have made negative, up to the largest int32.
@@ -84,33 +83,34 @@ GEKO_HD int32_t seen_again(int32_t times_seen) {
   return times_seen < 0 ? 1 : times_seen < INT32_MAX ? times_seen + 1 : INT32_MAX;
 }
 
-// The visit of a sample whose row was `old`, whatever that holds, from the sums over its valid tokens.
-GEKO_HD Visit judge(const SampleRow& old, const Sums& sums, const Rules& rules) {
+// The visit of a sample from the sums over its valid tokens, and `row`, whatever that holds, as it is after the visit; where
+// the visit is not finite, but for its bucket as it was. In place: a copy waits for the stores of what it copies.
+GEKO_HD Visit judge(SampleRow& row, const Sums& sums, const Rules& rules) {
   const int64_t tokens = sums.tokens;
   const double divisor = tokens > 0 ? sums.items : 1.;
-  const auto mean = [divisor](double sum) { return static_cast<float>(sum / divisor); };
-  Visit visit{tokens, mean(sums.loss), mean(sums.confidence), mean(sums.hits), 0.f, false, false, old};
-  SampleRow& row = visit.row;
+  // a visit of one token needs no division: three of them are a fifth of its time
+  const auto mean = [divisor](double sum) { return static_cast<float>(divisor == 1. ? sum : sum / divisor); };
+  Visit visit{tokens, mean(sums.loss), mean(sums.confidence), mean(sums.hits), 0.f, false, false};
   visit.finite = tokens > 0 && std::isfinite(visit.loss) && std::isfinite(visit.confidence);
   if (visit.finite) {
-    for (int i = 0; i + 1 < kHistory; ++i) row.history[i] = old.history[i + 1];
+    for (int i = 0; i + 1 < kHistory; ++i) row.history[i] = row.history[i + 1];
     row.history[kHistory - 1] = visit.loss;
     const float scaled = visit.loss / rules.q_scale;
-    row.q_value = (1.f - rules.q_lr) * old.q_value + rules.q_lr * (1.f - (scaled > 1.f ? 1.f : scaled));
+    row.q_value = (1.f - rules.q_lr) * row.q_value + rules.q_lr * (1.f - (scaled > 1.f ? 1.f : scaled));
     row.confidence = visit.confidence;
-    row.times_seen = seen_again(old.times_seen);
+    row.times_seen = seen_again(row.times_seen);
     const bool by_loss = visit.loss < rules.correct_loss, by_accuracy = visit.accuracy >= rules.correct_accuracy;
     visit.correct = rules.by_accuracy > 0.f ? by_accuracy : by_loss;
-    row.wrong_streak = visit.correct ? 0 : old.wrong_streak < 255 ? old.wrong_streak + 1 : 255;
+    row.wrong_streak = visit.correct ? 0 : row.wrong_streak < 255 ? row.wrong_streak + 1 : 255;
   }
   visit.quality = quality_of(row.history, row.times_seen, rules);
-  if (tokens > 0) row.bucket = bucket_of(visit, rules);
+  if (tokens > 0) row.bucket = bucket_of(visit, row, rules);
   return visit;
 }
 
 // `weights` are indexed by `Bucket`.
-GEKO_HD float weight_of(const Visit& visit, const float* weights) {
-  return visit.tokens > 0 ? weights[visit.row.bucket] : 0.f;
+GEKO_HD float weight_of(const Visit& visit, const SampleRow& row, const float* weights) {
+  return visit.tokens > 0 ? weights[row.bucket] : 0.f;
 }
 
 }  // namespace geko

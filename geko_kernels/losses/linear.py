@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -14,7 +15,6 @@ from geko_kernels.losses.arguments import (
     LossOptions,
     ReductionName,
     check_batch,
-    check_flag,
     check_head,
     check_switches,
     check_values,
@@ -23,49 +23,13 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
+from geko_kernels.losses.linear_call import Call, Gradients
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import ForwardResult, SampleStats, state_arguments
+from geko_kernels.losses.logits import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
-
-_SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call's arguments but for hidden, weight and bias."""
-
-    batch: LabelBatch
-    scored: Scored
-    state: SampleState | None
-    num_items: Tensor | None
-    reduction: int
-    writes: bool
-    chunk_mib: float | None
-
-    def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
-        """The result; `gradients` take what is to be multiplied by the upstream gradient."""
-        room = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
-        room = room if gradients is not None else min(room, _SCORE_ROWS)
-        batch = self.batch
-        chunks = Chunks(head, batch, room, gradients, self.state is None and batch.sample_weights is None)
-        rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
-
-        def update(statistics: Tensor, last: bool) -> ForwardResult:
-            outcome = ops.sample_update_(
-                *(statistics, batch.labels, batch.sample_ids, rules, weights, self.num_items, columns, error),
-                *(head.vocab, self.reduction, batch.ignore_index, batch.shift, self.writes and last),
-                *(batch.token_weights, batch.sample_weights),
-            )
-            return ForwardResult._make((*outcome, statistics))
-
-        result = chunks.run(self.scored, update, lambda result: result.scale)
-        check_flag(error, self.state, head.vocab)
-        return result
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -76,7 +40,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, seen: list[ForwardResult]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, seen: list[ForwardResult]
     ) -> Tensor:
         head = make_head(hidden, weight, bias)
         ctx.call, ctx.gradients, ctx.link = call, None, link(hidden, weight, bias)
@@ -87,6 +51,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.saved = result.statistics, result.coeff, result.token_visit  # those of the forward that was counted
         elif ops.recomputing():  # what runs is the backward of the first forward
             result = call.score(head, None)
+        elif at_once := call.at_once(head, ctx.needs_input_grad[:3]):
+            result, ctx.gradients = at_once
         else:
             gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
             result = call.score(head, gradients)
@@ -106,7 +72,8 @@ class _LinearLoss(torch.autograd.Function):
             by_visit = ctx.call.reduction == Reduction.NONE
             found = _gradients_by_visit(ctx, grad_output) if by_visit else _rescaled(ctx, grad_output)
             gradients = [
-                None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)
+                grad if grad is None or grad.dtype == dtype else grad.to(dtype)
+                for grad, dtype in zip(found, ctx.dtypes, strict=True)
             ]
         sources = ctx.link, grad_output
         return (
@@ -114,6 +81,9 @@ class _LinearLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+_apply = super(torch.autograd.Function, _LinearLoss).apply  # without its look at torch.func, which is refused
 
 
 def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
@@ -124,6 +94,8 @@ def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
         hidden, weight, bias = (grad * grad_output if grad is not None else None for grad in ctx.gradients)
         return hidden, weight, bias
     gradients, ctx.gradients = ctx.gradients, None
+    if grad_output.device.type == "cpu" and grad_output.item() == 1:
+        return gradients
     for grad in gradients:
         if grad is not None:
             ops.direct.rescale_(grad, grad_output)
@@ -170,11 +142,15 @@ def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         padded = -(-vocab // 64) * 64
         weight = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, padded - vocab))
         bias = torch.nn.functional.pad(bias.to(dtype), (0, padded - vocab)) if bias is not None else None
-    return Head(hidden.contiguous(), weight.to(dtype), bias.to(dtype) if bias is not None else None, vocab)
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
+    bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    return Head(hidden.contiguous(), weight, bias, vocab)
 
 
 def _unpadded(gradients: HeadGradients, head: Head) -> Gradients:
     hidden_grad, weight_grad, bias_grad = gradients.finish()
+    if head.weight.shape[0] == head.vocab:
+        return hidden_grad, weight_grad, bias_grad
     return (
         hidden_grad,
         weight_grad[: head.vocab] if weight_grad is not None else None,
@@ -235,7 +211,8 @@ def weighted_linear_loss(
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
-    with a kept share p the three GEMMs cost `(1 + 2 p) / 3` of what they cost else. The gradient of a frozen
+    with a kept share p the three GEMMs cost `(1 + 2 p) / 3` of what they cost else (logits of up to 16 MiB on a CPU:
+    where rows of weight 0 are more than a quarter). The gradient of a frozen
     `weight` or `hidden` costs nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept
     rows: its gradients are made in the backward.
 
@@ -274,28 +251,45 @@ def weighted_linear_loss(
             labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
         )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
-    if device.type == "cpu":
+    native = ops.native(hidden)
+
+    def raise_bad_values() -> None:
         check_values(labels_2d, sample_ids, state, weight.shape[0], ignore_index, shift)
+
+    if device.type == "cpu" and native is None:
+        raise_bad_values()
     batch = LabelBatch(labels_2d, sample_ids, ignore_index, shift, cap, token_weights, sample_weights)
-    call = _Call(
+    call = Call(
         batch=batch,
         scored=Scored(batch, weight.shape[0]),
         state=state,
         num_items=num_items_tensor(num_items, reduction, device, eager=True),
         reduction=REDUCTIONS[reduction],
         writes=state is not None and ops.counts(update),
+        stats=return_stats,
         chunk_mib=budget,
+        native=native,
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    seen: list[ForwardResult] = []
-    with torch.autocast(device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-            loss = _LinearLoss.apply(flat, weight, bias, call, seen)
+    flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    try:
+        loss, result = _run(flat, weight, bias, call)
+    except RuntimeError:
+        if native is not None:
+            raise_bad_values()
+        raise
+    return (loss, result.stats()) if return_stats else loss
+
+
+def _run(flat: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ForwardResult]:
+    kind, seen = flat.device.type, list[ForwardResult]()
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, weight, bias)):
+            loss = _apply(flat, weight, bias, call, seen)
         else:
             with torch.no_grad():
                 seen.append(call.score(make_head(flat, weight, bias), None))
             loss = seen[0].loss
-    return (loss, seen[0].stats()) if return_stats else loss
+    return loss, seen[0]
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -183,9 +183,10 @@ class HeadGradients:
         product = torch.empty(room, columns, dtype=wide, device=tile.device)
         start = 0
         while start < count:
-            free = tile[:start].view(-1).view(wide)
-            if len(free) // columns > len(product):
-                product = free[: len(free) // columns * columns].view(-1, columns)
+            if start:
+                free = tile[:start].view(-1).view(wide)
+                if len(free) // columns > len(product):
+                    product = free[: len(free) // columns * columns].view(-1, columns)
             rows = product[: count - start]
             multiply_(rows, tile[start : start + len(rows)], self.weight)
             ops.direct.scatter_rows_(out, rows, positions, coeff, start)

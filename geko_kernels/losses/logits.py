@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -120,6 +121,33 @@ class _PlannedLoss(torch.autograd.Function):
         return once("weighted_loss", grad, logits, grad_output), None, None, None
 
 
+class _NativeLoss(torch.autograd.Function):
+    """`_LogitsLoss` on the C++ backend, whose gradient op takes what is saved as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, result: ForwardResult, shift: bool, softcap: float, native: ModuleType
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        # on ctx, not saved: see `_LogitsLoss`
+        ctx.call = result.statistics, result.coeff, result.scale, result.token_visit, shift, softcap
+        ctx.native = native
+        return result.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        check_upstream("weighted_loss", grad_output)
+        logits, labels = ctx.saved_tensors
+        if not logits.numel():
+            return torch.zeros_like(logits), None, None, None, None, None
+        if not torch.is_grad_enabled():
+            return ctx.native.logits_grad(grad_output, logits, labels, *ctx.call), None, None, None, None, None
+        with torch.no_grad():
+            grad = ctx.native.logits_grad(grad_output, logits, labels, *ctx.call)
+        return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
+
+
+_apply_native = super(torch.autograd.Function, _NativeLoss).apply  # as the next
 _apply_planned = super(torch.autograd.Function, _PlannedLoss).apply  # see `_apply`; torch.func is not at work here
 
 
@@ -280,21 +308,40 @@ def weighted_loss(
         labels, token_weights, sample_weights = prepare_weights(
             labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
         )
-    if eager and logits.device.type == "cpu":
-        check_values(*_batch_of(logits, labels)[1:], sample_ids, state, logits.shape[-1], ignore_index, shift)
+    native = ops.native(logits) if eager else None
+    if eager and logits.device.type == "cpu" and native is None:
+        check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = state_arguments(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
-    options = (code, ignore_index, shift, cap, writes)
     table = (rules, weights, items, columns, error)
+    options = (code, ignore_index, shift, cap)
     differentiable = logits.requires_grad and torch.is_grad_enabled()
+    if native is not None:
+        call = (logits.detach(), labels, sample_ids, rules, weights, items), options, token_weights, sample_weights
+        try:
+            outcome = ops.native_update_(native, "loss_forward_", columns, error, return_stats, writes, *call)
+        except RuntimeError:
+            check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
+            raise
+        result = ForwardResult._make(outcome)
+        check_flag(error, state, logits.shape[-1])
+        if not differentiable:
+            loss = result.loss
+        elif inplace or torch_private.transformed():
+            loss = _apply(logits, labels, result, shift, cap, inplace)
+        else:
+            loss = _apply_native(logits, labels, result, shift, cap, native)
+        return (loss, result.stats()) if return_stats else loss
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
     if not weighted:
         foresight = (prediction and prediction[0], inplace)
-        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *options)
+        rest = (*options, writes)
+        planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *rest)
     if planned is None:
         batch = _batch_of(logits.detach(), labels)
-        result = ForwardResult(*ops.loss_forward_(*batch, sample_ids, *table, *options, token_weights, sample_weights))
+        by_weight = token_weights, sample_weights
+        result = ForwardResult(*ops.loss_forward_(*batch, sample_ids, *table, *options, writes, *by_weight))
         loss = result.loss
     else:
         loss, plan, _, entries, _ = planned

@@ -251,10 +251,14 @@ def _direct(op: str) -> Callable[..., Any]:
     names = [argument.name for argument in torch_private.arguments_of(getattr(torch.ops.geko, op).default)]
     probe = names.index(next(name for name in _PROBES if name in names))
 
+    found: dict[str, Callable[..., Any]] = {}
+
     def run(*args: Any) -> Any:
         name = backend_name(args[probe].device, args[probe].dtype)
-        backend = _loaded.get(name) or _load(name)
-        return getattr(backend if hasattr(backend, op) else reference_rows, op)(*args)
+        if name not in found:
+            backend = _loaded.get(name) or _load(name)
+            found[name] = getattr(backend if hasattr(backend, op) else reference_rows, op)
+        return found[name](*args)
 
     return run
 
@@ -310,6 +314,32 @@ def planned_loss_forward(
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
+    if update:
+        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+    return outcome
+
+
+def native(values: Tensor) -> ModuleType | None:
+    """The C++ backend if it is what runs on `values`, else None: its ops need no Python between them and the caller."""
+    if values.device.type != "cpu":
+        return None
+    name = backend_name(values.device, values.dtype)
+    backend = _loaded.get(name) or _load(name)
+    return backend if hasattr(backend, "CHECKED") else None
+
+
+def native_update_(
+    backend: ModuleType, op: str, columns: Sequence[Tensor], error: Tensor | None, stats: bool, update: bool, *call: Any
+) -> tuple[Tensor, ...]:
+    """`op`, "loss_forward_" or "sample_update_", of `backend` as one call; statistics are empty without `stats`.
+
+    Args: call: its other arguments, those before `columns` as one tuple, between `error` and `update` as another, and
+        the weights.
+    Raises: RuntimeError where a label or an id is out of range, before anything is counted.
+    """
+    batch, options, *weights = call
+    update = update and not recomputing()
+    outcome = getattr(backend, op)(*batch, columns, error, *options, update, *weights, True, stats)
     if update:
         torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
     return outcome

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import geko_kernels as gk
 from geko_kernels.losses import linear as linear_loss
-from geko_kernels.losses import linear_chunks
+from geko_kernels.losses import linear_call, linear_chunks
 
 SMALL = 3  # rows of the buffer: most visits of the random cases then cross several fills
 
@@ -123,6 +123,11 @@ def count_rows(monkeypatch):
     monkeypatch.setattr(
         *(linear_chunks.HeadGradients, "add"),
         lambda self, tile, *rest: (seen["gradients"].append(len(tile)), add(self, tile, *rest))[1],
+    )
+    products = linear_call.products
+    monkeypatch.setattr(
+        *(linear_call, "products"),
+        lambda tile, *rest: (seen["gradients"].append(len(tile)), products(tile, *rest))[1],
     )
     return seen
 

@@ -1,4 +1,4 @@
-// What runs once per token: the statistics and the gradient of one row of logits; a table of functions per capability.
+// The statistics and the gradient of a group of rows of logits; a table of functions per capability.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,11 @@ struct RowGrad {
   float top, confidence, scale;
 };
 
-using StatsKernel = TokenStats (*)(const Row&);
-using GradKernel = void (*)(const Row&, const RowGrad&);
+constexpr int64_t kGroup = 16;  // rows at a time, at most: of a small vocabulary, each takes one lane of a vector
+
+// Of one vocabulary, strides and softcap; none is written that is read as another.
+using StatsKernel = void (*)(const Row* rows, int64_t count, TokenStats* out);
+using GradKernel = void (*)(const Row* rows, const RowGrad* to, int64_t count);
 
 enum Element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

@@ -126,10 +126,22 @@ bool any_nan(const T* row, int64_t stride, int64_t vocab) {
   return false;
 }
 
+// What follows from the maximum, -inf where no logit is finite, and the sum of a row.
 template <class T, bool kCap>
-TokenStats stats(const Row& row) {
+TokenStats stats_from(const Row& row, float top, float total) {
   const T* logits = static_cast<const T*>(row.logits);
-  T room[kBlock];
+  if (top == -INFINITY) total = NAN;  // no finite logit: 0 / 0, as in PyTorch
+  if (std::isnan(total) && any_nan(logits, row.stride, row.vocab)) top = NAN;
+  float target = widen(logits[row.target * row.stride]);
+  if constexpr (kCap) target = lane0(cap<kCap>(Floats(target), Floats(row.softcap)));
+  const float log_sum = std::log(total), loss = log_sum - (target - top);
+  return {loss, top, log_sum, 1.f / total, target == top && !std::isnan(loss) ? 1.f : 0.f};
+}
+
+// Of a row in blocks that lie side by side, or are gathered into `room` (kBlock elements).
+template <class T, bool kCap>
+TokenStats row_stats(const Row& row, T* room) {
+  const T* logits = static_cast<const T*>(row.logits);
   float top = -INFINITY, total = 0.f;
   for (int64_t start = 0; start < row.vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, row.vocab - start);
@@ -141,11 +153,13 @@ TokenStats stats(const Row& row) {
     }
     total += block_sum_exp<T, kCap>(block, count, top == -INFINITY ? 0.f : top, row.softcap);
   }
-  if (top == -INFINITY) total = NAN;  // no finite logit: 0 / 0, as in PyTorch
-  if (std::isnan(total) && any_nan(logits, row.stride, row.vocab)) top = NAN;
-  const float target = lane0(cap<kCap>(Floats(widen(logits[row.target * row.stride])), Floats(row.softcap)));
-  const float log_sum = std::log(total), loss = log_sum - (target - top);
-  return {loss, top, log_sum, 1.f / total, target == top && !std::isnan(loss) ? 1.f : 0.f};
+  return stats_from<T, kCap>(row, top, total);
+}
+
+template <class T, bool kCap>
+void strided_stats(const Row* rows, int64_t count, TokenStats* out) {
+  T room[kBlock];
+  for (int64_t i = 0; i < count; ++i) out[i] = row_stats<T, kCap>(rows[i], room);
 }
 
 // (exp(z - top) * confidence - is_target) * scale, times the softcap's derivative
@@ -167,10 +181,9 @@ void block_grad(const T* block, T* out, int64_t count, Floats top, Floats factor
 }
 
 template <class T, bool kCap>
-void grad(const Row& row, const RowGrad& to) {
+void row_grad(const Row& row, const RowGrad& to, T* room) {
   const T* logits = static_cast<const T*>(row.logits);
   T* out = static_cast<T*>(to.out);
-  T room[kBlock];
   // the target's -1 is taken in float32, before rounding to T
   float p = widen(logits[row.target * row.stride]), slope = 1.f;
   if constexpr (kCap) {
@@ -194,14 +207,51 @@ void grad(const Row& row, const RowGrad& to) {
   out[row.target * to.stride] = narrow<T>((p - 1.f) * slope * to.scale);
 }
 
-template <class T>
-TokenStats stats_of(const Row& row) {
-  return row.softcap != 0.f ? stats<T, true>(row) : stats<T, false>(row);
+template <class T, bool kCap>
+void strided_grad(const Row* rows, const RowGrad* to, int64_t count) {
+  T room[kBlock];
+  for (int64_t i = 0; i < count; ++i) row_grad<T, kCap>(rows[i], to[i], room);
+}
+
+}  // namespace
+}  // namespace geko::GEKO_CAPABILITY
+
+#include "csrc/cpu/simd/turned_rows_impl.h"
+
+namespace geko::GEKO_CAPABILITY {
+namespace {
+
+// The rows in groups of a vector's lanes, where that pays, else row by row.
+template <class T, bool kCap>
+void stats(const Row* rows, int64_t count, TokenStats* out) {
+  if (rows->vocab > kTurnedStats) {
+    if (rows->stride != 1) return strided_stats<T, kCap>(rows, count, out);
+    for (int64_t i = 0; i < count; ++i) out[i] = row_stats<T, kCap>(rows[i], nullptr);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += Floats::size)
+    turned_stats<T, kCap>(rows + i, std::min(count - i, Floats::size), out + i);
+}
+
+template <class T, bool kCap>
+void grad(const Row* rows, const RowGrad* to, int64_t count) {
+  if (rows->vocab > kTurnedGrad) {
+    if (rows->stride != 1 || to->stride != 1) return strided_grad<T, kCap>(rows, to, count);
+    for (int64_t i = 0; i < count; ++i) row_grad<T, kCap>(rows[i], to[i], nullptr);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += Floats::size)
+    turned_grad<T, kCap>(rows + i, to + i, std::min(count - i, Floats::size));
 }
 
 template <class T>
-void grad_into(const Row& row, const RowGrad& to) {
-  row.softcap != 0.f ? grad<T, true>(row, to) : grad<T, false>(row, to);
+void stats_of(const Row* rows, int64_t count, TokenStats* out) {
+  rows->softcap != 0.f ? stats<T, true>(rows, count, out) : stats<T, false>(rows, count, out);
+}
+
+template <class T>
+void grad_into(const Row* rows, const RowGrad* to, int64_t count) {
+  rows->softcap != 0.f ? grad<T, true>(rows, to, count) : grad<T, false>(rows, to, count);
 }
 
 }  // namespace

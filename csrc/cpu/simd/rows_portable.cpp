@@ -1,5 +1,6 @@
 // The row kernels for any CPU.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 

@@ -1,0 +1,122 @@
+"""One call of `weighted_linear_loss`: its result and the head's gradients, in chunks or, if it is small, at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from geko_kernels import ops
+from geko_kernels.losses.arguments import check_flag
+from geko_kernels.losses.linear_chunks import Chunks, Head, LabelBatch, Scored, buffer_rows
+from geko_kernels.losses.linear_gradients import HeadGradients
+from geko_kernels.losses.logits import ForwardResult, state_arguments
+from geko_kernels.state import SampleState
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+_SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
+_AT_ONCE = 2**22  # elements of logits: 16 MiB
+LEFT_OUT = 0.25  # of the rows of a small call: to move the others takes as long as the GEMMs of so many
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's arguments but for hidden, weight and bias."""
+
+    batch: LabelBatch
+    scored: Scored
+    state: SampleState | None
+    num_items: Tensor | None
+    reduction: int
+    writes: bool
+    stats: bool
+    chunk_mib: float | None
+    native: ModuleType | None  # the C++ backend, if it runs: it checks values itself
+
+    def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
+        """The result; `gradients` take what is to be multiplied by the upstream gradient."""
+        rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
+        rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
+        chunks = Chunks(head, self.batch, rows, gradients, self._all_kept)
+        rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
+        batch = self.batch
+
+        def update(tokens: Tensor, last: bool) -> ForwardResult:
+            inputs = tokens, batch.labels, batch.sample_ids, rules, weights, self.num_items
+            options = head.vocab, self.reduction, batch.ignore_index, batch.shift
+            by_weight, writes = (batch.token_weights, batch.sample_weights), self.writes and last
+            if self.native is None:
+                outcome = ops.sample_update_(*inputs, columns, error, *options, writes, *by_weight)
+            else:
+                told = self.stats and last
+                call = (self.native, "sample_update_", columns, error, told, writes, inputs, options, *by_weight)
+                outcome = ops.native_update_(*call)
+            return ForwardResult._make((*outcome, tokens))
+
+        result = chunks.run(self.scored, update, lambda result: result.scale)
+        check_flag(error, self.state, head.vocab)
+        return result
+
+    @property
+    def _all_kept(self) -> bool:
+        return self.state is None and self.batch.sample_weights is None
+
+    def at_once(self, head: Head, needed: tuple[bool, bool, bool]) -> tuple[ForwardResult, Gradients] | None:
+        """What `score` and its gradients come to, or None where that is not for this call.
+
+        It is for one on the C++ backend in float32 whose logits fit into the budget and 16 MiB, and that scores every
+        token. It makes 6 calls of ops in place of 15, each of which costs 3 us and more.
+        """
+        tokens, native = head.hidden.shape[0], self.native
+        if (
+            native is None
+            or head.hidden.dtype != torch.float32
+            or tokens * head.vocab > _AT_ONCE
+            or int(self.scored.copy.values[0]) != tokens
+            or (self.chunk_mib is not None and buffer_rows(head, self.chunk_mib, False) != tokens)
+        ):
+            return None
+        hidden, batch = head.hidden, self.batch
+        if head.bias is None:
+            logits = torch.mm(hidden, head.weight.t())
+        else:
+            logits = torch.addmm(head.bias, hidden, head.weight.t())
+        logits = logits.view(*batch.labels.shape, head.vocab)
+        rules, weights, columns, error = state_arguments(self.state, hidden.device, eager=True)
+        inputs = logits, batch.labels, batch.sample_ids, rules, weights, self.num_items
+        options = self.reduction, batch.ignore_index, batch.shift, batch.softcap
+        call = inputs, options, batch.token_weights, batch.sample_weights
+        outcome = ops.native_update_(native, "loss_forward_", columns, error, self.stats, self.writes, *call)
+        result = ForwardResult._make(outcome)
+        check_flag(error, self.state, head.vocab)
+        saved = result.statistics, result.coeff, result.scale, result.token_visit, batch.shift, batch.softcap
+        native.logits_grad_(torch.ones(()), logits, batch.labels, *saved)
+        gradient, kept = logits.view(tokens, head.vocab), None
+        if not self._all_kept and _leaves_out(result, tokens):
+            kept = result.coeff.nonzero()[:, 0]
+            gradient, hidden = gradient.index_select(0, kept), hidden.index_select(0, kept)
+        return result, products(gradient, hidden, head, kept, needed)
+
+
+def _leaves_out(result: ForwardResult, tokens: int) -> bool:
+    """Whether rows of weight 0 should not enter a GEMM: there are enough of them, or one may not be finite."""
+    return tokens - int(result.coeff.count_nonzero()) > LEFT_OUT * tokens or not math.isfinite(result.loss)
+
+
+def products(
+    gradient: Tensor, hidden: Tensor, head: Head, kept: Tensor | None, needed: tuple[bool, bool, bool]
+) -> Gradients:
+    """Gradients of the head from those of the logits, (n, V), of the tokens `kept` of (T,), all if None."""
+    of_hidden = of_weight = of_bias = None
+    if needed[0]:
+        of_hidden = torch.mm(gradient, head.weight)
+        if kept is not None:
+            of_hidden = torch.zeros_like(head.hidden).index_copy_(0, kept, of_hidden)
+    if needed[1]:
+        of_weight = torch.mm(gradient.t(), hidden)
+    if needed[2]:
+        of_bias = gradient.sum(0, dtype=torch.float64).to(gradient.dtype)
+    return of_hidden, of_weight, of_bias
