@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geko_kernels.reference.rows import row_entropy
+
 try:
     import geko_kernels._C as _C  # registers torch.ops.geko_cpu
 except ImportError as error:
@@ -34,12 +36,15 @@ def score_rows_(
     count: int,
     vocab: int,
     softcap: float,
+    entropy: Tensor | None = None,
 ) -> None:
     """See `reference.rows.score_rows_`, never fused: a row leaves the cache before its gradient is computed."""
     assert not fused
     slots, part = slice(slot, slot + count), slice(start, start + count)
     stats = token_stats(logits[slots, None, :vocab], targets[part, None], None, -1, False, softcap)
     tokens.index_copy_(1, rows[part], stats)
+    if entropy is not None:
+        entropy.index_copy_(0, rows[part], row_entropy(logits[slots, :vocab], stats, softcap))
 
 
 def gradient_rows_(

@@ -45,13 +45,15 @@ class _Call:
     reduction: int
     writes: bool
     chunk_mib: float | None
+    entropy: Tensor | None  # (T,) where it is asked for
 
     def score(self, head: Head, gradients: HeadGradients | None) -> Visits:
         """The visits; `gradients` take what is to be multiplied by the upstream gradient."""
         rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
         batch = self.batch
-        chunks = Chunks(head, batch, rows, gradients, self.state is None and batch.sample_weights is None)
+        all_kept = self.state is None and batch.sample_weights is None
+        chunks = Chunks(head, batch, rows, gradients, all_kept, self.entropy)
         rules, weights, columns, error = table_of(self.state, head.hidden.device, eager=True)
 
         def update(tokens: Tensor, last: bool) -> Visits:
@@ -199,6 +201,7 @@ def weighted_linear_loss(
     sample_weights: Tensor | None = ...,
     update: bool | None = ...,
     return_stats: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
 ) -> Tensor: ...
 
@@ -221,8 +224,32 @@ def weighted_linear_loss(
     sample_weights: Tensor | None = ...,
     update: bool | None = ...,
     return_stats: Literal[True],
+    return_entropy: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
 ) -> tuple[Tensor, SampleStats]: ...
+
+
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    reduction: ReductionName = ...,
+    shift: bool = ...,
+    ignore_index: int = ...,
+    num_items: int | float | Tensor | None = ...,
+    softcap: float | None = ...,
+    token_weights: Tensor | None = ...,
+    sample_weights: Tensor | None = ...,
+    update: bool | None = ...,
+    return_stats: bool = ...,
+    return_entropy: Literal[True],
+    chunk_mib: int | float | None = ...,
+) -> tuple[Any, ...]: ...
 
 
 @torch.compiler.disable
@@ -243,8 +270,9 @@ def weighted_linear_loss(
     sample_weights: Tensor | None = None,
     update: bool | None = None,
     return_stats: bool = False,
+    return_entropy: bool = False,
     chunk_mib: int | float | None = None,
-) -> Tensor | tuple[Tensor, SampleStats]:
+) -> Tensor | tuple[Any, ...]:
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
@@ -263,8 +291,12 @@ def weighted_linear_loss(
             them before they are multiplied by the upstream gradient.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
             update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
+        return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
+            float32 (float64 for float64), of the labels' shape, without gradient; 0 where a token predicts nothing
+            or its label does not count.
 
-    Returns: what `weighted_loss` does. Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
+    Returns: what `weighted_loss` does, and at the end, if asked for, the entropy: (loss, entropy) or
+        (loss, stats, entropy). Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
         since the host has to learn how many rows are kept.
 
     Raises: as `weighted_loss`; RuntimeError while a CUDA graph is being captured.
@@ -275,16 +307,16 @@ def weighted_linear_loss(
     """
     check_transforms("weighted_linear_loss", hidden, weight, bias, token_weights, sample_weights)
     ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)
-    check_switches("hidden", hidden, shift=shift, update=update, return_stats=return_stats)
+    switches = {"return_stats": return_stats, "return_entropy": return_entropy}
+    check_switches("hidden", hidden, shift=shift, update=update, **switches)
     check_head(hidden, weight, bias)
     budget = chunk_budget(chunk_mib)
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
     if token_weights is not None or sample_weights is not None:
         look = device.type == "cpu" or debugging()
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         labels, token_weights, sample_weights = prepare_weights(
-            labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
+            labels, sample_ids, ignore_index, _real(hidden), token_weights, sample_weights, look
         )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     if device.type == "cpu":
@@ -298,6 +330,7 @@ def weighted_linear_loss(
         reduction=REDUCTIONS[reduction],
         writes=state is not None and ops.counts(update),
         chunk_mib=budget,
+        entropy=hidden.new_zeros(labels.numel(), dtype=_real(hidden)) if return_entropy else None,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     seen: list[Visits] = []
@@ -308,7 +341,14 @@ def weighted_linear_loss(
             with torch.no_grad():
                 seen.append(call.score(make_head(rows, weight, bias), None))
             loss = seen[0].loss
-    return (loss, seen[0].stats()) if return_stats else loss
+    asked = (seen[0].stats(),) if return_stats else ()
+    if call.entropy is not None:
+        asked = (*asked, call.entropy.view(labels.shape))
+    return (loss, *asked) if asked else loss
+
+
+def _real(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

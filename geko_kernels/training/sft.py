@@ -14,7 +14,6 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
-from geko_kernels.training.model_loss.own_loss import fit_labels
 from geko_kernels.training.trainer import GEKOMixin
 
 logger = logging.get_logger(__name__)
@@ -24,9 +23,10 @@ _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
 class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """`trl.SFTTrainer` with GEKO's loss and plans; `GEKOConfig.uniform()` trains as SFTTrainer does.
 
-    Dataset preparation, collator, evaluation and metrics are SFTTrainer's. Training goes through the logits, because
-    entropy needs them. A sample id is a row of `train_dataset` as it was given; a row that SFT drops, because no token
-    of it counts, is never drawn. `shuffle_dataset` changes nothing here: each epoch's plan is shuffled.
+    Dataset preparation, collator, evaluation and metrics are SFTTrainer's, and so is the auxiliary loss of a mixture of
+    experts (`router_aux_loss_coef`). Training computes the loss and the entropy together with the model's head, without
+    all logits, where GEKOTrainer does. A sample id is a row of `train_dataset` as it was given; a row that SFT drops,
+    because no token of it counts, is never drawn. `shuffle_dataset` changes nothing: each epoch's plan is shuffled.
 
     `packing=True` packs the documents of each epoch's plan anew by best-fit decreasing into rows of `max_length`
     tokens, so that none is cut and no padding is paid; SFTTrainer packs once. Documents are truncated to `max_length`
@@ -39,12 +39,12 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     Raises:
         ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
-            Liger kernels, iterable datasets, vision models and auxiliary losses; at the first training batch, prompt
+            Liger kernels, iterable datasets, vision models; at the first training batch, prompt
             tuning with packed rows.
     """
 
     _replaces = SFTTrainer
-    _fuses_head = False  # the metrics need logits
+    _entropy = True  # SFT logs it
 
     def __init__(self, *args: Any, config: GEKOConfig | None = None, **named: Any) -> None:
         given = arguments_of(SFTTrainer, args, named)
@@ -59,10 +59,6 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
         if self._is_vlm:
             raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "GEKOSFTTrainer has no auxiliary loss: set router_aux_loss_coef=0.0 in SFTConfig, or use SFTTrainer"
-            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **named: Any
@@ -111,30 +107,53 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
                 "GEKOSFTTrainer counts tokens by attention_mask or position_ids: let the data_collator return one"
             )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        prompt = self._find_loss(model, inputs).form.prompt
-        self._count(outputs["logits"].detach(), inputs, prompt)
+        if return_outputs and outputs.logits is None:  # as SFT does
+            bare = {k: value for k, value in inputs.items() if k not in ("labels", "sample_ids", *self._weight_columns)}
+            with torch.no_grad():
+                outputs = model(**bare)
         return (loss, outputs) if return_outputs else loss
 
     def _forward_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **named: Any) -> ModelLoss:
-        # as SFT does: with a cache the documents of a row would see each other
-        return super()._forward_loss(model, {**inputs, "use_cache": False}, *args, **named)
+        inputs = {**inputs, "use_cache": False}  # as SFT does: with a cache the documents of a row would see each other
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outcome = super()._forward_loss(model, inputs, *args, **named)
+        aux = self._aux_loss(outcome.outputs) if self.aux_loss_enabled else None
+        # as SFT does, whatever the model adds to its loss itself
+        outcome = outcome._replace(terms=None if aux is None else self.router_aux_loss_coef * aux)
+        if outcome.entropy is not None:
+            self._count(outcome, inputs)
+            if aux is not None:
+                mean = self.accelerator.reduce(aux.detach().clone(), "mean")
+                self._metrics["train"]["aux_loss"].append(mean.item())
+        return outcome
 
-    def _count(self, logits: Tensor, inputs: dict[str, Any], prompt: bool) -> None:
-        """SFT's metrics of a training batch; logits (B, S, V), longer than the labels with prompt tuning."""
-        labels = fit_labels(inputs["labels"], logits, prompt)[:, 1:]
-        sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # entropy, hits, labels, tokens
-        for row, target in zip(logits[:, :-1], labels, strict=True):  # one row at a time: (S, V) in float32
-            counts = target != -100
-            logp = row[counts].float().log_softmax(-1)
-            sums[0] -= (logp.exp() * logp).sum()
-            sums[1] += (logp.argmax(-1) == target[counts]).sum()
-            sums[2] += counts.sum()
-        mask = inputs.get("attention_mask")
-        sums[3] = inputs["position_ids"].shape[1] if mask is None else mask.sum()  # as SFT counts them
-        entropy, hits, number, tokens = self.accelerator.reduce(sums, "sum").tolist()
+    def _aux_loss(self, outputs: Any) -> Tensor:
+        if getattr(outputs, "aux_loss", None) is None:
+            raise ValueError(
+                f"{type(self._base()).__name__} returns no aux_loss, which router_aux_loss_coef="
+                f"{self.router_aux_loss_coef} weighs: set it to 0.0 in SFTConfig"
+            )
+        return outputs.aux_loss
+
+    def _share_of_terms(self, factor: float, num_items: Tensor | int | None) -> float:
+        return 1.0 if num_items is None else 1 / self.current_gradient_accumulation_steps
+
+    def _evaluates_in_head(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        return False  # SFT's own head has SFT's metrics
+
+    def _count(self, outcome: ModelLoss, inputs: dict[str, Any]) -> None:
+        """SFT's metrics of a training batch."""
+        stats, entropy, mask = outcome.stats, outcome.entropy, inputs.get("attention_mask")
+        assert entropy is not None
+        number = stats.num_tokens.double()
+        here = inputs["position_ids"].shape[1] if mask is None else mask.sum()  # as SFT counts them
+        here = torch.as_tensor(here, device=number.device)
+        sums = torch.stack([entropy.double().sum(), (stats.accuracy * number).sum(), number.sum(), here])
+        entropies, hits, labels, tokens = self.accelerator.reduce(sums, "sum").tolist()
         metrics = self._metrics["train"]
-        metrics["entropy"].append(entropy / number if number else 0.0)
-        metrics["mean_token_accuracy"].append(hits / number if number else 0.0)
+        metrics["entropy"].append(entropies / labels if labels else 0.0)
+        metrics["mean_token_accuracy"].append(hits / labels if labels else 0.0)
         self._total_train_tokens += int(tokens)
         metrics["num_tokens"] = [self._total_train_tokens]
 
