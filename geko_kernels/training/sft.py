@@ -15,6 +15,7 @@ from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
 from geko_kernels.training.trainer import GEKOMixin
+from geko_kernels.training.weights import WEIGHT_COLUMNS
 
 logger = logging.get_logger(__name__)
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
@@ -34,13 +35,16 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     `GEKOConfig(batch_tokens=...)`, one of so many tokens. `packing_strategy` "wrapped" and "bfd_split" cut documents:
     SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
 
+    The columns `sample_weights` and, beside `input_ids`, `token_weights` weigh as in GEKOTrainer; truncation cuts the
+    latter along with the tokens, and mean_token_accuracy is then weighted by them.
+
     Args: those of SFTTrainer, and
         config: a GEKOConfig (default: `recommended()`).
 
     Raises:
-        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
-            Liger kernels, iterable datasets, vision models; at the first training batch, prompt
-            tuning with packed rows.
+        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them or the data have weights,
+            token_weights of text, a loss other than "nll", Liger kernels, iterable datasets, vision models; at the
+            first training batch, prompt tuning with packed rows.
     """
 
     _replaces = SFTTrainer
@@ -68,8 +72,11 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **named)
         marked = dataset.add_column(_ROW, list(range(len(dataset))))
         prepared = super()._prepare_dataset(marked, processing_class, args, False, *rest, **named)
+        columns = [name for name in WEIGHT_COLUMNS if name in dataset.column_names]
         if packing:
-            prepared = prepared.select_columns(["input_ids", "labels", _ROW])  # as SFT does
+            prepared = prepared.select_columns(["input_ids", "labels", _ROW, *columns])  # as SFT does, but for ours
+        if "token_weights" in columns:
+            prepared = _with_cut_weights(prepared, dataset, args.truncation_mode == "keep_end")
         rows, every = torch.tensor(prepared[_ROW][:], dtype=torch.long), torch.arange(len(dataset))
         if not torch.equal(rows, every):  # shuffle_dataset, or dropped rows
             prepared = prepared.select(self._places(rows, len(dataset)).tolist())
@@ -160,17 +167,18 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
 def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
+    columns = getattr(data, "column_names", None) or ()
     if getattr(args, "use_liger_kernel", False):
         raise ValueError("GEKOSFTTrainer does not combine with use_liger_kernel=True: set it to False")
     if getattr(args, "packing", False):
-        _check_packing(args, config or GEKOConfig.recommended())
+        _check_packing(args, config or GEKOConfig.recommended(), columns)
     kind = getattr(args, "loss_type", "nll")
     if kind != "nll":
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
-    if "token_weights" in (getattr(data, "column_names", None) or ()):
+    if "token_weights" in columns and "input_ids" not in columns:
         raise ValueError(
-            "GEKOSFTTrainer does not take token_weights, as SFTTrainer makes and cuts the tokens itself: train items "
-            "with input_ids and labels by GEKOTrainer, or drop the column"
+            "GEKOSFTTrainer does not take token_weights of text, as SFTTrainer makes its tokens itself: give the rows "
+            "of train_dataset input_ids (and labels) as long as them, or sample_weights, one number a row"
         )
     if data is not None and not isinstance(data, Dataset):
         raise ValueError(
@@ -179,12 +187,35 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
         )
 
 
-def _check_packing(args: Any, config: GEKOConfig) -> None:
+def _with_cut_weights(prepared: Any, given: Any, from_the_end: bool) -> Any:
+    """`prepared`, its token_weights cut as SFT has cut the tokens of the rows `given`."""
+    lengths = [len(tokens) for tokens in given["input_ids"]]
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        weights, sample, kept = row["token_weights"], row[_ROW], len(row["input_ids"])
+        if weights is not None and len(weights) != lengths[sample]:
+            raise ValueError(
+                f"token_weights must be as long as input_ids: sample {sample} has {len(weights)} of them and "
+                f"{lengths[sample]} tokens"
+            )
+        part = slice(lengths[sample] - kept, None) if from_the_end else slice(kept)
+        return {"token_weights": None if weights is None else weights[part]}
+
+    return prepared.map(cut, desc="Truncating token_weights")
+
+
+def _check_packing(args: Any, config: GEKOConfig, columns: Any) -> None:
     if args.packing_strategy != "bfd" and not _treats_all_alike(config):
         raise ValueError(
             f"GEKOSFTTrainer chooses and weights whole documents, and packing_strategy={args.packing_strategy!r} cuts "
             "them: set packing_strategy='bfd', which is packed anew in each epoch, or config=GEKOConfig.uniform(), "
             "which trains all of it"
+        )
+    weights = [name for name in WEIGHT_COLUMNS if name in columns]
+    if args.packing_strategy != "bfd" and weights:
+        raise ValueError(
+            f"packing_strategy={args.packing_strategy!r} makes rows of parts of documents, and train_dataset has "
+            f"{weights} of whole ones: set packing_strategy='bfd', or drop them"
         )
     if args.max_length is None:
         raise ValueError("packing=True needs max_length, the tokens of a packed row: got max_length=None")

@@ -326,9 +326,9 @@ def test_sample_weights_of_the_rows(tmp_path, kind):
     assert losses[1] == losses[0] and losses[2] == pytest.approx(2 * losses[0], rel=1e-5)
 
 
-def test_token_weights_are_refused(tmp_path):
+def test_token_weights_of_text_are_refused(tmp_path):
     data = rows("text").add_column("token_weights", [[1.0]] * 12)
-    with pytest.raises(ValueError, match="GEKOSFTTrainer does not take token_weights"):
+    with pytest.raises(ValueError, match=r"GEKOSFTTrainer does not take token_weights of text, .*: give .* input_ids"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, data)
 
 
