@@ -257,6 +257,21 @@ def test_an_auxiliary_loss_is_trained_as_sft_does(tmp_path, kind, fields, accumu
     assert trainer._found.head is not None
 
 
+def test_lora_of_the_experts(tmp_path):
+    """PEFT's `target_parameters` puts each parameter aside and back in every forward, which writes to none."""
+    peft = pytest.importorskip("peft")
+    runs = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        model = mixture("qwen")
+        lora = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM")
+        fields = {"peft_config": lora, "learning_rate": 1.0, "model": model, **named}
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("text"), **fields)
+        trainer.train()
+        keys = ("loss", "aux_loss", "entropy")
+        runs.append([entry[key] for key in keys for entry in trainer.state.log_history if key in entry])
+    assert len(runs[0]) == 9 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 12}]
 )
