@@ -16,14 +16,14 @@ from torch import nn
 from transformers.utils import logging
 
 from geko_kernels.state import SampleState
-from geko_kernels.training.progress import ProgressMixin
+from geko_kernels.training.loading import LoadingMixin
 from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.get_logger(__name__)
 
 
-class BeginningMixin(ProgressMixin):
+class BeginningMixin(LoadingMixin):
     """`transformers.Trainer` whose learning state is of the model that it trains."""
 
     model_wrapped: Any

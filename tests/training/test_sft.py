@@ -257,6 +257,30 @@ def test_an_auxiliary_loss_is_trained_as_sft_does(tmp_path, kind, fields, accumu
     assert trainer._found.head is not None
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+def test_resuming_a_mixture_is_exact(tmp_path, kind):
+    """Transformers saves its experts under other names, which Trainer does not load; the best checkpoint too."""
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.1}
+    whole, again = (
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture(kind), **fields) for _ in range(2)
+    )
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+    saved = mixture(kind).from_pretrained(tmp_path / "checkpoint-2")
+    again.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    again._load_best_model()
+    assert torch.equal(weights(again.model), weights(saved)) and not torch.equal(weights(saved), weights(whole.model))
+
+
+def test_resuming_with_another_model_is_refused(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture("mixtral"), **fields).train()
+    other = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture("qwen"), **fields)
+    with pytest.raises(ValueError, match="checkpoint-2 lacks weights of Qwen3MoeForCausalLM: .*Another model was"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_lora_of_the_experts(tmp_path):
     """PEFT's `target_parameters` puts each parameter aside and back in every forward, which writes to none."""
     peft = pytest.importorskip("peft")
