@@ -35,6 +35,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     `GEKOConfig(batch_tokens=...)`, one of so many tokens. `packing_strategy` "wrapped" and "bfd_split" cut documents:
     SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
 
+    Vision models are trained as SFTTrainer does, whose collator prepares the rows; such rows take no `batch_tokens`.
+
     The columns `sample_weights` and, beside `input_ids`, `token_weights` weigh as in GEKOTrainer; truncation cuts the
     latter along with the tokens, and mean_token_accuracy is then weighted by them.
 
@@ -43,8 +45,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     Raises:
         ValueError: a packing strategy that cuts documents where GEKO chooses or weights them or the data have weights,
-            token_weights of text, a loss other than "nll", Liger kernels, iterable datasets, vision models; at the
-            first training batch, prompt tuning with packed rows.
+            token_weights of text, a loss other than "nll", Liger kernels, iterable datasets; at the first
+            training batch, prompt tuning with packed rows.
     """
 
     _replaces = SFTTrainer
@@ -59,10 +61,9 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             self._row_tokens = own.max_length
         self._given_rows: Any = given.get("train_dataset")
         super().__init__(**given, config=config)
+        prepares = prepares and not self._is_vision_dataset  # whose rows the collator prepares
         if self._given_rows is not None and prepares:
             raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
-        if self._is_vlm:
-            raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **named: Any
