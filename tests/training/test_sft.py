@@ -93,6 +93,27 @@ def test_the_masks_of_sft_stay(tmp_path, kind, fields):
     torch.testing.assert_close(weights(ours.model), weights(plain.model), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"bf16": True},
+        {"neftune_noise_alpha": 5},
+    ],
+)
+def test_the_head_is_fused_however_it_is_trained(tmp_path, fields):
+    runs = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("prompt"), **fields, **named)
+        torch.manual_seed(1)
+        trainer.train()
+        keys = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        runs.append([entry[key] for key in keys for entry in trainer.state.log_history if key in entry])
+    assert len(runs[0]) == 12 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert trainer._found.head is not None
+
+
 def test_peft_config(tmp_path):
     peft = pytest.importorskip("peft")
     losses = []
