@@ -6,6 +6,9 @@ Importing it raises `ImportError` where the extension `geko_kernels._C` was not 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from geko_kernels.reference.rows import row_entropy
 
 try:
     import geko_kernels._C as _C  # registers the overloads `cpu` of torch.ops.geko
@@ -21,10 +24,29 @@ loss_forward_ = torch.ops.geko.loss_forward_.cpu
 logits_grad = torch.ops.geko.logits_grad.cpu
 logits_grad_ = torch.ops.geko.logits_grad_.cpu
 scored_rows = torch.ops.geko.scored_rows.cpu
-score_rows_ = torch.ops.geko.score_rows_.cpu
 kept_rows_ = torch.ops.geko.kept_rows_.cpu
 gradient_rows_ = torch.ops.geko.gradient_rows_.cpu
 gather_rows = torch.ops.geko.gather_rows.cpu
 scatter_rows_ = torch.ops.geko.scatter_rows_.cpu
 column_sums = torch.ops.geko.column_sums.cpu
 rescale_ = torch.ops.geko.rescale_.cpu
+
+
+def score_rows_(
+    logits: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    fused: bool,
+    slot: int,
+    start: int,
+    count: int,
+    vocab: int,
+    softcap: float,
+    entropy: Tensor | None = None,
+) -> None:
+    """See `reference.rows.score_rows_`."""
+    torch.ops.geko.score_rows_.cpu(logits, rows, targets, statistics, fused, slot, start, count, vocab, softcap)
+    if entropy is not None:
+        at = rows[start : start + count]
+        entropy.index_copy_(0, at, row_entropy(logits[slot : slot + count, :vocab], statistics[:, at], softcap))

@@ -168,6 +168,7 @@ def weighted_linear_loss(
     *,
     bias: Tensor | None = ...,
     return_stats: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
@@ -183,9 +184,26 @@ def weighted_linear_loss(
     *,
     bias: Tensor | None = ...,
     return_stats: Literal[True],
+    return_entropy: Literal[False] = ...,
     chunk_mib: int | float | None = ...,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, SampleStats]: ...
+
+
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    return_stats: bool = ...,
+    return_entropy: Literal[True],
+    chunk_mib: int | float | None = ...,
+    **options: Unpack[LossOptions],
+) -> tuple[Any, ...]: ...
 
 
 @torch.compiler.disable
@@ -206,8 +224,9 @@ def weighted_linear_loss(
     sample_weights: Tensor | None = None,
     update: bool | None = None,
     return_stats: bool = False,
+    return_entropy: bool = False,
     chunk_mib: int | float | None = None,
-) -> Tensor | tuple[Tensor, SampleStats]:
+) -> Tensor | tuple[Any, ...]:
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
@@ -227,8 +246,12 @@ def weighted_linear_loss(
             them before they are multiplied by the upstream gradient.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
             update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
+        return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
+            float32 (float64 for float64), of the labels' shape, without gradient; 0 where a token predicts nothing
+            or its label does not count.
 
-    Returns: what `weighted_loss` does. Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
+    Returns: what `weighted_loss` does, and at the end, if asked for, the entropy: (loss, entropy) or
+        (loss, stats, entropy). Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
         since the host has to learn how many rows are kept.
 
     Raises: as `weighted_loss`; RuntimeError while a CUDA graph is being captured.
@@ -239,16 +262,16 @@ def weighted_linear_loss(
     """
     check_transforms("weighted_linear_loss", hidden, weight, bias, token_weights, sample_weights)
     ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)
-    check_switches("hidden", hidden, shift=shift, update=update, return_stats=return_stats)
+    switches = {"return_stats": return_stats, "return_entropy": return_entropy}
+    check_switches("hidden", hidden, shift=shift, update=update, **switches)
     check_head(hidden, weight, bias)
     budget = chunk_budget(chunk_mib)
     device = hidden.device
     hidden = _autocast(hidden, weight, bias)
     if token_weights is not None or sample_weights is not None:
         look = device.type == "cpu" or debugging()
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         labels, token_weights, sample_weights = prepare_weights(
-            labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
+            labels, sample_ids, ignore_index, _real(hidden), token_weights, sample_weights, look
         )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     native = ops.native(hidden)
@@ -269,6 +292,7 @@ def weighted_linear_loss(
         stats=return_stats,
         chunk_mib=budget,
         native=native,
+        entropy=hidden.new_zeros(labels.numel(), dtype=_real(hidden)) if return_entropy else None,
     )
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     try:
@@ -277,7 +301,10 @@ def weighted_linear_loss(
         if native is not None:
             raise_bad_values()
         raise
-    return (loss, result.stats()) if return_stats else loss
+    asked = (result.stats(),) if return_stats else ()
+    if call.entropy is not None:
+        asked = (*asked, call.entropy.view(labels.shape))
+    return (loss, *asked) if asked else loss
 
 
 def _run(flat: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ForwardResult]:
@@ -290,6 +317,10 @@ def _run(flat: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple
                 seen.append(call.score(make_head(flat, weight, bias), None))
             loss = seen[0].loss
     return loss, seen[0]
+
+
+def _real(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

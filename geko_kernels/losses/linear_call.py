@@ -14,6 +14,7 @@ from geko_kernels.losses.arguments import check_flag
 from geko_kernels.losses.linear_chunks import Chunks, Head, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.logits import ForwardResult, state_arguments
+from geko_kernels.reference.rows import row_entropy
 from geko_kernels.state import SampleState
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
@@ -34,13 +35,14 @@ class Call:
     writes: bool
     stats: bool
     chunk_mib: float | None
+    entropy: Tensor | None  # (T,), if it is asked for
     native: ModuleType | None  # the C++ backend, if it runs: it checks values itself
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
         """The result; `gradients` take what is to be multiplied by the upstream gradient."""
         rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
-        chunks = Chunks(head, self.batch, rows, gradients, self._all_kept)
+        chunks = Chunks(head, self.batch, rows, gradients, self._all_kept, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -67,8 +69,8 @@ class Call:
     def at_once(self, head: Head, needed: tuple[bool, bool, bool]) -> tuple[ForwardResult, Gradients] | None:
         """What `score` and its gradients come to, or None where that is not for this call.
 
-        It is for one on the C++ backend in float32 whose logits fit into the budget and 16 MiB, and that scores every
-        token. It makes 6 calls of ops in place of 15, each of which costs 3 us and more.
+        It is for a call on the C++ backend in float32, whose logits fit into the budget and 16 MiB, and that scores
+        every token. It makes 6 calls of ops in place of 15, each of which costs 3 us and more.
         """
         tokens, native = head.hidden.shape[0], self.native
         if (
@@ -93,6 +95,8 @@ class Call:
         result = ForwardResult._make(outcome)
         check_flag(error, self.state, head.vocab)
         saved = result.statistics, result.coeff, result.scale, result.token_visit, batch.shift, batch.softcap
+        if self.entropy is not None:
+            self.entropy.copy_(row_entropy(logits.view(tokens, head.vocab), result.statistics, batch.softcap))
         native.logits_grad_(torch.ones(()), logits, batch.labels, *saved)
         gradient, kept = logits.view(tokens, head.vocab), None
         if not self._all_kept and _leaves_out(result, tokens):

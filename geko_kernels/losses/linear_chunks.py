@@ -110,14 +110,21 @@ class Chunks:
         room: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
         all_kept: every row is known to be kept.
+        entropy: (T,) gets that of each scored token; None: nobody asks.
 
     Attributes: fused, whether rows get their gradients along with the statistics; None: that is still to be found out.
     """
 
     def __init__(
-        self, head: Head, batch: LabelBatch, room: int, gradients: HeadGradients | None, all_kept: bool = False
+        self,
+        head: Head,
+        batch: LabelBatch,
+        room: int,
+        gradients: HeadGradients | None,
+        all_kept: bool = False,
+        entropy: Tensor | None = None,
     ) -> None:
-        self.head, self.batch, self.gradients = head, batch, gradients
+        self.head, self.batch, self.gradients, self.entropy = head, batch, gradients, entropy
         device, dtype = head.hidden.device, head.weight.dtype
         able = gradients is not None and ops.backend_name(device, dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
@@ -204,7 +211,7 @@ class Chunks:
 
     def _statistics(self, slot: int, start: int, count: int, fused: bool) -> None:
         where = (self.rows, self.targets, self.statistics, fused, slot, start, count)
-        ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap)
+        ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap, self.entropy)
 
     def _foresee(self, stop: int) -> dict[int, Tensor]:
         """Where a visit goes on behind scored row `stop`, expect of the rest what its scored rows showed.

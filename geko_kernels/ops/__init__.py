@@ -36,7 +36,7 @@ _SCHEMAS = {
     "scored_rows": "(Tensor labels, Tensor? sample_ids, int vocab, int ignore_index, bool shift) "
     "-> (Tensor, Tensor, Tensor)",
     "score_rows_": "(Tensor(a!) logits, Tensor rows, Tensor targets, Tensor(b!) tokens, bool fused, int slot, "
-    "int start, int count, int vocab, float softcap) -> ()",
+    "int start, int count, int vocab, float softcap, Tensor(c!)? entropy=None) -> ()",
     "kept_rows_": "(Tensor coeff, Tensor rows, Tensor(a!) positions, Tensor(b!) sources, int held, int start, "
     "int count) -> Tensor",
     "gradient_rows_": "(Tensor(a!) logits, Tensor positions, Tensor? sources, Tensor? end, "
@@ -133,7 +133,7 @@ def _tensors_at(places: list[int], arguments: tuple[Any, ...]) -> list[Tensor]:
     """The tensors there, those of a list one by one."""
     tensors: list[Tensor] = []
     for place in places:
-        given = arguments[place]
+        given = arguments[place] if place < len(arguments) else None  # the dispatcher leaves defaults out
         if type(given) is list:
             tensors += given
         elif given is not None:

@@ -198,12 +198,15 @@ def _score_rows(
     count: int,
     vocab: int,
     softcap: float,
+    entropy: Tensor | None = None,
 ) -> None:
     device = logits.device
     _check("logits", logits, (None, None), _REAL, device)
     _check("rows", rows, (None,), _INT64, device)
     _check("targets", targets, tuple(rows.shape), _INT64, device)
     _check("tokens", statistics, (5, None), _STATISTICS, device)
+    if entropy is not None:
+        _check("entropy", entropy, tuple(statistics.shape[1:]), _STATISTICS, device)
     _check_range("slots", slot, slot + count, len(logits))
     _check_range("rows [start, start + count)", start, start + count, len(rows))
     _check_range("columns", 0, vocab, logits.shape[1])

@@ -12,7 +12,7 @@ from geko_kernels.reference.layout import layout
 from geko_kernels.reference.ops import _cap, token_stats
 from geko_kernels.reference.visits import sum_dtype
 
-SUMMED_ROWS = 64  # that a GEMV adds up
+SUMMED_ROWS = 64  # that a GEMV adds up, or that are float32 at a time
 
 
 def scored_rows(
@@ -48,22 +48,35 @@ def score_rows_(
     count: int,
     vocab: int,
     softcap: float,
+    entropy: Tensor | None = None,
 ) -> None:
     """`statistics[:, rows] = token_stats(logits)` of the scored rows [start, start + count).
 
     Their logits are in the slots from `slot` on.
 
     Args: logits (R, ld); rows, targets (T,) from `scored_rows`; statistics (5, T); fused: also write `softmax - onehot`
-        over the logits, 0 beyond `vocab`.
+        over the logits, 0 beyond `vocab`; entropy (T,): also write `entropy[rows] = row_entropy(logits)`.
     """
     slots, part = slice(slot, slot + count), slice(start, start + count)
     target = targets[part]
     stats = token_stats(logits[slots, None, :vocab], target[:, None], None, -1, False, softcap)
     statistics.index_copy_(1, rows[part], stats)
+    if entropy is not None:
+        entropy.index_copy_(0, rows[part], row_entropy(logits[slots, :vocab], stats, softcap))
     if fused:
         x = logits[slots, :vocab].to(statistics.dtype)
         logits[slots, :vocab] = _gradient(x, target, stats[1, :, None], stats[2, :, None], softcap).to(logits.dtype)
         logits[slots, vocab:] = 0
+
+
+def row_entropy(logits: Tensor, stats: Tensor, softcap: float) -> Tensor:
+    """`-(p * p.log()).sum(-1)` with `p = softmax(logits)` and 0 for p = 0: (n,), of (n, V); stats (5, n)."""
+    found = torch.empty_like(stats[0])
+    for start in range(0, len(logits), SUMMED_ROWS):  # in float32 no more at a time
+        rows = slice(start, start + SUMMED_ROWS)
+        top, log_sum = stats[1:3, rows, None]
+        found[rows] = torch.special.entr((_cap(logits[rows].to(stats.dtype), softcap) - top - log_sum).exp()).sum(-1)
+    return found
 
 
 def kept_rows_(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from geko_kernels.state import SampleState
-from geko_kernels.training.progress import ProgressMixin
+from geko_kernels.training.loading import LoadingMixin
 from geko_kernels.training.random_numbers import RandomNumbers
 from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.report.visits import VisitLog
@@ -21,7 +21,7 @@ from geko_kernels.training.report.visits import VisitLog
 logger = logging.get_logger(__name__)
 
 
-class BeginningMixin(ProgressMixin):
+class BeginningMixin(LoadingMixin):
     """`transformers.Trainer` whose learning state belongs to the model that it trains."""
 
     model_wrapped: Any

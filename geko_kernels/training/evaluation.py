@@ -55,7 +55,7 @@ class EvaluationMixin(StoppingMixin):
     ) -> Any:
         """`_own_loss` up to rounding; the outputs have no logits."""
         num_items = num_items if self._takes_num_items else None
-        loss, terms, outputs, _ = self._forward_loss(model, inputs, num_items)
+        loss, terms, outputs, *_ = self._forward_loss(model, inputs, num_items)
         if terms is not None:
             loss = loss + terms.to(loss.device)
         if self.args.average_tokens_across_devices and num_items is not None:

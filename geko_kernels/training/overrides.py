@@ -110,6 +110,8 @@ REPLACED = {
         "looks at the samples held back, and logs, saves and evaluates after an empty epoch",
     ),
     "_finalize_training": Method(("trial", "num_train_samples", "start_time"), "ends with the kept weights"),
+    "_load_from_checkpoint": Method(("resume_from_checkpoint", "model"), "knows which checkpoint is loaded"),
+    "_issue_warnings_after_load": Method(("load_result",), "loads weights that were saved under other names"),
     "evaluate": Method(("eval_dataset", "ignore_keys", "metric_key_prefix"), "evaluates the averaged weights"),
     "predict": Method(("test_dataset", "ignore_keys", "metric_key_prefix"), "predicts by the averaged weights"),
     "save_model": Method(("output_dir", "_internal_call"), "saves the averaged weights"),
@@ -147,7 +149,7 @@ SFT_REPLACED = {
 SFT_READ = {
     "_metrics": "SFT's figures since the last log step",
     "_total_train_tokens": "tokens trained so far",
-    "_is_vlm": "whether the model sees images",
+    "_is_vision_dataset": "whether the collator prepares the rows, which have images",
 }
 ELSEWHERE = {  # attributes of objects that a trainer holds
     "_dataloaders": "of accelerate's Accelerator: the loaders it has prepared, that of a probe to be taken out",

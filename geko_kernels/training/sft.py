@@ -14,8 +14,8 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
-from geko_kernels.training.model_loss.own_loss import fit_labels
 from geko_kernels.training.trainer import GEKOMixin
+from geko_kernels.training.weights import WEIGHT_COLUMNS
 
 logger = logging.get_logger(__name__)
 _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
@@ -24,9 +24,10 @@ _ROW = "geko_row"  # the user's row, while SFT prepares the dataset
 class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """`trl.SFTTrainer` with GEKO's loss and plans; `GEKOConfig.uniform()` trains as SFTTrainer does.
 
-    Dataset preparation, collator, evaluation and metrics are SFTTrainer's. Training goes through the logits, because
-    entropy needs them. A sample id is a row of `train_dataset` as it was given; a row that SFT drops, because no token
-    of it counts, is never drawn. `shuffle_dataset` changes nothing here: each epoch's plan is shuffled.
+    Dataset preparation, collator, evaluation and metrics are SFTTrainer's, and so is the auxiliary loss of a mixture of
+    experts (`router_aux_loss_coef`). Training computes the loss and the entropy together with the model's head, without
+    all logits, where GEKOTrainer does. A sample id is a row of `train_dataset` as it was given; a row that SFT drops,
+    because no token of it counts, is never drawn. `shuffle_dataset` changes nothing: each epoch's plan is shuffled.
 
     `packing=True` packs the documents of each epoch's plan anew by best-fit decreasing into rows of `max_length`
     tokens, so that none is cut and no padding is paid; SFTTrainer packs once. Documents are truncated to `max_length`
@@ -34,17 +35,22 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     `GEKOConfig(batch_tokens=...)`, one of so many tokens. `packing_strategy` "wrapped" and "bfd_split" cut documents:
     SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
 
+    Vision models are trained as SFTTrainer does, whose collator prepares the rows; such rows take no `batch_tokens`.
+
+    The columns `sample_weights` and, beside `input_ids`, `token_weights` weigh as in GEKOTrainer; truncation cuts the
+    latter along with the tokens, and mean_token_accuracy is then weighted by them.
+
     Args: those of SFTTrainer, and
         config: a GEKOConfig (default: `recommended()`).
 
     Raises:
-        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them, a loss other than "nll",
-            Liger kernels, iterable datasets, vision models and auxiliary losses; at the first training batch, prompt
-            tuning with packed rows.
+        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them or the data have weights,
+            token_weights of text, a loss other than "nll", Liger kernels, iterable datasets; at the first
+            training batch, prompt tuning with packed rows.
     """
 
     _replaces = SFTTrainer
-    _fuses_head = False  # the metrics need logits
+    _entropy = True  # SFT logs it
 
     def __init__(self, *args: Any, config: GEKOConfig | None = None, **named: Any) -> None:
         given = arguments_of(SFTTrainer, args, named)
@@ -55,14 +61,9 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             self._row_tokens = own.max_length
         self._given_rows: Any = given.get("train_dataset")
         super().__init__(**given, config=config)
+        prepares = prepares and not self._is_vision_dataset  # whose rows the collator prepares
         if self._given_rows is not None and prepares:
             raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
-        if self._is_vlm:
-            raise ValueError("GEKOSFTTrainer trains text models: train a vision model with SFTTrainer")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "GEKOSFTTrainer has no auxiliary loss: set router_aux_loss_coef=0.0 in SFTConfig, or use SFTTrainer"
-            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **named: Any
@@ -72,8 +73,11 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **named)
         marked = dataset.add_column(_ROW, list(range(len(dataset))))
         prepared = super()._prepare_dataset(marked, processing_class, args, False, *rest, **named)
+        columns = [name for name in WEIGHT_COLUMNS if name in dataset.column_names]
         if packing:
-            prepared = prepared.select_columns(["input_ids", "labels", _ROW])  # as SFT does
+            prepared = prepared.select_columns(["input_ids", "labels", _ROW, *columns])  # as SFT does, but for ours
+        if "token_weights" in columns:
+            prepared = _with_cut_weights(prepared, dataset, args.truncation_mode == "keep_end")
         rows, every = torch.tensor(prepared[_ROW][:], dtype=torch.long), torch.arange(len(dataset))
         if not torch.equal(rows, every):  # shuffle_dataset, or dropped rows
             prepared = prepared.select(self._places(rows, len(dataset)).tolist())
@@ -111,47 +115,71 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
                 "GEKOSFTTrainer counts tokens by attention_mask or position_ids: let the data_collator return one"
             )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        prompt = self._find_loss(model, inputs).form.prompt
-        self._count(outputs["logits"].detach(), inputs, prompt)
+        if return_outputs and outputs.logits is None:  # as SFT does
+            bare = {k: value for k, value in inputs.items() if k not in ("labels", "sample_ids", *self._weight_columns)}
+            with torch.no_grad():
+                outputs = model(**bare)
         return (loss, outputs) if return_outputs else loss
 
     def _forward_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **named: Any) -> ModelLoss:
-        # as SFT does: with a cache the documents of a row would see each other
-        return super()._forward_loss(model, {**inputs, "use_cache": False}, *args, **named)
+        inputs = {**inputs, "use_cache": False}  # as SFT does: with a cache the documents of a row would see each other
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outcome = super()._forward_loss(model, inputs, *args, **named)
+        aux = self._aux_loss(outcome.outputs) if self.aux_loss_enabled else None
+        # as SFT does, whatever the model adds to its loss itself
+        outcome = outcome._replace(terms=None if aux is None else self.router_aux_loss_coef * aux)
+        if outcome.entropy is not None:
+            self._count(outcome, inputs)
+            if aux is not None:
+                mean = self.accelerator.reduce(aux.detach().clone(), "mean")
+                self._metrics["train"]["aux_loss"].append(mean.item())
+        return outcome
 
-    def _count(self, logits: Tensor, inputs: dict[str, Any], prompt: bool) -> None:
-        """SFT's metrics of a training batch; logits (B, S, V), longer than the labels with prompt tuning."""
-        labels = fit_labels(inputs["labels"], logits, prompt)[:, 1:]
-        sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # entropy, hits, labels, tokens
-        for row, target in zip(logits[:, :-1], labels, strict=True):  # one row at a time: (S, V) in float32
-            counts = target != -100
-            logp = row[counts].float().log_softmax(-1)
-            sums[0] -= (logp.exp() * logp).sum()
-            sums[1] += (logp.argmax(-1) == target[counts]).sum()
-            sums[2] += counts.sum()
-        mask = inputs.get("attention_mask")
-        sums[3] = inputs["position_ids"].shape[1] if mask is None else mask.sum()  # as SFT counts them
-        entropy, hits, number, tokens = self.accelerator.reduce(sums, "sum").tolist()
+    def _aux_loss(self, outputs: Any) -> Tensor:
+        if getattr(outputs, "aux_loss", None) is None:
+            raise ValueError(
+                f"{type(self._base()).__name__} returns no aux_loss, which router_aux_loss_coef="
+                f"{self.router_aux_loss_coef} weighs: set it to 0.0 in SFTConfig"
+            )
+        return outputs.aux_loss
+
+    def _share_of_terms(self, factor: float, num_items: Tensor | int | None) -> float:
+        return 1.0 if num_items is None else 1 / self.current_gradient_accumulation_steps
+
+    def _evaluates_in_head(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        return False  # SFT's own head has SFT's metrics
+
+    def _count(self, outcome: ModelLoss, inputs: dict[str, Any]) -> None:
+        """SFT's metrics of a training batch."""
+        stats, entropy, mask = outcome.stats, outcome.entropy, inputs.get("attention_mask")
+        assert entropy is not None
+        number = stats.num_tokens.double()
+        here = inputs["position_ids"].shape[1] if mask is None else mask.sum()  # as SFT counts them
+        here = torch.as_tensor(here, device=number.device)
+        sums = torch.stack([entropy.double().sum(), (stats.accuracy * number).sum(), number.sum(), here])
+        entropies, hits, labels, tokens = self.accelerator.reduce(sums, "sum").tolist()
         metrics = self._metrics["train"]
-        metrics["entropy"].append(entropy / number if number else 0.0)
-        metrics["mean_token_accuracy"].append(hits / number if number else 0.0)
+        metrics["entropy"].append(entropies / labels if labels else 0.0)
+        metrics["mean_token_accuracy"].append(hits / labels if labels else 0.0)
         self._total_train_tokens += int(tokens)
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
 def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
+    columns = getattr(data, "column_names", None) or ()
     if getattr(args, "use_liger_kernel", False):
         raise ValueError("GEKOSFTTrainer does not combine with use_liger_kernel=True: set it to False")
     if getattr(args, "packing", False):
-        _check_packing(args, config or GEKOConfig.recommended())
+        _check_packing(args, config or GEKOConfig.recommended(), columns)
     kind = getattr(args, "loss_type", "nll")
     if kind != "nll":
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
-    if "token_weights" in (getattr(data, "column_names", None) or ()):
+    if "token_weights" in columns and "input_ids" not in columns:
         raise ValueError(
-            "GEKOSFTTrainer does not take token_weights, as SFTTrainer makes and cuts the tokens itself: train items "
-            "with input_ids and labels by GEKOTrainer, or drop the column"
+            "GEKOSFTTrainer does not take token_weights of text, as SFTTrainer makes its tokens itself: give the rows "
+            "of train_dataset input_ids (and labels) as long as them, or sample_weights, one number a row"
         )
     if data is not None and not isinstance(data, Dataset):
         raise ValueError(
@@ -160,12 +188,35 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
         )
 
 
-def _check_packing(args: Any, config: GEKOConfig) -> None:
+def _with_cut_weights(prepared: Any, given: Any, from_the_end: bool) -> Any:
+    """`prepared`, its token_weights cut as SFT has cut the tokens of the rows `given`."""
+    lengths = [len(tokens) for tokens in given["input_ids"]]
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        weights, sample, kept = row["token_weights"], row[_ROW], len(row["input_ids"])
+        if weights is not None and len(weights) != lengths[sample]:
+            raise ValueError(
+                f"token_weights must be as long as input_ids: sample {sample} has {len(weights)} of them and "
+                f"{lengths[sample]} tokens"
+            )
+        part = slice(lengths[sample] - kept, None) if from_the_end else slice(kept)
+        return {"token_weights": None if weights is None else weights[part]}
+
+    return prepared.map(cut, desc="Truncating token_weights")
+
+
+def _check_packing(args: Any, config: GEKOConfig, columns: Any) -> None:
     if args.packing_strategy != "bfd" and not _treats_all_alike(config):
         raise ValueError(
             f"GEKOSFTTrainer chooses and weights whole documents, and packing_strategy={args.packing_strategy!r} cuts "
             "them: set packing_strategy='bfd', which is packed anew in each epoch, or config=GEKOConfig.uniform(), "
             "which trains all of it"
+        )
+    weights = [name for name in WEIGHT_COLUMNS if name in columns]
+    if args.packing_strategy != "bfd" and weights:
+        raise ValueError(
+            f"packing_strategy={args.packing_strategy!r} makes rows of parts of documents, and train_dataset has "
+            f"{weights} of whole ones: set packing_strategy='bfd', or drop them"
         )
     if args.max_length is None:
         raise ValueError("packing=True needs max_length, the tokens of a packed row: got max_length=None")

@@ -50,7 +50,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
     _signature_columns: list[str]
     _weight_columns: tuple[str, ...]  # of the training data
     label_names: list[str]
-    _fuses_head = True  # the head may be fused with the loss, without all logits
+    _entropy = False  # asked of the loss in training
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO replaces
     _row_tokens: int | None = None  # a plan is packed into rows of at most this many tokens
     _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
@@ -204,7 +204,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
-                fuse=self._fuses_head and not (self.is_deepspeed_enabled or in_one_graph(model)),
+                fuse=not (self.is_deepspeed_enabled or in_one_graph(model)),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)
@@ -279,16 +279,19 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         if not trains and self._returns_loss(model, inputs):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, terms, outputs, _ = self._forward_loss(model, inputs, num_items_in_batch)
+        loss, terms, outputs, *_ = self._forward_loss(model, inputs, num_items_in_batch)
         factor = 1.0
         if trains and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             factor = self.accelerator.num_processes  # DDP and FSDP average the gradients
         loss = loss * factor
-        if terms is not None:  # as in Trainer: not for a model that divides by num_items_in_batch
-            own = factor if self._takes_num_items else 1 / self.current_gradient_accumulation_steps
-            loss = loss + terms.to(loss.device) * own
+        if terms is not None:
+            loss = loss + terms.to(loss.device) * self._share_of_terms(factor, num_items_in_batch)
         outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_terms(self, factor: float, num_items: Tensor | int | None) -> float:
+        """As Trainer scales what a model adds to its cross-entropy: the loss of a model that counts stays as it is."""
+        return factor if self._takes_num_items else 1 / self.current_gradient_accumulation_steps
 
     def _forward_loss(
         self,
@@ -323,6 +326,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             num_items=num_items,
             weights=weights,
             forward_only=probe,
+            entropy=self._entropy and sample_ids is not None and not probe,
         )
         if sample_ids is not None:
             self.efficiency.count(outcome.stats, count_tokens(inputs, sample_ids), probe)

@@ -176,3 +176,22 @@ def test_the_first_rows_say_whether_gradients_come_with_the_statistics(monkeypat
         hidden, weight, labels, ids = batch(4096, learnt=learnt, masked=0.0)
         gk.weighted_linear_loss(hidden, weight, labels, ids, gk.SampleState(16, device="cuda")).backward()
         assert seen == [(192, False), (15 * 192, fused)]
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("learnt", [0.0, 1.0])
+def test_entropy(vocab, dtype, learnt):
+    """Of each token, in the launches with gradients and without; loss and gradients are those of a call without it."""
+    hidden, weight, labels, ids = batch(vocab, dtype, rows=8, learnt=learnt)
+    results = []
+    for asked in (False, True):
+        state = gk.SampleState(8, device="cuda")
+        options = {"reduction": "token_mean", "chunk_mib": 64, "return_stats": True, "return_entropy": asked}
+        loss, stats, *entropy = gk.weighted_linear_loss(hidden, weight, labels, ids, state, **options)
+        results.append((loss.detach(), *stats, *grads_of(loss, [hidden, weight])))
+    for plain, more in zip(*results, strict=True):
+        torch.testing.assert_close(more, plain, rtol=1e-3, atol=1e-6)
+    logits = F.linear(hidden.detach(), weight.detach()).float()
+    want = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill(labels == -100, 0)
+    torch.testing.assert_close(entropy[0], want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=2e-2)

@@ -110,7 +110,8 @@ def call_rows(dtype: torch.dtype, vocab: int, shift: bool, softcap: float) -> No
     rows, slots = labels.flatten(), torch.zeros(64, dtype=torch.int64)
     kernels.scored_rows(labels, None, vocab, -100, shift)
     for fused in (False, True):
-        kernels.score_rows_(tile, rows, rows, tokens, fused, 0, 0, 64, vocab - 3, softcap)
+        for entropy in (None, tokens[0]):
+            kernels.score_rows_(tile, rows, rows, tokens, fused, 0, 0, 64, vocab - 3, softcap, entropy)
     end = kernels.kept_rows_(tokens[0], rows, slots, slots, 0, 0, 64)
     for sources, last in ((slots, end), (None, None)):
         kernels.gradient_rows_(tile, slots, sources, last, labels, tokens, 0, 64, 64, vocab - 3, shift, softcap)

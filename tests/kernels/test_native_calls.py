@@ -177,7 +177,9 @@ def rows_call(op, **changes):
     common = {"logits": many(6, 16), "rows": index, "targets": index, "tokens": many(5, 4)}
     lists = {"positions": torch.zeros(6).long(), "sources": torch.arange(6)}
     call = {
-        "score_rows_": common | {"fused": False, "slot": 0, "start": 0, "count": 4, "vocab": 16, "softcap": 0.0},
+        "score_rows_": common
+        | {"fused": False, "slot": 0, "start": 0, "count": 4, "vocab": 16, "softcap": 0.0}
+        | {"entropy": None},
         "kept_rows_": {"coeff": torch.ones(4), "rows": index, **lists, "held": 0, "start": 0, "count": 4},
         "gradient_rows_": {
             **{"logits": many(6, 16), **lists, "end": None, "labels": index[:, None], "tokens": many(5, 4)},
@@ -199,6 +201,7 @@ def rows_call(op, **changes):
     ("op", "changes", "message"),
     [
         ("score_rows_", {"count": 5}, r"rows \[start, start \+ count\) must lie in \[0, 4\), got \[0, 5\)"),
+        ("score_rows_", {"entropy": many(5)}, r"entropy must be .*\(4,\).*\(5,\)"),
         ("score_rows_", {"slot": 3}, r"slots must lie in \[0, 6\), got \[3, 7\)"),
         ("score_rows_", {"slot": -1}, r"slots must lie in \[0, 6\), got \[-1, 3\)"),
         ("score_rows_", {"vocab": 17}, r"columns must lie in \[0, 16\), got \[0, 17\)"),

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import geko_kernels as gk
 from geko_kernels.losses import linear as linear_loss
 from geko_kernels.losses import linear_call, linear_chunks
+from geko_kernels.reference import rows as reference_rows
 
 SMALL = 3  # rows of the buffer: most visits of the random cases then cross several fills
 
@@ -253,3 +254,58 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels, "sample_ids": ids, "state": gk.SampleState(4)}
     with pytest.raises(error, match=message):
         gk.weighted_linear_loss(**{**arguments, **change})
+
+
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    logp = logits.log_softmax(-1)
+    return -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
+
+
+@given(case=cases(dtypes=(torch.float32,)))
+def test_the_entropy_of_each_token(backend, device, few_rows, case):
+    """Of the tokens that predict something; it changes neither loss nor gradients nor state."""
+    hidden, weight, bias = make_head(case, torch.float32, device, True)
+    labels, ids = case.labels.to(device), None if case.sample_ids is None else case.sample_ids.to(device)
+    results = []
+    for asked in ({}, {"return_entropy": True}):
+        state, x = case.new_state(device), hidden.detach().requires_grad_()
+        options = {"bias": bias, **case.options, "return_stats": True, **asked}
+        loss, stats, *entropy = gk.weighted_linear_loss(x, weight, labels, ids, state, **options)
+        results.append((loss.detach(), *stats, *torch.autograd.grad(loss.sum(), x)))
+    for plain, more in zip(*results, strict=True):
+        torch.testing.assert_close(more, plain, rtol=0, atol=0, equal_nan=True)
+    logits, cap = F.linear(hidden, weight, bias), case.options.get("softcap")
+    want = entropy_of(cap * (logits / cap).tanh() if cap else logits)
+    found = entropy[0]
+    assert found.shape == labels.shape and found.dtype == torch.float32 and not found.requires_grad
+    predicts = torch.zeros(labels.numel(), dtype=torch.bool)
+    rows, _, visits = reference_rows.scored_rows(
+        labels if labels.dim() == 2 else labels[:, None],
+        *(ids, logits.shape[-1], case.options["ignore_index"], case.options["shift"]),
+    )
+    predicts[rows[: int(visits[0])].cpu()] = True
+    predicts = predicts.view(labels.shape).to(device)
+    want = want.view(labels.shape)
+    torch.testing.assert_close(found, torch.where(predicts, want, 0), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("chunk_mib", [None, 0.1])
+def test_entropy_of_a_large_vocabulary(chunk_mib):
+    """As TRL's `entropy_from_logits`, in one buffer and in several, with gradients and without; confident rows too."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(2, 40, 16), torch.randn(5000, 16), torch.randint(5000, (2, 40))
+    hidden[0, :8] *= 8
+    labels[1, 30:] = -100
+    want = entropy_of(hidden @ weight.t()).masked_fill(labels.roll(-1, 1) == -100, 0)
+    want[:, -1] = 0
+    for grad in (False, True):
+        loss, entropy = gk.weighted_linear_loss(
+            hidden.clone().requires_grad_(grad), weight, labels, shift=True, return_entropy=True, chunk_mib=chunk_mib
+        )
+        assert loss.requires_grad == grad
+        torch.testing.assert_close(entropy, want, rtol=1e-4, atol=1e-4)
+
+
+def test_entropy_is_asked_for_by_true_or_false():
+    with pytest.raises(TypeError, match="return_entropy must be True or False, got 'sum'"):
+        gk.weighted_linear_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), return_entropy="sum")

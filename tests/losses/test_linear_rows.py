@@ -79,10 +79,11 @@ def test_gradient_rows_of_every_backend(backend, device, dtype, vocab, padded, s
     results = []
     for module in (ops, reference_rows):
         tokens, scored = torch.zeros(5, 6, device=device), logits.clone()
+        entropy = torch.zeros(6, device=device)
         # slots 1 to 6, the first two without their gradients
         module.score_rows_(scored, rows, targets, tokens, False, 1, 0, 2, vocab, softcap)
         fused = backend != "cpp"
-        module.score_rows_(scored, rows, targets, tokens, fused, 3, 2, 4, vocab, softcap)
+        module.score_rows_(scored, rows, targets, tokens, fused, 3, 2, 4, vocab, softcap, entropy)
         positions = torch.tensor([0, 1, 2, 0, 4], device=device)
         sources, end = torch.tensor([0, 1, 2, 6, 5], device=device), torch.tensor(4, dtype=torch.int32, device=device)
         where = (labels, tokens, 1, 6, 3 if fused else 7, vocab, False, softcap)
@@ -90,12 +91,17 @@ def test_gradient_rows_of_every_backend(backend, device, dtype, vocab, padded, s
         again = logits.clone()
         where = (labels, tokens, 0, 6, 6, vocab, False, softcap)
         module.gradient_rows_(again[1:7], rows, None, None, *where)
-        results.append((tokens, scored[:4], again))
+        results.append((tokens, scored[:4], again, entropy))
     for ours, want in zip(*results, strict=True):
         torch.testing.assert_close(
             ours, want, equal_nan=True, rtol=1e-5 if ours.dtype == torch.float32 else 0.016, atol=1e-5
         )
-    tokens, scored, again = results[0]
+    tokens, scored, again, entropy = results[0]
+    z = logits[3:7, :vocab].float()
+    logp = (softcap * (z / softcap).tanh() if softcap else z).log_softmax(-1)
+    want = -torch.where(logp == -torch.inf, 0, logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(entropy[rows[2:]], want, rtol=1e-4, atol=1e-4)
+    assert not entropy[rows[:2]].any(), "not asked for there"
     torch.testing.assert_close(scored[1:3], again[1:3], equal_nan=True)
     torch.testing.assert_close(scored[3], again[6], equal_nan=True)
     assert not scored[1:, vocab:].any() and again[0].equal(logits[0]) and again[7].equal(logits[7])

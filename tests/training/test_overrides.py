@@ -130,6 +130,7 @@ HARMLESS = {
     *("__init__", "_get_train_sampler", "training_step", "prediction_step", "_evaluate", "_save_rng_state"),
     *OF_AUTO_STOP,  # without it
     *("evaluate", "predict", "save_model", "_save_optimizer_and_scheduler"),
+    *("_load_from_checkpoint", "_issue_warnings_after_load"),  # of a resumed run, which Trainer warns of
 }
 
 

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from auto_run import few_samples
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import tiny_llama, weights
 
 import geko_kernels as gk
+from geko_kernels.losses import linear_call
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -52,13 +54,14 @@ def rows(kind, number=12):
 
 def trainer_of(cls, folder, data, **fields):
     named = {name: fields.pop(name) for name in ("config", "eval_dataset", "peft_config") if name in fields}
+    model = fields.pop("model", None) or tiny_llama()
     settings = {
         "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True,
         "bf16": False, "save_strategy": "no", "train_sampling_strategy": "sequential", "learning_rate": 1e-3,
         "gradient_checkpointing": False, "optim": "sgd", "disable_tqdm": True, **fields,
     }  # fmt: skip
     args = trl.SFTConfig(output_dir=str(folder), **settings)
-    return cls(model=tiny_llama(), args=args, train_dataset=data, processing_class=chat_tokenizer(), **named)
+    return cls(model=model, args=args, train_dataset=data, processing_class=chat_tokenizer(), **named)
 
 
 @pytest.mark.parametrize("kind", ["text", "prompt"])
@@ -88,6 +91,27 @@ def test_the_masks_of_sft_stay(tmp_path, kind, fields):
     for trainer in (plain, ours):
         trainer.train()
     torch.testing.assert_close(weights(ours.model), weights(plain.model), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"bf16": True},
+        {"neftune_noise_alpha": 5},
+    ],
+)
+def test_the_head_is_fused_however_it_is_trained(tmp_path, fields):
+    runs = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("prompt"), **fields, **named)
+        torch.manual_seed(1)
+        trainer.train()
+        keys = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        runs.append([entry[key] for key in keys for entry in trainer.state.log_history if key in entry])
+    assert len(runs[0]) == 12 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert trainer._found.head is not None
 
 
 def test_peft_config(tmp_path):
@@ -214,34 +238,132 @@ def test_streams_and_other_losses_are_refused(tmp_path):
     assert issubclass(type("MySFT", (gk.GEKOSFTTrainer,), {}), trl.SFTTrainer)
 
 
-def test_an_auxiliary_loss_is_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
+def mixture(kind):
+    import transformers as T
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-    def trainer(**fields):
-        settings = {
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "max_steps": 1,
-            "save_strategy": "no",
-            **fields,
-        }
-        model = MixtralForCausalLM(MixtralConfig(vocab_size=32, **sizes, **heads))
-        args = trl.SFTConfig(output_dir=str(tmp_path), **settings)
-        return gk.GEKOSFTTrainer(model=model, args=args, train_dataset=rows("text"), processing_class=chat_tokenizer())
-
-    with pytest.raises(ValueError, match=r"no auxiliary loss: set router_aux_loss_coef=0\.0 in SFTConfig"):
-        trainer()
-    trainer(router_aux_loss_coef=0.0).train()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    if kind == "mixtral":
+        return T.MixtralForCausalLM(T.MixtralConfig(**sizes, num_local_experts=4, router_aux_loss_coef=0.5))
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "router_aux_loss_coef": 0.5}
+    return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**sizes))
 
 
-def test_no_head_is_looked_for(tmp_path):
-    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), max_steps=1)
-    trainer.train()
-    assert trainer._found.head is None
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {}),
+        ("mixtral", {"padding_free": True, "max_length": None}),
+        ("qwen", {}),
+        ("qwen", {"router_aux_loss_coef": 0.25}),  # the model keeps its own of 0.5
+        ("qwen", {"router_aux_loss_coef": 0.0}),
+    ],
+)
+def test_an_auxiliary_loss_is_trained_as_sft_does(tmp_path, kind, fields, accumulation):
+    fields = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation, **fields}
+    runs, data = [], rows("prompt")
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        named |= {"eval_dataset": rows("prompt", 5), "model": mixture(kind), "learning_rate": 0.1}
+        trainer = trainer_of(cls, tmp_path / cls.__name__, data, **named, **fields)
+        trainer.train()
+        keys = ("loss", "aux_loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
+        curves = [entry[key] for key in keys for entry in trainer.state.log_history if key in entry]
+        runs.append((curves, weights(trainer.model), trainer.evaluate()["eval_loss"]))
+    off = fields.get("router_aux_loss_coef") == 0.0
+    assert len(runs[0][0]) == (15 if off else 18) and runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-6)
+    assert runs[1][2] == pytest.approx(runs[0][2], rel=1e-4)
+    assert trainer._found.head is not None
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+def test_resuming_a_mixture_is_exact(tmp_path, kind):
+    """Transformers saves its experts under other names, which Trainer does not load; the best checkpoint too."""
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.1}
+    whole, again = (
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture(kind), **fields) for _ in range(2)
+    )
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+    saved = mixture(kind).from_pretrained(tmp_path / "checkpoint-2")
+    again.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    again._load_best_model()
+    assert torch.equal(weights(again.model), weights(saved)) and not torch.equal(weights(saved), weights(whole.model))
+
+
+def test_resuming_with_another_model_is_refused(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture("mixtral"), **fields).train()
+    other = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=mixture("qwen"), **fields)
+    with pytest.raises(ValueError, match="checkpoint-2 lacks weights of Qwen3MoeForCausalLM: .*Another model was"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_lora_of_the_experts(tmp_path):
+    """PEFT's `target_parameters` puts each parameter aside and back in every forward, which writes to none."""
+    peft = pytest.importorskip("peft")
+    runs = []
+    for cls, named in ((trl.SFTTrainer, {}), (gk.GEKOSFTTrainer, {"config": gk.GEKOConfig.uniform()})):
+        model = mixture("qwen")
+        lora = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM")
+        fields = {"peft_config": lora, "learning_rate": 1.0, "model": model, **named}
+        trainer = trainer_of(cls, tmp_path / cls.__name__, rows("text"), **fields)
+        trainer.train()
+        keys = ("loss", "aux_loss", "entropy")
+        runs.append([entry[key] for key in keys for entry in trainer.state.log_history if key in entry])
+    assert len(runs[0]) == 9 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 12}]
+)
+def test_no_logits_are_made_in_training(tmp_path, monkeypatch, fields):
+    """With a buffer of 3 rows of logits nothing larger of the vocabulary's width is made."""
+    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: 3)
+    monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
+    vocab = 47
+    model = tiny_llama(vocab_size=vocab)
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), model=model, **fields)
+    batches = list(trainer.get_train_dataloader())
+    trainer.compute_loss(trainer.model, batches[0])  # the model is asked about its loss
+    made, transposed = [], torch.ops.aten.t.default  # of the weight
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            outputs = func(*args, **(kwargs or {}))
+            for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (vocab,) and func is not transposed:
+                    made.append(tensor.numel() // vocab)
+            return outputs
+
+    with Watch():
+        trainer.compute_loss(trainer.model, batches[1]).backward()
+    assert made and max(made) <= 3 < int((batches[1]["labels"] != -100).sum()), made
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt"])
+@pytest.mark.parametrize("fields", [{}, {"padding_free": True, "max_length": None}])
+def test_a_head_that_cannot_be_fused_logs_the_same(tmp_path, monkeypatch, kind, fields):
+    runs = []
+    for name in ("fused", "logits"):
+        trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path / name, rows(kind), **fields)
+        if name == "logits":
+            monkeypatch.setattr(trainer.model.lm_head, "forward", trainer.model.lm_head.forward)  # as if patched
+        trainer.train()
+        assert (trainer._found.head is None) == (name == "logits")
+        keys = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        runs.append([entry[key] for key in keys for entry in trainer.state.log_history if key in entry])
+    assert len(runs[0]) == 12 and runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_outputs_that_are_asked_for_have_logits(tmp_path):
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"))
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert loss.requires_grad and outputs.logits.shape == (*batch["labels"].shape, trainer.model.config.vocab_size)
 
 
 def test_missing_trl_is_named(monkeypatch):
@@ -265,9 +387,9 @@ def test_sample_weights_of_the_rows(tmp_path, kind):
     assert losses[1] == losses[0] and losses[2] == pytest.approx(2 * losses[0], rel=1e-5)
 
 
-def test_token_weights_are_refused(tmp_path):
+def test_token_weights_of_text_are_refused(tmp_path):
     data = rows("text").add_column("token_weights", [[1.0]] * 12)
-    with pytest.raises(ValueError, match="GEKOSFTTrainer does not take token_weights"):
+    with pytest.raises(ValueError, match=r"GEKOSFTTrainer does not take token_weights of text, .*: give .* input_ids"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, data)
 
 

@@ -50,6 +50,26 @@ def _row_statistics(
 
 
 @triton.jit
+def _row_entropy(
+    x, top, log_sum, row_stride, vocab, cap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """`-sum(p * log(p))` of one row, which the statistics left in cache."""
+    PER: tl.constexpr = VECTOR_BITS // x.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // PER
+    lane = tl.arange(0, LANES)[:, None] * PER
+    total = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, row_stride, BLOCK, num_stages=STAGES):
+        vector = start + lane
+        column = vector + tl.arange(0, PER)[None, :]
+        inside = column < vocab
+        z = tl.load(x + column, mask=tl.broadcast_to(vector < row_stride, [LANES, PER]), other=float("-inf"))
+        z = _capped(tl.where(inside, z.to(tl.float32), float("-inf")), inside, cap, SOFTCAP)
+        log_p = z - top - log_sum
+        total -= tl.sum(tl.where(log_p == float("-inf"), 0.0, tl.exp2(log_p * LOG2E) * log_p), 1)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def _slope(z, cap, SOFTCAP: tl.constexpr):
     """`d(cap * tanh(x / cap)) / dx`, from the capped z."""
     if SOFTCAP:
@@ -100,6 +120,7 @@ def _score_rows_kernel(
     rows_ptr,
     targets_ptr,
     statistics_ptr,
+    entropy_ptr,
     slot,
     start,
     count,
@@ -107,6 +128,7 @@ def _score_rows_kernel(
     vocab,
     softcap,
     FUSED: tl.constexpr,
+    ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -119,8 +141,12 @@ def _score_rows_kernel(
         t = tl.load(rows_ptr + start + i)
         known = (t >= 0) & (t < token_count)
         _store_statistics(statistics_ptr, t, known, True, top, total, z_target, token_count)
+        if ENTROPY:
+            log_z = tl.log(total)
+            entropy = _row_entropy(x, top, log_z, row_stride, vocab, softcap, SOFTCAP, BLOCK, STAGES)
+            tl.store(entropy_ptr + t, entropy, mask=known)
         if FUSED:
-            tl.debug_barrier()  # all have read the target's logit
+            tl.debug_barrier()  # all have read the row and the target's logit
             log_sum = tl.log(total)
             _row_gradient(x, target, z_target, top, log_sum, row_stride, vocab, softcap, SOFTCAP, BLOCK, STAGES)
 
@@ -139,6 +165,7 @@ def score_rows_(
     count: int,
     vocab: int,
     softcap: float,
+    entropy: Tensor | None = None,
 ) -> None:
     """See `reference.rows.score_rows_`; `logits` contiguous, its rows at multiples of 16 bytes. One launch."""
     if not count:
@@ -147,7 +174,21 @@ def score_rows_(
     block, warps, each, stages = FUSED if fused else READ
     small = min(max(next_power_of_2(row_stride), 128), block)
     warps, each = max(warps * small // block, 1), each * block // small
-    constants = {"FUSED": fused, "SOFTCAP": softcap != 0, "BLOCK": small, "STAGES": stages}
+    asked = entropy is not None
+    constants = {"FUSED": fused, "ENTROPY": asked, "SOFTCAP": softcap != 0, "BLOCK": small, "STAGES": stages}
     key = (logits.get_device(), logits.dtype, row_stride, *constants.values(), warps)
-    args = (logits, row_stride, rows, targets, statistics, slot, start, count, statistics.shape[1], vocab, softcap)
+    args = (
+        logits,
+        row_stride,
+        rows,
+        targets,
+        statistics,
+        entropy,
+        slot,
+        start,
+        count,
+        statistics.shape[1],
+        vocab,
+        softcap,
+    )
     _launch(key, programs_for(count, each, logits), args, constants, warps)

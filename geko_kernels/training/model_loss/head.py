@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geko_kernels.losses.linear import weighted_linear_loss
-from geko_kernels.losses.logits import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.model_loss.loss_form import LossForm, Question
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
@@ -137,9 +136,9 @@ class LossHead:
         state: SampleState | None,
         prompt: bool,
         options: dict[str, Any],
-    ) -> Iterator[list[SampleStats]]:
-        """Inside the context the head returns `weighted_linear_loss`; yields a list that receives its statistics."""
-        found: list[SampleStats] = []
+    ) -> Iterator[list[Any]]:
+        """Within, the head returns the loss of `weighted_linear_loss`; yields a list for what else it returns."""
+        found: list[Any] = []
         self._call = labels, sample_ids, state, prompt, options, found
         with _forward_of(self.layer, self._forward):
             yield found
@@ -148,6 +147,6 @@ class LossHead:
     def _loss_of(self, hidden: Tensor) -> Tensor:
         labels, sample_ids, state, prompt, options, found = self._call
         arguments = (hidden, self.layer.weight, fit_labels(labels, hidden, prompt), sample_ids, state)
-        loss, stats = weighted_linear_loss(*arguments, bias=self.layer.bias, reduction="token_mean", **options)
-        found.append(stats)
+        loss, *others = weighted_linear_loss(*arguments, bias=self.layer.bias, reduction="token_mean", **options)
+        found += others
         return loss

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from geko_kernels import ops
 from geko_kernels.losses.logits import SampleStats, weighted_loss
 from geko_kernels.state import SampleState
 from geko_kernels.training.model_loss.head import LossHead
 from geko_kernels.training.model_loss.loss_form import LossForm
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+
+_ENTROPY_ROWS = 256  # of logits in float32 at a time
 
 
 class ModelLoss(NamedTuple):
@@ -23,6 +26,7 @@ class ModelLoss(NamedTuple):
     terms: Tensor | None  # (): what the model adds to its cross-entropy
     outputs: Any  # of the model; without logits if the head is fused
     stats: SampleStats
+    entropy: Tensor | None = None  # of each token, in the shape of the labels, 0 where none counts; if asked for
 
 
 def forward_loss(
@@ -41,6 +45,7 @@ def forward_loss(
     weights: Mapping[str, Tensor] | None = None,
     forward_only: bool = False,
     update: bool = True,
+    entropy: bool = False,
 ) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
 
@@ -52,6 +57,7 @@ def forward_loss(
         shifted: labels that a collator has already shifted, instead of `labels`.
         weights: `token_weights` beside the labels, `sample_weights`, or both.
         forward_only: a probe: no graph, but the state counts the visits if `update`.
+        entropy: of labels (B, S) return each token's.
     """
     shift = form.shift and shifted is None
     if num_items is not None:  # 0 if a step has no label at all
@@ -71,7 +77,8 @@ def forward_loss(
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:
         if head is not None:
-            in_head = head.returns_loss(targets, sample_ids, state, form.prompt, options)
+            asked = {**options, "return_entropy": entropy}
+            in_head = head.returns_loss(targets, sample_ids, state, form.prompt, asked)
             found = stack.enter_context(in_head)
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only))
         stack.enter_context(without_cross_entropy(base, form.route))
@@ -79,8 +86,22 @@ def forward_loss(
     terms = find_loss(outputs) if form.route.has_terms else None
     if head is not None:
         loss, outputs.logits = outputs.logits, None
-        return ModelLoss(loss, terms, outputs, found[0])
+        return ModelLoss(loss, terms, outputs, *found)
     logits = find_logits(outputs, labels)
     targets = fit_labels(targets, logits, form.prompt)
     loss, stats = weighted_loss(logits, targets, sample_ids, state, reduction="token_mean", **options)
-    return ModelLoss(loss, terms, outputs, stats)
+    found_entropy = _entropy(logits.detach(), targets, sample_ids, shift, weights or {}) if entropy else None
+    return ModelLoss(loss, terms, outputs, stats, found_entropy)
+
+
+def _entropy(
+    logits: Tensor, labels: Tensor, sample_ids: Tensor | None, shift: bool, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """What `weighted_linear_loss` returns: (B, S), of logits (B, S, V)."""
+    if "token_weights" in weights:
+        labels = labels.masked_fill(weights["token_weights"].to(labels.device) == 0, -100)
+    rows, _, visits = ops.scored_rows(labels, sample_ids, logits.shape[-1], -100, shift)
+    entropy, by_token = logits.new_zeros(labels.numel(), dtype=torch.float32), logits.flatten(0, 1)
+    for some in rows[: int(visits[0])].split(_ENTROPY_ROWS):
+        entropy[some] = torch.special.entr(by_token[some].float().softmax(-1)).sum(-1)
+    return entropy.view(labels.shape)
