@@ -30,7 +30,7 @@ from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.report.efficiency import count_tokens
 from geko_kernels.training.token_batches import check_token_batches, packer_of, sample_lengths
-from geko_kernels.training.weights import columns_beside
+from geko_kernels.training.weights import columns_beside, drawable
 
 logger = logging.get_logger(__name__)
 _TRAINING = "Training"  # Trainer's name for its training dataloader
@@ -54,6 +54,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO replaces
     _row_tokens: int | None = None  # a plan is packed into rows of at most this many tokens
     _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
+    _drawn_from: tuple[Any, Tensor | None] | None = None  # the dataset, and those of `_present` that weigh anything
     _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
 
     def __init_subclass__(cls, **named: Any) -> None:
@@ -150,6 +151,12 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             else remover
         )
 
+    def _drawable(self) -> Tensor | None:
+        data = self.train_dataset
+        if self._drawn_from is None or self._drawn_from[0] is not data:
+            self._drawn_from = data, drawable(data, self._weight_columns, self._present)
+        return self._drawn_from[1]
+
     def _packer(self) -> Packer | None:
         if not (self.config.batch_tokens or self._row_tokens):
             return None
@@ -180,7 +187,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
             window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
-            present=self._present,
+            present=self._drawable(),
             packer=self._packer(),
         )
         if self.sampler is None:  # another loader during a run does not replace the run's sampler
@@ -390,7 +397,7 @@ class GEKOTrainer(GEKOMixin, Trainer):
       depending on the signature of the model's forward.
     - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of the data
       are taken out of the items before the data collator, and weight the loss as in `weighted_loss`. The divisor is the
-      sum of the token weights of the labels that count. A sample of weight 0 is planned and trained, with no effect.
+      sum of the token weights of the labels that count. A sample of weight 0 is never drawn.
       Evaluation is unweighted. A column that the model's forward takes is passed to it, as by Trainer.
     - the learning rate follows the finished share of the run, so that it has fallen by its end, unless you pass a
       scheduler. If the last of `num_train_epochs` would be empty before the rate has fallen, that epoch trains samples

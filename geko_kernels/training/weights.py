@@ -19,6 +19,32 @@ def columns_beside(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in WEIGHT_COLUMNS if name not in own)
 
 
+def drawable(dataset: Any, columns: Sequence[str], present: Tensor | None) -> Tensor | None:
+    """Ids (P,) int32 of `present`, None for all, without items whose `sample_weights` is 0: those change nothing.
+
+    Reads the column of a datasets.Dataset; of another dataset whose first item has one, every item.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    if "sample_weights" not in columns or dataset is None:
+        return present
+    if "sample_weights" in (getattr(dataset, "column_names", None) or ()):
+        values: list[Any] = list(dataset["sample_weights"])
+    elif isinstance(dataset[0], Mapping) and "sample_weights" in dataset[0]:
+        values = [dataset[row].get("sample_weights") for row in range(len(dataset))]
+    else:
+        return present
+    counts = torch.tensor([not isinstance(value, (int, float, Tensor)) or value != 0 for value in values])
+    if bool(counts.all()):
+        return present
+    if present is not None:
+        counts &= torch.zeros_like(counts).index_fill_(0, present.long(), True)
+    if not bool(counts.any()):
+        raise ValueError("sample_weights of all items of train_dataset are 0: there is nothing to train")
+    return counts.nonzero()[:, 0].int()
+
+
 def split_weights(
     items: Sequence[Any], ids: Sequence[int], columns: Sequence[str]
 ) -> tuple[list[Any], dict[str, list[Any]]]:

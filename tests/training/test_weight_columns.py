@@ -35,9 +35,9 @@ def without(items: list[dict], *names: str) -> list[dict]:
 
 
 def exact_loss(items: list[dict]) -> float:
-    """Of the untrained model over all items: `sum(v u l) / sum(u)`, by PyTorch, item by item."""
+    """Of the untrained model over all items but those of weight 0: `sum(v u l) / sum(u)`, by PyTorch, item by item."""
     model, total, divisor = tiny_llama(), 0.0, 0.0
-    for item in items:
+    for item in (item for item in items if item.get("sample_weights", 1.0) > 0):
         tokens = torch.tensor(item["input_ids"])
         u = torch.tensor(item.get("token_weights", [1.0] * len(tokens)))[1:]
         with torch.no_grad():
@@ -109,12 +109,26 @@ def test_what_the_model_takes_itself_is_its_own(tmp_path):
     assert curves[0] == curves[1] and sorted(seen[0].tolist()) == [0, 1, 2, 3] and seen[1] is None
 
 
-def test_a_sample_of_weight_zero_is_trained_with_weight_zero(tmp_path):
+@pytest.mark.parametrize("as_datasets", [False, True])
+def test_a_sample_of_weight_zero_is_never_drawn(tmp_path, as_datasets):
     items = [{**item, "sample_weights": float(i % 2)} for i, item in enumerate(sentences(8))]
-    trainer = trainer_of(tmp_path, items, UNIFORM, num_train_epochs=1)
+    data = items
+    if as_datasets:
+        data = pytest.importorskip("datasets").Dataset.from_list(items)
+    trainer = trainer_of(tmp_path, data, UNIFORM, num_train_epochs=2)
     trainer.train()
-    assert trainer.sample_state.times_seen.tolist() == [1] * 8
-    assert trainer.get_efficiency_report()["samples_idle"] == 4
+    assert trainer.sample_state.times_seen.tolist() == [0, 2] * 4
+    report = trainer.get_efficiency_report()
+    assert report["samples_idle"] == 0 and report["samples_backward"] == 8 and trainer.state.global_step == 2
+    alone = trainer_of(tmp_path, [item for item in items if item["sample_weights"]], UNIFORM, num_train_epochs=2)
+    alone.train()
+    assert curve(alone) == pytest.approx(curve(trainer), rel=1e-6)
+
+
+def test_without_any_weight_there_is_nothing_to_train(tmp_path):
+    items = [{**item, "sample_weights": 0} for item in sentences(8)]
+    with pytest.raises(ValueError, match="sample_weights of all items of train_dataset are 0: there is nothing to tr"):
+        trainer_of(tmp_path, items, UNIFORM).train()
 
 
 def test_one_label_a_row_takes_sample_weights_alone(tmp_path):
