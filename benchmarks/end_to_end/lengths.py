@@ -43,7 +43,7 @@ class Watched(Arm):
         seen = others.nonzero()[:, 0]
         self.seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))[:_SEEN]]
         self.swapped = [swap(split, ids[:_SEEN]) for ids in (self.held, self.seen)]
-        self.seconds["selection"] += engine.wait() - start
+        self.seconds["setup"] = engine.wait() - start  # before the clock of the run starts
         self.best: list[Tensor] | None = None
         self.curve: list[tuple[float, float, float]] = []
 
