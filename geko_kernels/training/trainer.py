@@ -397,7 +397,8 @@ class GEKOTrainer(GEKOMixin, Trainer):
       depending on the signature of the model's forward.
     - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of the data
       are taken out of the items before the data collator, and weight the loss as in `weighted_loss`. The divisor is the
-      sum of the token weights of the labels that count. A sample of weight 0 is never drawn.
+      sum of the token weights of the labels that count. A sample of weight 0 is never drawn from a
+      datasets.Dataset or a list; from another dataset it is trained without effect.
       Evaluation is unweighted. A column that the model's forward takes is passed to it, as by Trainer.
     - the learning rate follows the finished share of the run, so that it has fallen by its end, unless you pass a
       scheduler. If the last of `num_train_epochs` would be empty before the rate has fallen, that epoch trains samples

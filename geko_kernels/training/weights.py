@@ -22,7 +22,7 @@ def columns_beside(model: nn.Module) -> tuple[str, ...]:
 def drawable(dataset: Any, columns: Sequence[str], present: Tensor | None) -> Tensor | None:
     """Ids (P,) int32 of `present`, None for all, without items whose `sample_weights` is 0: those change nothing.
 
-    Reads the column of a datasets.Dataset; of another dataset whose first item has one, every item.
+    Of a datasets.Dataset, or a list or tuple of mappings. Items of others are not read beforehand: they may open files.
 
     Raises:
         ValueError: nothing is left.
@@ -31,8 +31,8 @@ def drawable(dataset: Any, columns: Sequence[str], present: Tensor | None) -> Te
         return present
     if "sample_weights" in (getattr(dataset, "column_names", None) or ()):
         values: list[Any] = list(dataset["sample_weights"])
-    elif isinstance(dataset[0], Mapping) and "sample_weights" in dataset[0]:
-        values = [dataset[row].get("sample_weights") for row in range(len(dataset))]
+    elif isinstance(dataset, (list, tuple)):
+        values = [item.get("sample_weights") if isinstance(item, Mapping) else None for item in dataset]
     else:
         return present
     counts = torch.tensor([not isinstance(value, (int, float, Tensor)) or value != 0 for value in values])

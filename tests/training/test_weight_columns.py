@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from torch.nn import functional as F
-from training import classified, curve, sentences, tiny_classifier, tiny_llama, trainer_of, weights
+from training import MapDataset, classified, curve, sentences, tiny_classifier, tiny_llama, trainer_of, weights
 from transformers import DataCollatorWithFlattening, default_data_collator
 
 import geko_kernels as gk
@@ -123,6 +123,15 @@ def test_a_sample_of_weight_zero_is_never_drawn(tmp_path, as_datasets):
     alone = trainer_of(tmp_path, [item for item in items if item["sample_weights"]], UNIFORM, num_train_epochs=2)
     alone.train()
     assert curve(alone) == pytest.approx(curve(trainer), rel=1e-6)
+
+
+def test_a_sample_of_weight_zero_of_another_dataset_is_trained_with_weight_zero(tmp_path):
+    """Its items may open files, so none is read beforehand."""
+    items = [{**item, "sample_weights": float(i % 2)} for i, item in enumerate(sentences(8))]
+    trainer = trainer_of(tmp_path, MapDataset(items), UNIFORM, num_train_epochs=1)
+    trainer.train()
+    assert trainer.sample_state.times_seen.tolist() == [1] * 8
+    assert trainer.get_efficiency_report()["samples_idle"] == 4
 
 
 def test_without_any_weight_there_is_nothing_to_train(tmp_path):
