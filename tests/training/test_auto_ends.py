@@ -72,3 +72,18 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_sentence(tmp_path):
     )
     with pytest.raises(ResumeError, match=told):
         auto_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("name", [files.RAW, files.AVERAGE, files.KEPT])
+def test_a_file_that_a_checkpoint_lacks_is_missed_before_the_run_and_not_at_its_end(tmp_path, name):
+    fields = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 20}
+    auto_trainer(tmp_path / "first", **fields).train()
+    folder = tmp_path / "first" / "checkpoint-20"
+    files.path_of(folder, name, None).unlink()
+    again = auto_trainer(tmp_path / "again", **fields)
+    raw = RawWeights(again)
+    with pytest.raises(
+        ValueError, match=f"checkpoint-20 has no {name}.safetensors: with auto_stop take another, whole c"
+    ):
+        again.train(resume_from_checkpoint=str(folder))
+    assert len(raw.steps) == 1  # no step was trained
