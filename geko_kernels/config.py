@@ -62,7 +62,7 @@ class GEKOConfig:
         auto_stop: the run finds its own length, at most `num_train_epochs` (or `max_steps`). The learning rate is
             constant after the warm-up, held-back samples are evaluated with averaged weights, and the run ends with
             the averaged weights of the best point; see docs/length.md. Not with `use_curriculum` or `spend_saved`,
-            which need to know the length.
+            which need to know the length; `uniform_finish` is of the longest run, and most end before it.
         auto_measure: what "best" means there: "loss", or "accuracy", the share of the held-back samples whose tokens
             are all right.
 

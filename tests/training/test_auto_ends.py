@@ -10,7 +10,9 @@ from auto_run import RawWeights, auto_trainer, few_samples, noisy, report_of
 from training import weights
 from transformers import TrainerCallback
 
+import geko_kernels as gk
 from geko_kernels._files import load_tensors, save_tensors
+from geko_kernels.training.planning import sampler as sampler_module
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping import files
 
@@ -28,7 +30,17 @@ def test_a_handful_of_evaluation_samples_decides_nothing(tmp_path, caplog):
     )
     trainer.train()
     assert report_of(trainer)["stopping"]["looked_at"] is None
-    assert "ends with the averaged weights. An eval_dataset needs at least 10 samples." in caplog.text
+    assert "ends with the averaged weights. An eval_dataset needs at least 10 samples, with labels where" in caplog.text
+
+
+def test_evaluation_data_without_labels_are_not_looked_at(tmp_path, caplog):
+    """A language model would be judged by its prompts, a classifier failed at the first look."""
+    prompts = [{"input_ids": item["input_ids"]} for item in noisy(30, seed=1)]
+    for eval_dataset in (prompts, {"own": noisy(30, seed=1), "plain": prompts}):
+        trainer = auto_trainer(tmp_path, noisy(90), eval_dataset=eval_dataset, num_train_epochs=2)
+        trainer.train()
+        assert report_of(trainer)["stopping"]["looked_at"] is None and trainer.state.global_step == 18
+    assert caplog.text.count("with labels where those of train_dataset have them.") == 2
 
 
 def test_samples_without_labels_do_not_end_the_run(tmp_path):
@@ -87,3 +99,25 @@ def test_a_file_that_a_checkpoint_lacks_is_missed_before_the_run_and_not_at_its_
     ):
         again.train(resume_from_checkpoint=str(folder))
     assert len(raw.steps) == 1  # no step was trained
+
+
+def test_a_run_resumed_before_or_after_the_guard_quarantines_is_the_one_that_never_stopped(tmp_path, monkeypatch):
+    """A third of the labels is wrong, and quarantined from the second epoch on; so many held-back ones do not count."""
+    right, data = noisy(400, 0.0), noisy(400, 0.0)
+    for item in data[::3]:
+        item["labels"] = [-100] * 4 + [24 + (item["labels"][-1] - 23) % 4]
+        item["input_ids"] = [*item["input_ids"][:4], item["labels"][-1]]
+    wrong = torch.tensor([mine != its for mine, its in zip(data, right, strict=True)])
+    monkeypatch.setattr(sampler_module.GEKOSampler, "_guards", lambda _: True)
+    quarantine = lambda state: int(state.quarantined.copy_(wrong & (state.times_seen > 0)).sum())  # noqa: E731
+    monkeypatch.setattr(sampler_module, "update_quarantine_", quarantine)
+    fields = {"config": gk.GEKOConfig.auto(), "save_strategy": "steps", "save_steps": 18}
+    whole = auto_trainer(tmp_path / "whole", data, **fields)
+    whole.train()
+    expected = report_of(whole)["stopping"]
+    held, share = expected["held_back"], int(whole.sample_state.quarantined.sum()) / 360
+    assert share == (134 - int(wrong[held].sum())) / 360 and f"without the highest {share:.0%}" in expected["why"]
+    for step in (18, 54):
+        trainer = auto_trainer(tmp_path / str(step), data, **fields)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert report_of(trainer)["stopping"] == expected and weights(trainer.model).equal(weights(whole.model))

@@ -13,7 +13,7 @@ from benchmarks.results import RESULTS, read
 from geko_kernels import torch_private
 from geko_kernels.training.stopping import average as stopping_average
 from geko_kernels.training.stopping.average import WeightAverage
-from geko_kernels.training.stopping.rule import Look, StopRule, surely_above
+from geko_kernels.training.stopping.rule import Look, StopRule, surely_above, surely_above_without
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, joined, near_duplicates
 
 
@@ -155,6 +155,7 @@ def test_what_the_report_says_of_a_run_that_the_rule_did_not_end():
     best = "the held-back samples were best after 0.50 epochs (loss 1.9000)."
     longer = "A longer run may be better: raise num_train_epochs or max_steps."
     assert rule.why() == f"The run went to its end; {best} {longer}"
+    assert rule.why(idle=True) == f"The run went to its end; {best}"
     assert rule.why(cut=True) == f"Something else than auto_stop (a callback, too few samples) ended the run; {best}"
     rule.add(look(0.75, 1.95))
     assert rule.why() == f"The run went to its end; {best}"
@@ -257,6 +258,34 @@ def test_held_back_samples_that_look_mislabelled_do_not_end_the_run():
     assert [add(blind, *each[:3], 0.0) for each in looks] == [True, False, False, False] and blind.stops()
     assert [loss for _, loss, _ in rule.curve] == pytest.approx([0.55, 0.495, 0.44, 0.385])  # all by the same measure
     assert "without the highest 30%, as many as look mislabelled in training" in rule.why()
+
+
+def test_mislabelled_held_back_samples_do_not_make_a_task_one_that_is_learnt_by_heart():
+    """Their own answer is the wrong one, so another's is likelier; the training samples' wrong answers are learnt."""
+    noise = torch.linspace(-0.1, 0.1, 60)
+    own = torch.cat([0.3 + noise, 4.0 + noise[:40]])  # 60 right labels, 40 wrong ones
+    swapped = torch.cat([2.5 + noise, 0.5 + noise[:40]])
+    seen = torch.full((100,), 0.2)
+    look = Look(2.0, own, swapped, seen, seen + 3, 0.6)
+    rule, blind = StopRule(), StopRule()
+    rule.add(look, 0.4)
+    blind.add(look)
+    assert rule.armed and not rule.by_heart and blind.by_heart and not blind.armed
+    heart = StopRule()
+    heart.add(Look(2.0, own, own.flip(0), seen, seen + 3, 0.6), 0.1)
+    assert not heart.armed and not heart.by_heart  # the guard has seen that it generalises
+
+
+def test_trimmed_means_of_one_distribution_are_not_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.rand(1000, 2, 100, generator=generator).log().neg()  # trimmed by 40 %
+    found = sum(surely_above_without(0.4, a, b, 0.0) for a, b in pairs)
+    assert found <= 8  # 1.3 in a thousand are beyond three standard errors
+    assert surely_above_without(0.4, pairs[0, 0] + 1, pairs[0, 1], 0.05)
+    nowhere = torch.full((100,), math.nan)
+    assert not surely_above_without(0.4, nowhere, pairs[0, 0], 0.05)
+    few = torch.tensor([1.0, 2.0, 3.0])
+    assert not surely_above_without(0.6, few + 9, few, 0.05)
 
 
 def test_without_torchs_private_name_the_average_is_the_same(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers.trainer_utils import has_length
 
-from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, parts_of, read, with_answer
+from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, label_key, parts_of, read, with_answer
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
 FEWEST = 2000  # samples below which none is held back
@@ -74,7 +74,7 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
     args, train, seed = trainer.args, trainer.train_dataset, trainer.args.seed
     source, dataset = "held_back", train
     if not len(held):
-        source, dataset = "eval_dataset", _evaluated(trainer.eval_dataset)
+        source, dataset = "eval_dataset", _evaluated(trainer.eval_dataset, train, args.label_names or ())
         if dataset is None:
             return None
         held = _some(torch.arange(len(dataset)), _MOST_EVALUATED, seed)
@@ -89,10 +89,18 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
     return LookedAt(source, dataset, held, seen, (pairs[0], pairs[1]) if possible else None)  # type: ignore[arg-type]
 
 
-def _evaluated(dataset: Any) -> Any:
-    """The evaluation data as one set of items by index; None where it has no length, or hardly any samples."""
+def _evaluated(dataset: Any, train: Any, label_names: Sequence[str]) -> Any:
+    """The evaluation data as one set of items by index; None for one that cannot be looked at.
+
+    That is one without a length, of hardly any samples, or without labels where the items of `train` have them: of
+    those a language model would be judged by its prompts.
+    """
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     if not parts or any(part is None or not has_length(part) or not hasattr(part, "__getitem__") for part in parts):
+        return None
+    firsts = [part[0] for part in (train, *parts) if len(part)]
+    labelled = [not isinstance(item, Mapping) or label_key(item, label_names) is not None for item in firsts]
+    if labelled[0] and not all(labelled):
         return None
     together = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     return together if len(together) >= FEWEST_EVALUATED else None

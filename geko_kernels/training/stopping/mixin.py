@@ -130,7 +130,7 @@ class StoppingMixin(PlannedMixin):
                 f"auto_stop: of the {len(self.train_dataset):,} samples of train_dataset none is held back (that takes "
                 f"{FEWEST:,}, in groups of less than a twentieth), and there is no eval_dataset with a length to look "
                 f"at: the run trains to its end, and ends with the averaged weights. An eval_dataset needs at least "
-                f"{FEWEST_EVALUATED} samples."
+                f"{FEWEST_EVALUATED} samples, with labels where those of train_dataset have them."
             )
         elif run.at.swapped is None:
             run.rule.armed = True
@@ -188,6 +188,7 @@ class StoppingMixin(PlannedMixin):
         run = self._stopping
         if run is not None:
             run.cut = not run.ended and self._progress() < 1 - 1e-6
+            run.idle = self._epoch_batches == 0
         if run is not None and run.average is not None:
             if run.at is not None and run.looked != self.state.global_step > 0:
                 self._look(run, self._epoch())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 PATIENCE = 0.5  # epochs without a lower loss after which the run ends
@@ -34,6 +35,22 @@ def surely_above(higher: Tensor, lower: Tensor, least: float) -> bool:
     return float(difference.mean()) > max(least, _SURE * error)
 
 
+def surely_above_without(share: float, higher: Tensor, lower: Tensor, least: float) -> bool:
+    """As `surely_above`, for the means without the highest `share` of each: two trimmed means, not paired.
+
+    Each is trimmed by itself, so where both are of one distribution neither is favoured. The errors are those of
+    winsorized samples.
+    """
+    both = higher.isfinite() & lower.isfinite()
+    values = torch.stack([higher[both], lower[both]]).double().sort().values  # (2, n)
+    count = round((1 - share) * values.shape[1])
+    if count < 2:
+        return False
+    means = values[:, :count].mean(1)
+    variances = values.clamp(max=values[:, count - 1 : count]).var(1) * values.shape[1] / count**2
+    return float(means[0] - means[1]) > max(least, _SURE * math.sqrt(float(variances.sum())))
+
+
 class StopRule:
     """Keeps the point with the lowest loss of the held-back samples; says when it is certain enough to stop there.
 
@@ -43,7 +60,8 @@ class StopRule:
 
     Where the noise guard holds a share of the training samples for mislabelled, as many of the held-back ones are: the
     better the model, the higher their loss. So that share of them, those with the highest loss, does not count, neither
-    at this look nor at the one that is kept.
+    at this look nor at the one that is kept, nor in the swap test. The guard works only in runs that generalise, so
+    while it holds samples back the run is not taken for one that learns by heart.
 
     Args:
         measure: "loss", or "accuracy": the point with the most held-back samples all right, the first of equals.
@@ -75,10 +93,11 @@ class StopRule:
         self.epochs.append(look.epoch)
         self.losses.append(_means_of_lowest(look.held))
         self.accuracies.append(look.accuracy)
-        gains = surely_above(look.held_swapped, look.held, _GAIN)
-        self.armed = self.armed or gains
-        says = bool(look.held.isfinite().any())
-        self.by_heart = not self.armed and says and surely_above(look.seen_swapped, look.seen, 2 * _GAIN)
+        self.armed = self.armed or surely_above(look.held_swapped, look.held, _GAIN)
+        if mislabelled:
+            self.armed = self.armed or surely_above_without(mislabelled, look.held_swapped, look.held, _GAIN)
+        may = not self.armed and not mislabelled and bool(look.held.isfinite().any())
+        self.by_heart = may and surely_above(look.seen_swapped, look.seen, 2 * _GAIN)
         values = self._values()
         best = math.isfinite(values[-1]) and (self.kept is None or values[-1] < values[self.kept])
         if best:
@@ -96,8 +115,11 @@ class StopRule:
         now = self.curve[-1][0]
         return now >= EARLIEST and now - self.curve[self.kept][0] >= PATIENCE - 1e-9
 
-    def why(self, samples: str = "held-back samples", cut: bool = False) -> str:
-        """A sentence or two for the report; `cut`: something else ended the run before its most."""
+    def why(self, samples: str = "held-back samples", cut: bool = False, idle: bool = False) -> str:
+        """A sentence or two for the report.
+
+        `cut`: something else ended the run before its most. `idle`: the last epoch had nothing to train.
+        """
         end = "Something else than auto_stop (a callback, too few samples) ended the run" if cut else _TO_ITS_END
         if not self.epochs:
             return "No look has been taken."
@@ -121,7 +143,7 @@ class StopRule:
         if self.stops():
             return f"The run ended because {best}, and for {PATIENCE} epochs not better.{self._given_up()}"
         longer = ""
-        if not cut and self.kept == len(self.epochs) - 1:
+        if not cut and not idle and self.kept == len(self.epochs) - 1:
             longer = " A longer run may be better: raise num_train_epochs or max_steps."
         return f"{end}; {best}.{longer}{self._given_up()}"
 

@@ -34,7 +34,8 @@ class StoppingRun:
     looked: int = -1  # and the last one looked at
     ended: bool = False  # by the rule
     by_heart: bool = False
-    cut: bool = False  # by something else than the rule, before its most
+    cut: bool = False  # ended by something else than the rule, before its most
+    idle: bool = False  # its last epoch had nothing to train
 
     @property
     def kept(self) -> int | None:
@@ -83,7 +84,7 @@ class StoppingRun:
         if self.at is None:
             return "There was nothing to look at, so the run went to its end; the weights are its average there."
         samples = "held-back samples" if self.at.source == "held_back" else "samples of eval_dataset"
-        why = self.rule.why(samples, self.cut)
+        why = self.rule.why(samples, self.cut, self.idle)
         if self.by_heart:
             too = "The samples held back were trained too, and the" if len(self.held) else "The"
             return f"{why} {too} weights are those of the end."
