@@ -39,7 +39,7 @@ class GEKOConfig:
         selection: leave samples of weight zero out of each epoch's plan.
         light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
             part in an epoch and the others in the one after. In its turn such a sample weighs as many times as much,
-            for those that rest.
+            for those that rest; so do its gradient and the logged loss.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train as many samples as the standard run, in more and shorter epochs. False finishes sooner.
         uniform_finish: share of the run, in [0, 1), at its end, that trains all but quarantined samples with weight 1.
@@ -62,7 +62,7 @@ class GEKOConfig:
         auto_stop: the run finds its own length, at most `num_train_epochs` (or `max_steps`). The learning rate is
             constant after the warm-up, held-back samples are evaluated with averaged weights, and the run ends with
             the averaged weights of the best point; see docs/length.md. Not with `use_curriculum` or `spend_saved`,
-            which need to know the length.
+            which need to know the length; `uniform_finish` is of the longest run, and most end before it.
         auto_measure: what "best" means there: "loss", or "accuracy", the share of the held-back samples whose tokens
             are all right.
 

@@ -10,7 +10,7 @@ from geko_kernels.training.report.report import write_report
 
 
 def report(run_dir: str) -> str:
-    """Make the report of `run_dir`; returns the lines that say where it is."""
+    """Make the report of `run_dir`; returns the lines that say what it comes to and where it is."""
     try:
         run, checkpoint = read_figures(Path(run_dir))
         page = write_report(run_dir)
@@ -18,5 +18,6 @@ def report(run_dir: str) -> str:
         raise UsageError(str(error)) from error
     images = sorted(path.name for path in Path(run_dir).glob("report_*.png"))
     unfinished = f"the run has not ended: the figures are those of {checkpoint}\n" if checkpoint else ""
-    told = f"{run['forecast']['text']}\n" if run.get("forecast") else ""
+    said = (run.get("forecast") or {}).get("text") or (run.get("stopping") or {}).get("why")  # never both
+    told = f"{said}\n" if said else ""
     return f"{unfinished}{told}{page}\n{page.parent}: {', '.join(images)}"

@@ -244,6 +244,10 @@ def test_auto_finds_the_run_s_length(model, prompts, tmp_path, capsys):
     assert train(model, prompts, output, "--auto", "--eval-data", prompts) == 0
     report = figures(output)
     assert report["config"]["auto_stop"] and report["stopping"]["looked_at"] == "eval_dataset"
+    assert report["forecast"] is None  # of other lengths, which such a run does not have
+    capsys.readouterr()
+    assert main(["report", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(report["stopping"]["why"] + "\n")
     told = refused(
         capsys, "train", "--model", "m", "--data", "d", "--output-dir", "o", "--auto", "--preset", "original"
     )

@@ -153,3 +153,19 @@ def test_of_adapters_the_adapters_alone_are_averaged(tmp_path):
     assert (tmp_path / "checkpoint-20" / "geko_raw.safetensors").stat().st_size < 10_000
     assert all(p.equal(before[name]) for name, p in model.named_parameters() if name in before)
     assert weights(again).equal(weights(model))
+
+
+def test_a_group_is_one_value(tmp_path):
+    args = arguments(tmp_path)
+    with few_samples(), pytest.raises(TypeError, match=r"groups must be one value an item .*, sample 7 has \['x', 7\]"):
+        sentinels([{**item, "groups": ["x", 7] if i == 7 else i} for i, item in enumerate(noisy(100))], 0, args)
+    with few_samples(), pytest.raises(TypeError, match=r"sample 0 has \[0, 1\]"):
+        sentinels([{**item, "groups": torch.tensor([0, 1])} for item in noisy(100)], 0, args)
+
+
+def test_where_only_a_handful_fits_none_is_held_back(tmp_path):
+    """40 should be: four groups of 100 are too large, and 19 samples without one too few to decide."""
+    data = [{"pixel_values": torch.zeros(1), "labels": 0, "groups": i // 100 if i < 400 else None} for i in range(420)]
+    with few_samples():
+        assert len(sentinels(data[:419], 0, arguments(tmp_path))) == 0
+        assert sentinels(data, 0, arguments(tmp_path)).tolist() == list(range(400, 420))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from auto_run import noisy
 from sampling import FOCUS, FREEZE, HARD, LIGHT, plan_of, state_of
-from training import MapDataset, sentences, trainer_of
+from training import MapDataset, sentences, tiny_llama, trainer_of
 
 import geko_kernels as gk
 from geko_kernels.training import trainer as trainer_module
@@ -86,6 +87,25 @@ def test_the_trainer_sends_the_weights_with_those_of_the_data(tmp_path, monkeypa
     weights = {i: weight for ids, given in seen for i, weight in zip(ids, given, strict=True) if i >= 0}
     assert 12 < len(weights) < 24
     assert weights == {i: (2.0 if i < 12 else 1.0) * (1 + i % 2) for i in weights}
+
+
+def test_a_step_follows_the_gradient_of_the_weighted_losses_over_the_number_of_samples(tmp_path, reference):
+    data, model, before = noisy(8), tiny_llama(), tiny_llama()
+    config, plain = (
+        gk.GEKOConfig.recommended(probes=False),
+        {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0},
+    )
+    trainer = trainer_of(tmp_path, data, config, model, max_steps=1, per_device_train_batch_size=8, **plain)
+    trainer.sample_state.times_seen[:4], trainer.sample_state.bucket[:4] = 1, LIGHT
+    trainer.train()
+    loss, drawn = torch.zeros(()), trainer.sampler.plan.ids.tolist()
+    assert 4 < len(drawn) < 8 and not set(range(4, 8)) - set(drawn)
+    for i in drawn:
+        logits = before(torch.tensor([data[i]["input_ids"]])).logits[0, 3]
+        loss = loss - logits.log_softmax(-1)[data[i]["labels"][4]] * (2 if i < 4 else 1) / len(drawn)
+    loss.backward()
+    for own, old in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(own.detach(), old.detach() - old.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loader_hands_the_weights_out_with_the_batch():

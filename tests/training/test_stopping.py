@@ -13,7 +13,7 @@ from benchmarks.results import RESULTS, read
 from geko_kernels import torch_private
 from geko_kernels.training.stopping import average as stopping_average
 from geko_kernels.training.stopping.average import WeightAverage
-from geko_kernels.training.stopping.rule import Look, StopRule, surely_above
+from geko_kernels.training.stopping.rule import Look, StopRule, surely_above, surely_above_without
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, joined, near_duplicates
 
 
@@ -110,8 +110,78 @@ def test_accuracy_is_a_measure_too_and_a_broken_loss_is_never_kept():
     assert rule.kept == 0 and rule.stops()
 
 
+@pytest.mark.parametrize("measure", ["loss", "accuracy"])
+@pytest.mark.parametrize("losses", [torch.empty(0), torch.full((40,), math.nan), torch.full((40,), math.inf)])
+def test_looks_without_a_number_are_never_kept_nor_end_the_run(losses, measure):
+    """No sample has a label, or the model has diverged: the first look is not better than nothing."""
+    rule, seen = StopRule(measure), torch.zeros(40)
+    rule.armed = True  # as where no swap can be made
+    accuracy = math.nan if measure == "accuracy" else 0.0
+    for quarter in range(1, 9):
+        assert not rule.add(Look(quarter / 4, losses, losses, seen, seen + 1, accuracy))
+        assert rule.kept is None and not rule.stops()
+    assert rule.why("samples of eval_dataset") == (
+        "At no look was the mean loss of the samples of eval_dataset a number: none of them has a label, or one had a "
+        "loss that was NaN or infinite. The run went to its end."
+    )
+    fresh = StopRule(measure)
+    fresh.add(Look(0.25, losses, losses, seen, seen + 1, accuracy))
+    assert not fresh.by_heart  # the training samples alone cannot tell
+
+
+def test_a_later_look_with_a_number_is_kept():
+    rule = StopRule()
+    assert [rule.add(look(epoch, held)) for epoch, held in ((0.25, math.nan), (0.5, 2.0), (0.75, 1.9))] == [
+        False,
+        True,
+        True,
+    ]
+    assert rule.kept == 2
+
+
+@pytest.mark.parametrize("share", range(0, 100, 7))
+def test_the_share_left_out_is_the_one_that_is_said(share):
+    """100 * 0.07 is above 7 in floating point."""
+    rule = StopRule()
+    held = torch.arange(100.0)
+    rule.add(Look(1.0, held, held + 1, held, held + 1, 0.0), share / 100)
+    assert rule.curve[0][1] == pytest.approx(float(held[: 100 - share].mean()))
+
+
+def test_what_the_report_says_of_a_run_that_the_rule_did_not_end():
+    rule = StopRule()
+    rule.add(look(0.25, 2.0))
+    rule.add(look(0.5, 1.9))
+    best = "the held-back samples were best after 0.50 epochs (loss 1.9000)."
+    longer = "A longer run may be better: raise num_train_epochs or max_steps."
+    assert rule.why() == f"The run went to its end; {best} {longer}"
+    assert rule.why(idle=True) == f"The run went to its end; {best}"
+    assert rule.why(cut=True) == f"Something else than auto_stop (a callback, too few samples) ended the run; {best}"
+    rule.add(look(0.75, 1.95))
+    assert rule.why() == f"The run went to its end; {best}"
+
+
+def test_it_says_that_a_look_given_up_would_be_better_by_the_share_of_today():
+    """The kept weights are those of the best look when it was taken; what was given up cannot come back."""
+    rule, wrong = StopRule(), torch.full((30,), 5.0)
+    for epoch, right, surer, share in ((1.0, 1.0, 0.0, 0.0), (1.25, 0.5, 9.0, 0.0), (1.5, 0.8, 9.0, 0.3)):
+        held = torch.cat([torch.full((70,), right), wrong + surer])
+        rule.add(Look(epoch, held, held + 1, held, held + 1, 0.0), share)
+    assert rule.kept == 2 and rule.why().endswith(
+        "Without the share that looks mislabelled now, 1.25 epochs were better; the weights of then are gone, since "
+        "less looked mislabelled at the time."
+    )
+
+
+def test_a_model_without_a_trained_parameter_is_refused():
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient, so there is nothing to train"):
+        stopping_average.WeightAverage(nn.Linear(2, 2).requires_grad_(False))
+
+
 def test_it_goes_on_from_its_state():
     rule, other = StopRule(), StopRule()
+    with pytest.raises(ValueError, match="the rule's epochs, kept are missing"):
+        other.load_state_dict({k: v for k, v in rule.state_dict().items() if k not in ("epochs", "kept")})
     rule.add(look(1.0, 2.0))
     other.load_state_dict(rule.state_dict())
     other.add(look(1.5, 2.1))
@@ -188,6 +258,34 @@ def test_held_back_samples_that_look_mislabelled_do_not_end_the_run():
     assert [add(blind, *each[:3], 0.0) for each in looks] == [True, False, False, False] and blind.stops()
     assert [loss for _, loss, _ in rule.curve] == pytest.approx([0.55, 0.495, 0.44, 0.385])  # all by the same measure
     assert "without the highest 30%, as many as look mislabelled in training" in rule.why()
+
+
+def test_mislabelled_held_back_samples_do_not_make_a_task_one_that_is_learnt_by_heart():
+    """Their own answer is the wrong one, so another's is likelier; the training samples' wrong answers are learnt."""
+    noise = torch.linspace(-0.1, 0.1, 60)
+    own = torch.cat([0.3 + noise, 4.0 + noise[:40]])  # 60 right labels, 40 wrong ones
+    swapped = torch.cat([2.5 + noise, 0.5 + noise[:40]])
+    seen = torch.full((100,), 0.2)
+    look = Look(2.0, own, swapped, seen, seen + 3, 0.6)
+    rule, blind = StopRule(), StopRule()
+    rule.add(look, 0.4)
+    blind.add(look)
+    assert rule.armed and not rule.by_heart and blind.by_heart and not blind.armed
+    heart = StopRule()
+    heart.add(Look(2.0, own, own.flip(0), seen, seen + 3, 0.6), 0.1)
+    assert not heart.armed and not heart.by_heart  # the guard has seen that it generalises
+
+
+def test_trimmed_means_of_one_distribution_are_not_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.rand(1000, 2, 100, generator=generator).log().neg()  # trimmed by 40 %
+    found = sum(surely_above_without(0.4, a, b, 0.0) for a, b in pairs)
+    assert found <= 8  # 1.3 in a thousand are beyond three standard errors
+    assert surely_above_without(0.4, pairs[0, 0] + 1, pairs[0, 1], 0.05)
+    nowhere = torch.full((100,), math.nan)
+    assert not surely_above_without(0.4, nowhere, pairs[0, 0], 0.05)
+    few = torch.tensor([1.0, 2.0, 3.0])
+    assert not surely_above_without(0.6, few + 9, few, 0.05)
 
 
 def test_without_torchs_private_name_the_average_is_the_same(monkeypatch):

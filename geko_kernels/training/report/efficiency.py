@@ -53,7 +53,8 @@ JSON: NaN and infinity are null. A dict of:
                        a look of "epoch", "loss" and "accuracy" of the averaged weights, "looked_at": "held_back",
                        "eval_dataset" or None, "swap_test": could it be made, "held_back": ids}
     num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
-    forecast           what longer and shorter runs would save: the dict of `forecast.py`; null where that is unknown
+    forecast           what longer and shorter runs would save: the dict of `forecast.py`; null where that is unknown,
+                       and with `auto_stop`, whose runs find their length themselves
     run                model, data, settings, device, date and versions in words, what is known of them
     observed           true where `observe` has written it
 """

@@ -43,7 +43,7 @@ def run_summary(
         "num_quarantined": len(held),
         "quarantined": [row_of(sample, skipped_rows) for sample in held[by_loss[:MOST_QUARANTINED]].tolist()],
         "num_doubtful": sampler.doubtful,
-        "forecast": forecast(efficiency["epochs"], state.config),
+        "forecast": None if state.config.auto_stop else forecast(efficiency["epochs"], state.config),
     }
 
 

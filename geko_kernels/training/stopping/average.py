@@ -26,10 +26,16 @@ class WeightAverage:
     The span grows with the run, so the same rule serves a run of any length. Nothing is copied but those parameters:
     of a model with adapters the adapters alone, of a sharded model each process's shard. Costs 4 bytes a trainable
     parameter, and within `in_place` as much again as the parameters themselves take.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of the model requires a gradient, so there is nothing to train or average")
+        self.names, parameters = zip(*trained, strict=True)
         self._parameters: tuple[Tensor, ...] = parameters
         self.values = [_local(p).to(torch.float32, copy=True) for p in parameters]
         self.step = 0

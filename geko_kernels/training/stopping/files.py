@@ -23,7 +23,7 @@ def path_of(folder: str | os.PathLike[str], name: str, shard: int | None) -> Pat
 
 
 def is_of_auto_stop(checkpoint: str | os.PathLike[str]) -> bool:
-    return any(Path(checkpoint).glob(f"{AVERAGE}*.safetensors"))
+    return any(file for name in (AVERAGE, RAW) for file in Path(checkpoint).glob(f"{name}*.safetensors"))
 
 
 def save_values(path: Path, average: WeightAverage) -> None:
@@ -52,23 +52,30 @@ def load_run(folder: Path, shard: int | None, average: WeightAverage, kept: Path
     """What `save_run` wrote: into the model and `average`, and to `kept`, if any; returns `rest`.
 
     Raises:
-        ValueError, FileNotFoundError: a file is missing or damaged, or of other parameters; names it.
+        ValueError: a file is missing or damaged, or of other parameters; names it.
     """
-    path = path_of(folder, AVERAGE, shard)
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {path.name}: with auto_stop a sharded run goes on with as many processes as it was "
-            "started with, sharded alike"
-        )
+    path = _present(folder, AVERAGE, shard)
     columns, about = load_tensors(path, _FORMAT, "GEKOTrainer")
     rest = json.loads(about["rest"])
     if rest["by_heart"]:
         return rest
     average.load_state_dict(columns)
-    average.copy_to_model(load_values(path_of(folder, RAW, shard), average))
-    if kept is not None and path_of(folder, KEPT, shard).is_file():
-        copy(path_of(folder, KEPT, shard), kept)
+    average.copy_to_model(load_values(_present(folder, RAW, shard), average))
+    if rest["rule"].get("kept") is not None:
+        source = _present(folder, KEPT, shard)
+        if kept is not None:
+            copy(source, kept)
     return rest
+
+
+def _present(folder: Path, name: str, shard: int | None) -> Path:
+    path = path_of(folder, name, shard)
+    if not path.is_file():
+        then = "take another, whole copy of the checkpoint"
+        if shard is not None:
+            then = f"a sharded run goes on with as many processes as it was started with, sharded alike; else {then}"
+        raise ValueError(f"{folder} has no {path.name}: with auto_stop {then}")
+    return path
 
 
 def copy(source: Path, target: Path) -> None:

@@ -124,8 +124,8 @@ class ExcerptOf:
 
     def __call__(self, item: Any) -> ItemExcerpt:
         parts = parts_of(item, self.label_names)
-        group = item.get(GROUPS) if isinstance(item, Mapping) else None
-        group = group.item() if isinstance(group, (Tensor, np.generic)) else group
+        group: Any = item.get(GROUPS) if isinstance(item, Mapping) else None
+        group = group.tolist() if isinstance(group, (Tensor, np.ndarray, np.generic)) else group
         if parts is None:
             return ItemExcerpt("", (), (), group)
         answer = () if parts.kind == "aligned" else tuple(parts.answer[:_BEGINNING])

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from transformers.trainer_utils import has_length
 
-from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, parts_of, read, with_answer
+from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, label_key, parts_of, read, with_answer
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
 FEWEST = 2000  # samples below which none is held back
+FEWEST_EVALUATED = 10  # samples of eval_dataset below which it is not looked at
 _SEEN, _PAIRS, _FEW_PAIRS, _MOST_EVALUATED = 400, 400, 10, 1000
 
 
@@ -37,7 +38,11 @@ class LookedAt(NamedTuple):
 def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
     """ids (n,) int64 to hold back: whole groups of near-duplicates, joined by the items' `groups` where they have any.
 
-    Items without tokens are groups of one, or those of their `groups`. Below 2,000 samples there are none.
+    Items without tokens are groups of one, or those of their `groups`. Below 2,000 samples there are none, nor where
+    the groups are so large that not half as many fit as should: a handful would decide by chance.
+
+    Raises:
+        TypeError: a value of `groups` is a list or the like.
     """
     total = len(dataset)
     if total < FEWEST:
@@ -46,9 +51,22 @@ def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
     if parts_of(first, args.label_names or ()) is None and not (isinstance(first, Mapping) and GROUPS in first):
         return hold_back(range(total), how_many(total), seed)  # reading images would take long and tell nothing
     rows = list(read(dataset, range(total), args, ExcerptOf(args.label_names or ())))
+    _check_groups([row.group for row in rows])
     prompts = [row.prompt if row.kind else ("item", number) for number, row in enumerate(rows)]
     groups = near_duplicates(prompts, [row.answer for row in rows], [row.group for row in rows])  # type: ignore[arg-type]
-    return hold_back(groups, how_many(total), seed)
+    held = hold_back(groups, how_many(total), seed)
+    return held if 2 * len(held) >= how_many(total) else held[:0]
+
+
+def _check_groups(groups: Sequence[Any]) -> None:
+    for number, group in enumerate(groups):
+        try:
+            hash(group)
+        except TypeError as error:
+            raise TypeError(
+                f"{GROUPS} must be one value an item (a number, a text, or None for no group), sample {number} has "
+                f"{group!r}"
+            ) from error
 
 
 def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -> LookedAt | None:
@@ -56,7 +74,7 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
     args, train, seed = trainer.args, trainer.train_dataset, trainer.args.seed
     source, dataset = "held_back", train
     if not len(held):
-        source, dataset = "eval_dataset", _evaluated(trainer.eval_dataset)
+        source, dataset = "eval_dataset", _evaluated(trainer.eval_dataset, train, args.label_names or ())
         if dataset is None:
             return None
         held = _some(torch.arange(len(dataset)), _MOST_EVALUATED, seed)
@@ -71,13 +89,21 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
     return LookedAt(source, dataset, held, seen, (pairs[0], pairs[1]) if possible else None)  # type: ignore[arg-type]
 
 
-def _evaluated(dataset: Any) -> Any:
-    """The evaluation data as one set of items by index; None where it has no length."""
+def _evaluated(dataset: Any, train: Any, label_names: Sequence[str]) -> Any:
+    """The evaluation data as one set of items by index; None for one that cannot be looked at.
+
+    That is one without a length, of hardly any samples, or without labels where the items of `train` have them: of
+    those a language model would be judged by its prompts.
+    """
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     if not parts or any(part is None or not has_length(part) or not hasattr(part, "__getitem__") for part in parts):
         return None
+    firsts = [part[0] for part in (train, *parts) if len(part)]
+    labelled = [not isinstance(item, Mapping) or label_key(item, label_names) is not None for item in firsts]
+    if labelled[0] and not all(labelled):
+        return None
     together = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-    return together if len(together) else None
+    return together if len(together) >= FEWEST_EVALUATED else None
 
 
 def _some(ids: Tensor, most: int, seed: int) -> Tensor:

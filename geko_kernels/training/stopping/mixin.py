@@ -30,7 +30,7 @@ from geko_kernels.training.stopping.files import (
     save_values,
 )
 from geko_kernels.training.stopping.items import WithoutGroups
-from geko_kernels.training.stopping.looked_at import FEWEST, Swapped, looked_at, sentinels
+from geko_kernels.training.stopping.looked_at import FEWEST, FEWEST_EVALUATED, Swapped, looked_at, sentinels
 from geko_kernels.training.stopping.rule import Look, StopRule
 from geko_kernels.training.stopping.run import LOOKS, StoppingRun, constant_rate
 
@@ -129,7 +129,8 @@ class StoppingMixin(PlannedMixin):
             logger.warning(
                 f"auto_stop: of the {len(self.train_dataset):,} samples of train_dataset none is held back (that takes "
                 f"{FEWEST:,}, in groups of less than a twentieth), and there is no eval_dataset with a length to look "
-                "at: the run trains to its end, and ends with the averaged weights."
+                f"at: the run trains to its end, and ends with the averaged weights. An eval_dataset needs at least "
+                f"{FEWEST_EVALUATED} samples, with labels where those of train_dataset have them."
             )
         elif run.at.swapped is None:
             run.rule.armed = True
@@ -185,6 +186,9 @@ class StoppingMixin(PlannedMixin):
 
     def _finalize_training(self, *args: Any, **named: Any) -> Any:
         run = self._stopping
+        if run is not None:
+            run.cut = not run.ended and self._progress() < 1 - 1e-6
+            run.idle = self._epoch_batches == 0
         if run is not None and run.average is not None:
             if run.at is not None and run.looked != self.state.global_step > 0:
                 self._look(run, self._epoch())

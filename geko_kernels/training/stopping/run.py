@@ -34,6 +34,8 @@ class StoppingRun:
     looked: int = -1  # and the last one looked at
     ended: bool = False  # by the rule
     by_heart: bool = False
+    cut: bool = False  # ended by something else than the rule, before its most
+    idle: bool = False  # its last epoch had nothing to train
 
     @property
     def kept(self) -> int | None:
@@ -51,7 +53,13 @@ class StoppingRun:
                 f"auto_measure was {before!r}, is {self.rule.measure!r}: the kept weights are the best by the first, "
                 "so resume with that"
             )
-        self.rule.load_state_dict(values["rule"])
+        try:
+            self.rule.load_state_dict(values["rule"])
+        except ValueError as error:
+            raise ResumeError(
+                f"the checkpoint was written by another version of geko_kernels, {error}: resume it with that version, "
+                "or load the model from the checkpoint and start a new run"
+            ) from error
         for name in _PLAIN:
             setattr(self, name, values[name])
         if self.by_heart:
@@ -75,9 +83,12 @@ class StoppingRun:
     def why(self) -> str:
         if self.at is None:
             return "There was nothing to look at, so the run went to its end; the weights are its average there."
+        samples = "held-back samples" if self.at.source == "held_back" else "samples of eval_dataset"
+        why = self.rule.why(samples, self.cut, self.idle)
         if self.by_heart:
-            return f"{self.rule.why()} The samples held back were trained too, and the weights are those of the end."
-        return self.rule.why() if self.rule.armed else f"{self.rule.why()} The weights are its average there."
+            too = "The samples held back were trained too, and the" if len(self.held) else "The"
+            return f"{why} {too} weights are those of the end."
+        return f"{why} The weights are its average there." if self.kept is None else why
 
 
 def constant_rate(
