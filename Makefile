@@ -18,8 +18,6 @@ endif
 demo: $(READY)
 	$(PYTHON) examples/demo.py
 
-# threads that wait asleep, as the processes share the cores: on two 4 minutes instead of 8 (2026-11-22)
-test: export OMP_WAIT_POLICY = PASSIVE
 test: lint
 	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 $(COVERAGE)
 

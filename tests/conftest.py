@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads of several workers take no core
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
