@@ -16,13 +16,11 @@ from benchmarks.end_to_end.data import Split, pack
 from benchmarks.end_to_end.engine import Batch, Engine
 from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.rule import Look, StopRule
-from geko_kernels.training.stopping.run import LOOKS
+from geko_kernels.training.stopping.run import COOLDOWN, DECIDED, LOOKS, TOO_LATE
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
 _SEEN = 400  # training samples looked at, and pairs of the swap test
 _WARM_UP = 0.1  # of an epoch, where the rate is constant after it
-_COOLDOWN = 0.25  # last share of a run that learns by heart
-_DECIDED, _TOO_LATE = 0.5, 0.75
 _LOOKS_OF_PATIENCE = 2
 
 
@@ -32,7 +30,7 @@ class Watched(Arm):
     def __init__(self, engine: Engine, epochs: int, budget: float, seed: int) -> None:
         super().__init__(engine, epochs, budget, seed)
         self.seconds["looks"] = 0.0
-        self.ended, self.epoch, self.quarters = False, 0, 0
+        self.ended, self.epoch, self.quarters, self.step = False, 0, 0, 0
         start = engine.wait()
         split = engine.train
         self.held = hold_back(
@@ -75,7 +73,6 @@ class Watched(Arm):
 
     def begin_epoch(self, epoch: int, planned: int) -> None:
         self.epoch, self.planned, self.done = epoch, planned, 0
-        self.step = getattr(self, "step", 0)
 
     def keep(self) -> None:
         self.best = [p.clone() for p in self.parameters]
@@ -127,15 +124,14 @@ class Auto(Geko, Watched):
 
     def new_sampler(self, epochs: float) -> gk.GEKOSampler:
         sampler = super().new_sampler(epochs)
-        self.marks = torch.zeros(self.total, dtype=torch.bool)
-        self.marks[self.held] = True
-        sampler.held_back = self.marks.to(self.engine.device)
+        marks = torch.zeros(self.total, dtype=torch.bool)
+        marks[self.held] = True
+        sampler.held_back = marks.to(self.engine.device)
         return sampler
 
     def rate(self, peak: float, progress: float) -> float:
-        step = getattr(self, "step", 0)
-        rises = min(1.0, (step + 1) / max(round(_WARM_UP * self.total / self.engine.size), 1))
-        return peak * rises * (min(1.0, (1 - progress) / _COOLDOWN) if self.by_heart else 1.0)
+        rises = min(1.0, (self.step + 1) / max(round(_WARM_UP * self.total / self.engine.size), 1))
+        return peak * rises * (min(1.0, (1 - progress) / COOLDOWN) if self.by_heart else 1.0)
 
     def stepped(self) -> None:
         if self.average is not None:
@@ -165,7 +161,7 @@ class Auto(Geko, Watched):
         progress = epoch / (self.budget * self.epochs)
         if rule.stops():
             self.ended = True
-        elif rule.by_heart and _DECIDED <= progress < _TOO_LATE:
+        elif rule.by_heart and DECIDED <= progress < TOO_LATE:
             self.by_heart, self.average, self.best, self.sampler.held_back = True, None, None, None
 
     def finish(self) -> None:
@@ -173,7 +169,7 @@ class Auto(Geko, Watched):
             return
         if not self.ended and self.rule.curve[-1][0] < self.epoch + self.done / self.planned - 1e-6:
             self.watch(self.epoch + self.done / self.planned)
-        if not self.rule.armed:
+        if not self.rule.armed or self.best is None:
             self.average.copy_to_model()
         else:
             super().finish()

@@ -1,4 +1,4 @@
-"""What `auto()` gives beside uniform training of every length: a table and the targets that were set beforehand.
+"""What `auto()` gives beside uniform training of every length and early stopping: values, differences, times.
 
     python -m benchmarks.end_to_end.lengths_report [results/lengths_2026-11-27.jsonl.gz]
 

@@ -10,7 +10,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from command import one_cpu, refused, train, write_jsonl
-from tiny_model import save_tiny_model
 
 from geko_kernels.cli import clean, main
 from geko_kernels.training.formats import read_records
@@ -19,17 +18,6 @@ from geko_kernels.training.report.samples import read_samples
 
 WRONG = {5, 18, 33}
 GUARD = "geko:\n  noise_guard_margin: 0.3\n  noise_guard_min_share: 0.9\n  focus_confidence: 0.6\n  correct_loss: 0.6\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 def named(i):

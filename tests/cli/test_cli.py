@@ -9,23 +9,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import torch
-from command import WORDS, one_cpu, refused, train, write_jsonl
-from tiny_model import save_tiny_model
+from command import WORDS, refused, train, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
 from geko_kernels import ops
 from geko_kernels.cli import main
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 @pytest.fixture(scope="module")

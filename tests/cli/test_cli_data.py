@@ -8,24 +8,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from command import WORDS, one_cpu, refusal, train, write_jsonl
+from command import WORDS, refusal, train, write_jsonl
 from tiny_model import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from geko_kernels.training.formats import DataError, Records, find_classes, read_records
 
 NO_CLASSES: dict[int, str] = {}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 def labelled(*labels):

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from command import WORDS, one_cpu, refusal, refused, train, write_jsonl
+from command import WORDS, refusal, refused, train, write_jsonl
 from tiny_model import save_tiny_model
 
 import geko_kernels
@@ -22,19 +22,8 @@ ELSE = "unset it, or set it to one of"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", [{"text": word} for word in WORDS])
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 def test_version(capsys):

@@ -17,26 +17,14 @@ pytest.importorskip("matplotlib")
 
 import torch
 from command import WORDS, one_cpu, refusal, refused, train, write_jsonl
-from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from geko_kernels.cli import main
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", [{"text": word} for word in WORDS * 2])
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 @pytest.fixture(scope="module")

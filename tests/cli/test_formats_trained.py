@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from command import WORDS, one_cpu, refusal, train, write_jsonl
+from command import WORDS, refusal, train, write_jsonl
 from tiny_model import save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -34,12 +34,6 @@ def model(tmp_path_factory):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    with one_cpu(monkeypatch):
-        yield
 
 
 @pytest.fixture

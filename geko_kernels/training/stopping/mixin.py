@@ -32,11 +32,10 @@ from geko_kernels.training.stopping.files import (
 from geko_kernels.training.stopping.items import WithoutGroups
 from geko_kernels.training.stopping.looked_at import FEWEST, FEWEST_EVALUATED, Swapped, looked_at, sentinels
 from geko_kernels.training.stopping.rule import Look, StopRule
-from geko_kernels.training.stopping.run import LOOKS, StoppingRun, constant_rate
+from geko_kernels.training.stopping.run import DECIDED, LOOKS, TOO_LATE, StoppingRun, constant_rate
 
 logger = logging.get_logger(__name__)
 _CONSTANT = ("constant", "constant_with_warmup")
-_DECIDED, _TOO_LATE = 0.5, 0.75  # shares of the longest run between which it may turn out to learn by heart
 
 
 class StoppingMixin(PlannedMixin):
@@ -179,7 +178,7 @@ class StoppingMixin(PlannedMixin):
         self._look(run, quarter / LOOKS)
         if run.rule.stops():
             run.ended = self.control.should_training_stop = True
-        elif run.rule.by_heart and _DECIDED <= self._progress() < _TOO_LATE:
+        elif run.rule.by_heart and DECIDED <= self._progress() < TOO_LATE:
             run.by_heart, run.average, self._planned().held_back = True, None, None
             if self._writes:
                 self._kept.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from geko_kernels.training.stopping.looked_at import LookedAt
 from geko_kernels.training.stopping.rule import StopRule
 
 LOOKS = 4  # an epoch
-_COOLDOWN = 0.25  # last share of a run that learns by heart, over which its rate falls
+DECIDED, TOO_LATE = 0.5, 0.75  # shares of the longest run between which it may turn out to learn by heart
+COOLDOWN = 0.25  # last share of a run that learns by heart, over which its rate falls
 _PLAIN = ("quarters", "stepped", "looked", "ended", "by_heart")
 
 
@@ -98,7 +99,7 @@ def constant_rate(
 
     def factor(step: int) -> float:
         rises = min(1.0, step / warmup) if warmup else 1.0
-        return rises * min(1.0, (1 - progress()) / _COOLDOWN) if falls() else rises
+        return rises * min(1.0, (1 - progress()) / COOLDOWN) if falls() else rises
 
     assert optimizer is not None
     return LambdaLR(optimizer, factor)
