@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import geko_kernels
 from geko_kernels import ops
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.kernels.one_pass import hopper
 
 _PACKAGES = ("numpy", "safetensors", "triton", "transformers", "accelerate", "datasets", "trl", "peft", "gekolib")
 _VARIABLES = (
@@ -100,7 +99,7 @@ def _one_pass() -> str:
     """Whether large losses run in one pass, with a predicted gradient, and if not, why."""
     if os.environ.get("GEKO_BACKEND"):
         return "off: GEKO_BACKEND is set"
-    reason = hopper.missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    reason = _hopper_missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     return f"off: {reason}" if reason else "on, for large batches"
 
 
@@ -168,3 +167,12 @@ def _check(device: torch.device) -> str:
     except Exception as error:  # whatever a compiler or driver raises belongs in the report
         return f"self-test FAILED: {type(error).__name__}: {error}"
     return f"self-test {'ok' if largest < 1e-5 else 'FAILED'} (largest error {largest:.1e})"
+
+
+def _hopper_missing(device: torch.device) -> str | None:
+    """Why the one-pass kernel cannot run on `device`; None if it can. Its folder imports Triton."""
+    try:
+        from geko_kernels.kernels.one_pass import hopper
+    except ImportError as error:
+        return str(error)
+    return hopper.missing(device)

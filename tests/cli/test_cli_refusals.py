@@ -276,3 +276,11 @@ class TestEnvironmentVariables:
         assert refusal(capsys, tmp_path).startswith("GEKO_CPU_CAPABILITY must be avx512")
         assert main(["env"]) == 0
         assert "none: GEKO_CPU_CAPABILITY must be avx512" in capsys.readouterr().out
+
+
+def test_env_without_triton_says_so():
+    """As torch's builds for the CPU come: the C++ and the plain backend run without it."""
+    code = "import sys; sys.modules['triton'] = None; from geko_kernels.cli import main; sys.exit(main(['env']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr and "triton" in done.stdout
