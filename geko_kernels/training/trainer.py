@@ -24,7 +24,7 @@ from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.figures import FiguresMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, unwrap_compiled
+from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, running, unwrap_compiled
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
@@ -321,7 +321,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         shifted = inputs.pop("shift_labels", None)  # from collators that have shifted them
         outcome = forward_loss(
             model,
-            self._base(),
+            running(model, self._base()),
             found.form,
             found.head if sample_ids is not None or self._only_loss else None,
             inputs,

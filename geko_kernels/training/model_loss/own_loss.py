@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.trainer_utils import unwrap_peft_model
 
 
 class Route(Enum):
@@ -29,7 +30,7 @@ class Route(Enum):
 
 @contextmanager
 def without_cross_entropy(base: nn.Module, route: Route) -> Iterator[None]:
-    """Inside the context the cross-entropy of `base` (unwrapped) is 0, so its loss has only its other terms."""
+    """Inside the context the cross-entropy of `base`, which runs unwrapped, is 0, so its loss has only other terms."""
     if route is not Route.LOSS_FUNCTION:
         with _NoCrossEntropy() if route is Route.CROSS_ENTROPY else nullcontext():
             yield
@@ -78,16 +79,24 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def in_one_graph(model: nn.Module) -> bool:
-    """Was `model` compiled with fullgraph=True? Then nothing in it may break the graph."""
-    inner = _inside(model)
-    own = getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False)
-    return bool(own) or (inner is not None and in_one_graph(inner))
+    """Was `model` or a part of it compiled with fullgraph=True? Then nothing in it may break the graph."""
+    return any(getattr(getattr(part, "dynamo_ctx", None), "fullgraph", False) for part in model.modules())
+
+
+def running(model: nn.Module, base: nn.Module) -> nn.Module:
+    """What `model` runs as `base`: in accelerate's regional compilation a copy of it, whose blocks are compiled."""
+    copied = False
+    while True:
+        copied |= "_orig_mod" in vars(model)  # torch.compile's own wrapper has it among its submodules
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return unwrap_peft_model(model) if copied else base
+        model = model.module
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    inner = (
-        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
-    )
+    inner = getattr(model, "_orig_mod", None)  # first: a regionally compiled copy of a DDP model has both
+    if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
     return inner if isinstance(inner, nn.Module) else None
 
 
