@@ -126,12 +126,12 @@ def gloss_classes(
     )
 
 
-def facts(encode: Encode, size: int) -> Data:
+def facts(encode: Encode, size: int, seed: int = 11) -> Data:
     """Made-up name -> number of 1 to 6 digits, which nothing but the fact itself can teach. The test set is the facts.
 
     A quarter of the numbers repeat one digit, so difficulty is uneven by more than length.
     """
-    draw = random.Random(11)
+    draw = random.Random(seed)
     syllables = [a + b for a in "b d f g k l m n p r s t v z".split() for b in "a e i o u".split()]
     names: dict[str, None] = {}
     while len(names) < size:

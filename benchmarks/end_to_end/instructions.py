@@ -110,14 +110,14 @@ class Sample(NamedTuple):
     answer: str
 
 
-def instructions(rows: list[tuple[str, int, str]], encode: Encode, size: int, test_size: int) -> Data:
+def instructions(rows: list[tuple[str, int, str]], encode: Encode, size: int, test_size: int, seed: int = 7) -> Data:
     """Instruction and list -> list; a long tail of operations, and near-duplicates, in the training set only.
 
     Of the training samples COPIED are copies, COPIES of a kind, of one list and operation in other wordings; the others
     have none. The test set has all operations in equal shares, and other lists.
     """
     words = common_words(rows, encode)
-    test, train = samples(words, size, test_size)
+    test, train = samples(words, size, test_size, seed)
 
     def split(part: list[Sample]) -> Split:
         prompts, answers = encode([sample.prompt for sample in part]), encode([sample.answer for sample in part])
@@ -134,9 +134,9 @@ def common_words(rows: list[tuple[str, int, str]], encode: Encode) -> list[str]:
     ]
 
 
-def samples(words: list[str], size: int, test_size: int) -> tuple[list[Sample], list[Sample]]:
+def samples(words: list[str], size: int, test_size: int, seed: int = 7) -> tuple[list[Sample], list[Sample]]:
     """(test, train); no two lists but copies hold the same words."""
-    draw = random.Random(7)
+    draw = random.Random(seed)
     taken: set[frozenset[str]] = set()
 
     def draw_list(operation: Operation) -> list[str]:

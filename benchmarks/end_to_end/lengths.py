@@ -15,8 +15,8 @@ from benchmarks.end_to_end.arms import ARMS, WHAT, Arm, Geko, Segment
 from benchmarks.end_to_end.data import Split, pack
 from benchmarks.end_to_end.engine import Batch, Engine
 from geko_kernels.training.stopping.average import WeightAverage
-from geko_kernels.training.stopping.rule import Look, StopRule
-from geko_kernels.training.stopping.run import COOLDOWN, DECIDED, LOOKS, TOO_LATE
+from geko_kernels.training.stopping.rule import PATIENCE, Look, StopRule
+from geko_kernels.training.stopping.run import DECIDED, LOOKS, TOO_LATE, cosine
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
 _SEEN = 400  # training samples looked at, and pairs of the swap test
@@ -107,15 +107,20 @@ class EarlyStopping(Watched):
         self.ended = len(losses) - 1 - best >= _LOOKS_OF_PATIENCE
 
 
+class _Impatient(StopRule):
+    patience = PATIENCE
+
+
 class Auto(Geko, Watched):
     """`GEKOConfig.auto()`: a constant rate, averaged weights, `StopRule`."""
 
     config = gk.GEKOConfig.auto()
     trims = True  # the losses of as many held-back samples as look mislabelled in training
+    grows = True  # the patience, with the kept epoch
 
     def run(self) -> Iterator[list[Segment]]:
         self.average: WeightAverage | None = WeightAverage(self.engine.network)
-        self.rule, self.by_heart = StopRule(self.config.auto_measure), False
+        self.rule, self.by_heart = (StopRule if self.grows else _Impatient)(self.config.auto_measure), False
         for epoch, segments in enumerate(super().run()):
             self.begin_epoch(epoch, sum(len(segment.ids) for segment in segments))
             yield segments
@@ -131,7 +136,7 @@ class Auto(Geko, Watched):
 
     def rate(self, peak: float, progress: float) -> float:
         rises = min(1.0, (self.step + 1) / max(round(_WARM_UP * self.total / self.engine.size), 1))
-        return peak * rises * (min(1.0, (1 - progress) / COOLDOWN) if self.by_heart else 1.0)
+        return peak * rises * (cosine(progress) if self.by_heart else 1.0)
 
     def stepped(self) -> None:
         if self.average is not None:
@@ -214,7 +219,7 @@ def find_arm(name: str) -> tuple[type[Arm], float | None]:
     except json.JSONDecodeError:
         base, fields = "", {}
     budget = fields.pop("budget", None)
-    own = {name: False for name in ("answers", "trims") if fields.pop(name, True) is False}
+    own = {name: False for name in ("answers", "trims", "grows") if fields.pop(name, True) is False}
     if base not in ARMS or (fields and base not in PRESETS):
         raise ValueError(f"{name}: an arm is one of {', '.join(ARMS)}, one with :budget=0.5, or H:field=value,...")
     if not (fields or own):

@@ -3,13 +3,15 @@
     python -m benchmarks.end_to_end.product d1.npz --arms auto uniform:1 uniform:3 --out product.jsonl
 
 Both train all layers of SmolLM2-135M in bfloat16 autocast, 64 samples a batch, windows sorted by length. A uniform run
-has a cosine over its own length; `auto` has the most of `--most` epochs.
+has a cosine over its own length; `auto` has the most of `--most` epochs. With `--compile` the first arm
+pays for the compilation: `--arms uniform:0.02 auto ...` leaves it out of the seconds of the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -54,7 +56,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": (torch.arange(longest) < torch.tensor([[len(i["input_ids"])] for i in items]))}
 
 
-def run(model: LlamaForCausalLM, texts: Texts, arm: str, seed: int, rate: float, most: int, batch: int) -> Any:
+def run(model: LlamaForCausalLM, texts: Texts, arm: str, given: argparse.Namespace) -> Any:
+    seed, rate, most, batch = given.seed, given.rate, given.most, given.batch
     kind, _, length = arm.partition(":")
     config = gk.GEKOConfig.auto() if kind == "auto" else gk.GEKOConfig.uniform()
     ids = torch.cat([ids for name, ids in texts.parts.items() if name not in ("test", "choose")]).sort().values
@@ -70,6 +73,7 @@ def run(model: LlamaForCausalLM, texts: Texts, arm: str, seed: int, rate: float,
         warmup_steps=0.1 if kind == "auto" else _WARM_UP,
         train_sampling_strategy="group_by_length",
         bf16=torch.cuda.is_available(),
+        torch_compile=given.compile,
         seed=seed,
         save_strategy="no",
         logging_steps=200,
@@ -98,18 +102,28 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compile", action="store_true", help="by regions; an arm before the others pays for it")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model and few samples, for tests")
     given = parser.parse_args()
+    if given.compile:
+        os.environ |= {f"ACCELERATE_DYNAMO_USE_{name}": "true" for name in ("REGIONAL_COMPILATION", "DYNAMIC")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = load(given.texts)
     model = (tiny_llama if given.tiny else load_smollm2)()[0]
     first = {name: value.clone() for name, value in model.state_dict().items()}
     for arm in given.arms:
         model.load_state_dict(first)
-        row = run(model, texts, arm, given.seed, given.rate, given.most, given.batch)
+        row = run(model, texts, arm, given)
         append(
             given.out,
-            {**row, "seed": given.seed, "rate": given.rate, "batch": given.batch, **environment(device)}
+            {
+                **row,
+                "seed": given.seed,
+                "rate": given.rate,
+                "batch": given.batch,
+                "compiled": given.compile,
+                **environment(device),
+            }
             | {"command": " ".join(sys.argv)},
         )
         print(json.dumps(row), flush=True)

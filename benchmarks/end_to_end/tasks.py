@@ -137,8 +137,8 @@ def make_data(
     """The task's samples; with `choosing` others, by which rates and rules may be chosen and that are not reported."""
     if task.name == "D1":
         return _packages(task, texts, choosing)
-    if choosing and not task.name.startswith("R2"):
-        raise ValueError(f"{task.name} has no samples to choose by; those of the R2 tasks and D1 have")
+    if choosing and not task.name.startswith(("R1", "R2", "R3")):
+        raise ValueError(f"{task.name} has no samples to choose by; R1, R2, R3 and D1 have")
     if task.network == "adder":
         return data.additions(task.samples, task.test)
     if task.name == "R3-small":
@@ -147,10 +147,10 @@ def make_data(
         return list_operations(task.samples, task.test)
     assert encode is not None
     if task.name.startswith("R1"):
-        return data.facts(encode, task.samples)
+        return data.facts(encode, task.samples, 12 if choosing else 11)
     rows: list[Any] = data.read_wordnet(wordnet)
     if task.name == "R3":
-        return instructions(rows, encode, task.samples, task.test)
+        return instructions(rows, encode, task.samples, task.test, 8 if choosing else 7)
     rows = rows[_SHIFT:] if choosing else rows
     return data.gloss_classes(rows, encode, task.samples, task.test, task.noise, task.noise_kind)
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PATIENCE = 0.5  # epochs without a lower loss after which the run ends
+PATIENCE = 0.5  # epochs without a lower loss after which the run ends, or
+PATIENCE_SHARE = 0.25  # of the kept epoch, whichever is more: a slow curve's minimum is flat
 EARLIEST = 1.25  # epochs before which it never does: after the warm-up the average falls and rises once
 _SURE = 3.0  # standard errors
 _GAIN = 0.05  # nats a token by which a wrong answer must be worse
@@ -113,7 +114,13 @@ class StopRule:
         if not self.armed or self.kept is None:
             return False
         now = self.curve[-1][0]
-        return now >= EARLIEST and now - self.curve[self.kept][0] >= PATIENCE - 1e-9
+        return now >= EARLIEST and now - self.curve[self.kept][0] >= self.patience - 1e-9
+
+    @property
+    def patience(self) -> float:
+        """Epochs without a better look after which the run ends."""
+        kept = 0.0 if self.kept is None else self.curve[self.kept][0]
+        return max(PATIENCE, PATIENCE_SHARE * kept)
 
     def why(self, samples: str = "held-back samples", cut: bool = False, idle: bool = False) -> str:
         """A sentence or two for the report.
@@ -141,7 +148,7 @@ class StopRule:
         if not self.armed:
             return f"No answer has become likelier for its own sample than for another. {end}."
         if self.stops():
-            return f"The run ended because {best}, and for {PATIENCE} epochs not better.{self._given_up()}"
+            return f"The run ended because {best}, and for {self.patience:.2g} epochs not better.{self._given_up()}"
         longer = ""
         if not cut and not idle and self.kept == len(self.epochs) - 1:
             longer = " A longer run may be better: raise num_train_epochs or max_steps."

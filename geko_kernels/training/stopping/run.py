@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,7 @@ from geko_kernels.training.stopping.looked_at import LookedAt
 from geko_kernels.training.stopping.rule import StopRule
 
 LOOKS = 4  # an epoch
-DECIDED, TOO_LATE = 0.5, 0.75  # shares of the longest run between which it may turn out to learn by heart
-COOLDOWN = 0.25  # last share of a run that learns by heart, over which its rate falls
+DECIDED, TOO_LATE = 0.25, 0.75  # shares of the longest run between which it may turn out to learn by heart
 _PLAIN = ("quarters", "stepped", "looked", "ended", "by_heart")
 
 
@@ -92,14 +92,19 @@ class StoppingRun:
         return f"{why} The weights are its average there." if self.kept is None else why
 
 
+def cosine(progress: float) -> float:
+    """From 1 to 0 over the run."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def constant_rate(
     optimizer: Optimizer | None, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]
 ) -> LambdaLR:
-    """A rate that rises over `warmup` steps and stays; where `falls()`, it falls to 0 over the run's last quarter."""
+    """A rate that rises over `warmup` steps and stays; where `falls()`, it goes on as the cosine of the whole run."""
 
     def factor(step: int) -> float:
         rises = min(1.0, step / warmup) if warmup else 1.0
-        return rises * min(1.0, (1 - progress()) / COOLDOWN) if falls() else rises
+        return rises * cosine(progress()) if falls() else rises
 
     assert optimizer is not None
     return LambdaLR(optimizer, factor)
