@@ -80,6 +80,15 @@ def test_it_stops_half_an_epoch_after_the_minimum():
     assert run([3, 2.5, 2.2, 2.0, 1.9, 1.95, 1.99, 2.1]) == (1.75, 1.25)
 
 
+def test_its_patience_is_a_quarter_of_the_kept_epoch_where_that_is_more():
+    falling = [3 - 0.1 * quarter for quarter in range(16)]  # the lowest after four epochs
+    assert run([*falling, 2.0, 2.0, 2.0, 2.0]) == (5.0, 4.0)
+    rule = StopRule()
+    for quarter, loss in enumerate([*falling, 2.0, 2.0, 2.0, 2.0], 1):
+        rule.add(look(quarter / 4, loss))
+    assert rule.patience == 1.0 and "and for 1 epochs not better." in rule.why()
+
+
 def test_it_does_not_stop_before_an_epoch_and_a_quarter():
     assert run([2.0, 2.5, 2.4, 2.3, 2.2, 1.8]) == (1.25, 0.25)
     assert run([2.0, 2.5, 2.4, 2.3, 1.9, 1.8, 1.7]) == (None, 1.75)
