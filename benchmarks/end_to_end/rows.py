@@ -27,7 +27,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    name: Measure(task.measure, True) if task.measure == "test_accuracy" else Measure(task.measure, False, 1.0)
+    name: Measure(task.measure, task.higher, 100.0 if task.measure.endswith("accuracy") else 1.0)
     for name, task in TASKS.items()
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,12 +56,21 @@ def train(engine: Engine, task: Task, arm: Arm, lr: float) -> Iterator[dict[str,
         start = engine.wait()
 
 
+def by_class(hit: Tensor, groups: Tensor) -> dict[str, float]:
+    """Mean over the groups of their share of hits, and over the tenth of the groups (rounded up) with the least."""
+    counts = torch.bincount(groups)
+    shares = (torch.bincount(groups, hit.float()) / counts)[counts > 0].sort().values
+    worst = shares[: math.ceil(len(shares) / 10)]
+    return {"macro_accuracy": shares.mean().item(), "worst_tenth_accuracy": worst.mean().item()}
+
+
 def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str, float]:
     """Mean loss and exact match, per group and of the worst group too."""
     loss, hit = engine.evaluate(split, ids)
     groups, tokens = split.groups[ids], split.answer_tokens()[ids]
     named: dict[str, Any] = {f"{prefix}_loss": loss.mean().item(), f"{prefix}_accuracy": hit.float().mean().item()}
     named[f"{prefix}_token_loss"] = ((loss * tokens).sum() / tokens.sum()).item()
+    named |= {f"{prefix}_{name}": value for name, value in by_class(hit, groups).items()}
     counts = torch.bincount(groups)
     per_group = [
         (loss[groups == g].mean().item(), hit[groups == g].float().mean().item())
