@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.end_to_end.arms import Arm
 from benchmarks.end_to_end.data import Data, Split
 from benchmarks.end_to_end.engine import Engine, Network, new_adder
 from benchmarks.end_to_end.lengths import find_arm
+from benchmarks.end_to_end.measures import by_class, expected_ratings, spearman
 from benchmarks.end_to_end.tasks import Task
 
 _WINDOW = 16  # batches whose samples are sorted by length
@@ -56,14 +56,6 @@ def train(engine: Engine, task: Task, arm: Arm, lr: float) -> Iterator[dict[str,
         start = engine.wait()
 
 
-def by_class(hit: Tensor, groups: Tensor) -> dict[str, float]:
-    """Mean over the groups of their share of hits, and over the tenth of the groups (rounded up) with the least."""
-    counts = torch.bincount(groups)
-    shares = (torch.bincount(groups, hit.float()) / counts)[counts > 0].sort().values
-    worst = shares[: math.ceil(len(shares) / 10)]
-    return {"macro_accuracy": shares.mean().item(), "worst_tenth_accuracy": worst.mean().item()}
-
-
 def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str, float]:
     """Mean loss and exact match, per group and of the worst group too."""
     loss, hit = engine.evaluate(split, ids)
@@ -84,6 +76,14 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
     return named
 
 
+def measure_test(engine: Engine, data: Data) -> dict[str, float]:
+    """`measure` of all test samples; where they are rated also how the ranks agree with the mean ratings."""
+    found = measure(engine, data.test, torch.arange(len(data.test)), "test")
+    if data.ratings is not None:
+        found["test_spearman"] = spearman(expected_ratings(engine, data), data.ratings.means)
+    return found
+
+
 def run(
     engine: Engine, task: Task, data: Data, name: str, seed: int, lr: float, budget: float, ends: bool = False
 ) -> dict[str, Any]:
@@ -97,13 +97,12 @@ def run(
     state, total = engine.state, len(engine.train)
     recall = data.test is data.train  # then the training samples are what counts: all of them after each epoch
     subset = torch.randperm(total, generator=torch.Generator().manual_seed(99))[: total if recall else _SUBSET]
-    test = torch.arange(len(data.test))
     history: list[dict[str, Any]] = []
     for entry in train(engine, task, arm, lr):
         if not ends:
             entry |= measure(engine, data.train, subset, "train")
         if not (recall or ends):
-            entry |= measure(engine, data.test, test, "test")
+            entry |= measure_test(engine, data)
         entry["cost"] = (entry["rows_trained"] + arm.looked / 3) / (task.epochs * total)
         entry |= {"quarantined": int(state.quarantined.sum()), "buckets": state.bucket_counts().tolist()}
         history.append(entry)
@@ -112,7 +111,7 @@ def run(
     arm.finish()
     history[-1]["seconds"] += engine.wait() - start
     loss, hit = engine.evaluate(data.train, torch.arange(total))
-    final = measure(engine, data.test, test, "test") | {
+    final = measure_test(engine, data) | {
         "train_loss": loss.mean().item(),
         "train_accuracy": hit.float().mean().item(),
     }

@@ -46,7 +46,7 @@ def deal(packages: list[Package]) -> dict[str, list[Package]]:
     A source goes to a part that lacks rows of one of its classes, and gives it at most ALIKE of each class that it
     lacks; its other rows are in no part. What is left of TRAIN rows is cut off within the last source.
     """
-    names = set(classes(packages))
+    names = classes(packages)
     by_source: dict[str, list[Package]] = {}
     for package in packages:
         if package.section in names:

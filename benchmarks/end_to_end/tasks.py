@@ -117,6 +117,19 @@ TASKS = {
             deciding=("auto", "H", "A", "B", "B-auto"),
             measure="test_macro_accuracy",
         ),
+        Task(
+            "V1",
+            "text -> one rater's feeling about it",
+            "smollm2",
+            20_000,
+            4000,
+            6,
+            128,
+            1e-4,
+            (32, 48, 64),
+            deciding=("auto", "H", "A", "B", "B-auto"),
+            measure="test_spearman",
+        ),
         Task("R1-small", "facts by heart, a small network", "small facts", 1200, 0, 40, 24, 7e-4, (24,), seeds=3),
         Task(
             "R3-small",
@@ -147,7 +160,7 @@ def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     return max(ends, key=lambda lr: sum(ends[lr][seed] for seed in seeds)) if seeds else task.lr
 
 
-MADE_BY = {"D1": "texts", "D2": "sections"}  # which module makes the file of rows
+MADE_BY = {"D1": "texts", "D2": "sections", "V1": "raters"}  # which module makes the file of rows
 _SHIFT = 26_000  # glosses beyond those of the R2 tasks
 
 
@@ -194,4 +207,6 @@ def _from_texts(task: Task, texts: Path | None, choosing: bool) -> data.Data:
 
     tested = found.parts["choose" if choosing else "test"][: task.test]
     names = [f"group {i}" for i in range(int(groups.max()) + 1)]
-    return data.Data(split(trained[: task.samples]), split(tested), names, None)
+    means = found.beside.get("means")
+    rated = None if means is None else data.Ratings(found.beside["values"].tolist(), means[tested])
+    return data.Data(split(trained[: task.samples]), split(tested), names, rated)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -13,9 +15,10 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks.end_to_end import __main__ as end_to_end
-from benchmarks.end_to_end import sections, texts
+from benchmarks.end_to_end import raters, row_hashes, sections, texts
+from benchmarks.end_to_end.data import Data, Ratings, Split
+from benchmarks.end_to_end.measures import by_class, expected_ratings, spearman
 from benchmarks.end_to_end.packages import Package
-from benchmarks.end_to_end.run import by_class
 from benchmarks.end_to_end.tasks import MADE_BY, TASKS, best_lr, make_data
 
 smollm2 = pytest.importorskip("smollm2")  # on the path since the engine was imported
@@ -141,5 +144,101 @@ def test_a_task_without_its_file_of_rows_says_what_makes_it(tmp_path):
             ValueError, match=f"{name} needs --texts, the file that benchmarks.end_to_end.{module} makes"
         ):
             make_data(TASKS[name], None, tmp_path)
-    with pytest.raises(ValueError, match="R3 has no samples to choose by; R2's tasks, D1, D2"):
+    with pytest.raises(ValueError, match="R3 has no samples to choose by; R2's tasks, D1, D2, V1"):
         make_data(TASKS["R3"], None, tmp_path, choosing=True)
+
+
+def packed(files, name):
+    """A gzipped archive of texts by path, as bytes."""
+    content = io.BytesIO()
+    with tarfile.open(name, "w:gz", fileobj=content) as archive:
+        for path, data in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """40 texts of 20 documents of each kind; one whose mean is another text's, and one that is there twice."""
+    files = {}
+    for number, kind in enumerate(raters.KINDS):
+        ratings, told = [], []
+        for i in range(40):
+            given = [(i + number) % 9 - 4, 0, (i * 3) % 9 - 4]
+            mean = sum(given) / 3
+            ratings.append(f"{i // 2}_{i % 2}\t{mean}\t0.1\t{given}")
+            told.append(f"{i // 2}_{i % 2}\t{2.5 if i == 7 else mean}\tA {kind} of {i if i != 9 else 8} words")
+        for what, lines in (("anonDataRatings", ratings), ("GroundTruth", told)):
+            files[f"x/{kind}_{what}.txt"] = ("\ufeff" + "\r\n".join(lines)).encode()
+    path = tmp_path / "vader.tar.gz"
+    inner = packed(files, "inner")
+    path.write_bytes(packed({"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}, "outer"))
+    monkeypatch.setattr(raters, "SIZES", {"test": 20, "choose": 10})
+    monkeypatch.setattr(row_hashes, "FILE", tmp_path / "hashes.json")
+    return path
+
+
+def test_texts_with_a_rating_of_one_of_their_raters(archive):
+    rows = raters.read(archive)
+    assert len(rows) == 4 * 38 and {row.kind for row in rows} == {0, 1, 2, 3}
+    for row in rows:
+        i = int(row.text.split()[3])
+        given = [(i + row.kind) % 9 - 4, 0, (i * 3) % 9 - 4]
+        assert row.rating in given and row.mean == pytest.approx(sum(given) / 3)
+        assert row.document == f"{raters.KINDS[row.kind]} {i // 2}"
+    assert 20 < sum(row.rating == 0 for row in rows) < 90
+    parts = raters.deal(rows)
+    documents = [{row.document for row in part} for part in parts.values()]
+    assert len(set.union(*documents)) == sum(map(len, documents)) and len(parts["test"]) in (20, 21)
+    with pytest.raises(ValueError, match="152 texts are too few for"):
+        raters.SIZES["test"] = 200
+        raters.deal(rows)
+
+
+def test_v1_is_built_and_runs_and_other_rows_are_refused(archive, tiny, monkeypatch, tmp_path):
+    out = tmp_path / "v1.npz"
+    command = ["raters", str(archive), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--deal"])
+    raters.main()
+    monkeypatch.setattr(sys, "argv", command)
+    raters.main()
+    made = make_data(TASKS["V1"], None, tmp_path, out)
+    rows = raters.deal(raters.read(archive))
+    assert made.ratings.means.tolist() == [round(row.mean * 10_000) for row in rows["test"]]
+    assert made.train.labels[:, 0].tolist() == [made.ratings.tokens[row.rating + 4] for row in rows["train"]]
+    chosen = make_data(TASKS["V1"], None, tmp_path, out, choosing=True)
+    assert chosen.ratings.means.tolist() == [round(row.mean * 10_000) for row in rows["choose"]]
+    arms = ["auto", "H", "A", "B", "B-auto"]
+    found = run_quickly(monkeypatch, tmp_path, out, "--tasks", "V1", "--arms", *arms)
+    assert [row["arm"] for row in found] == arms and all(-1 <= row["final"]["test_spearman"] <= 1 for row in found)
+    assert "test_spearman" in found[0]["history"][0]
+    changed = rows["test"] + rows["choose"] + rows["train"][:-1] + [rows["train"][-1]._replace(rating=4)]
+    monkeypatch.setattr(raters, "read", lambda path: changed)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match=r"V1's part 'train' has 1\d\d rows of SHA-256 .* that vaderSentiment 3.3.2's"):
+        raters.main()
+
+
+def test_spearman_is_scipy_s():
+    first, second = torch.tensor([1.0, 2, 2, 4, 5, 5, 5, 8]), torch.tensor([3.0, 1, 4, 4, 2, 9, 9, 7])
+    assert spearman(first, second) == pytest.approx(0.56531554109761, abs=1e-12)
+    assert spearman(first, -first) == pytest.approx(-1) and spearman(first, first**3) == pytest.approx(1)
+    stats = pytest.importorskip("scipy.stats")
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        one, other = torch.randn(50, generator=draw), torch.randint(0, 9, (50,), generator=draw)
+        assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic, abs=1e-12)
+
+
+def test_the_expected_rating_is_the_mean_under_the_values_softmax():
+    class Known:
+        def evaluate(self, split, ids):
+            return split.labels[:, 0].float() * torch.tensor([0.0, 1.0]), ids
+
+    split = Split(*(torch.zeros(2, 1, dtype=torch.int64) for _ in range(6)))
+    ratings = Ratings([1, 2, 3], torch.zeros(2))
+    weights = torch.tensor([-1.0, -2, -3]).softmax(0)
+    expected = [1.0, float((weights * torch.arange(3)).sum())]
+    assert expected_ratings(Known(), Data(split, split, [], ratings)).tolist() == pytest.approx(expected)
