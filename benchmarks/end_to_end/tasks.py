@@ -130,6 +130,19 @@ TASKS = {
             deciding=("auto", "H", "A", "B", "B-auto"),
             measure="test_spearman",
         ),
+        Task(
+            "G1",
+            "sum of three to five numbers -> its steps; few samples, many epochs",
+            "smollm2",
+            2000,
+            1000,
+            48,
+            64,
+            3e-4,
+            (56, 72, 96),
+            deciding=("auto", "H", "A", "B", "B-auto"),
+            per_token=True,
+        ),
         Task("R1-small", "facts by heart, a small network", "small facts", 1200, 0, 40, 24, 7e-4, (24,), seeds=3),
         Task(
             "R3-small",
@@ -160,7 +173,7 @@ def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     return max(ends, key=lambda lr: sum(ends[lr][seed] for seed in seeds)) if seeds else task.lr
 
 
-MADE_BY = {"D1": "texts", "D2": "sections", "V1": "raters"}  # which module makes the file of rows
+MADE_BY = {"D1": "texts", "D2": "sections", "V1": "raters", "G1": "sums"}  # which module makes the file of rows
 _SHIFT = 26_000  # glosses beyond those of the R2 tasks
 
 

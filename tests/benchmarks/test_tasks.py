@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks.end_to_end import __main__ as end_to_end
-from benchmarks.end_to_end import raters, row_hashes, sections, texts
+from benchmarks.end_to_end import raters, row_hashes, sections, sums, texts
 from benchmarks.end_to_end.data import Data, Ratings, Split
 from benchmarks.end_to_end.measures import by_class, expected_ratings, spearman
 from benchmarks.end_to_end.packages import Package
@@ -34,8 +34,9 @@ def tiny(monkeypatch):
 def run_quickly(monkeypatch, tmp_path, rows, *arguments):
     out = tmp_path / "rows.jsonl"
     command = ["end_to_end", "--quick", "--texts", str(rows), "--out", str(out), "--done", "--seeds", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, *arguments])
-    end_to_end.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, *arguments])
+        end_to_end.main()
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -101,7 +102,6 @@ def test_d2_is_built_from_its_keys_and_runs(small_sections, tiny, monkeypatch, t
         final = row["final"]
         assert 0 <= final["test_worst_tenth_accuracy"] <= final["test_macro_accuracy"] <= 1
     monkeypatch.setattr(sections, "read_lists", lambda folder: packages()[10:])
-    monkeypatch.setattr(sys, "argv", ["sections", "lists", "--out", str(out)])
     with pytest.raises(SystemExit, match="more than 1 % of a part's rows are missing"):
         sections.main()
 
@@ -144,7 +144,7 @@ def test_a_task_without_its_file_of_rows_says_what_makes_it(tmp_path):
             ValueError, match=f"{name} needs --texts, the file that benchmarks.end_to_end.{module} makes"
         ):
             make_data(TASKS[name], None, tmp_path)
-    with pytest.raises(ValueError, match="R3 has no samples to choose by; R2's tasks, D1, D2, V1"):
+    with pytest.raises(ValueError, match="R3 has no samples to choose by; R2's tasks, D1, D2, V1, G1 have"):
         make_data(TASKS["R3"], None, tmp_path, choosing=True)
 
 
@@ -216,7 +216,6 @@ def test_v1_is_built_and_runs_and_other_rows_are_refused(archive, tiny, monkeypa
     assert "test_spearman" in found[0]["history"][0]
     changed = rows["test"] + rows["choose"] + rows["train"][:-1] + [rows["train"][-1]._replace(rating=4)]
     monkeypatch.setattr(raters, "read", lambda path: changed)
-    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match=r"V1's part 'train' has 1\d\d rows of SHA-256 .* that vaderSentiment 3.3.2's"):
         raters.main()
 
@@ -225,6 +224,9 @@ def test_spearman_is_scipy_s():
     first, second = torch.tensor([1.0, 2, 2, 4, 5, 5, 5, 8]), torch.tensor([3.0, 1, 4, 4, 2, 9, 9, 7])
     assert spearman(first, second) == pytest.approx(0.56531554109761, abs=1e-12)
     assert spearman(first, -first) == pytest.approx(-1) and spearman(first, first**3) == pytest.approx(1)
+
+
+def test_spearman_is_scipy_s_on_random_ranks():
     stats = pytest.importorskip("scipy.stats")
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -242,3 +244,76 @@ def test_the_expected_rating_is_the_mean_under_the_values_softmax():
     weights = torch.tensor([-1.0, -2, -3]).softmax(0)
     expected = [1.0, float((weights * torch.arange(3)).sum())]
     assert expected_ratings(Known(), Data(split, split, [], ratings)).tolist() == pytest.approx(expected)
+
+
+def drawn(count=130):
+    """Problems in reasoning-gym's form, two of them alike."""
+    for i in range(count):
+        terms = [i + 1, 2 * i, 7][: 2 + i % 2] + [5]
+        signs = ["+", "-", "+"] if i % 3 else ["-", "-", "-"]
+        expression = " ".join([str(terms[0]), *(f"{s} {t}" for s, t in zip(signs, terms[1:], strict=False))])
+        about = {"expression": expression, "num_terms": len(terms), "num_digits": 1 + i % 3}
+        entry = {"question": f"What is {expression} =", "answer": str(eval(expression)), "metadata": about}
+        yield entry
+        if i == 3:
+            yield entry
+
+
+@pytest.fixture
+def small_sums(tmp_path, monkeypatch):
+    monkeypatch.setattr(sums, "problems", drawn)
+    monkeypatch.setattr(sums, "SIZES", {"test": 20, "choose": 10, "train": 100})
+    monkeypatch.setattr(row_hashes, "FILE", tmp_path / "hashes.json")
+
+
+def test_the_steps_of_a_sum_end_with_its_result():
+    assert sums.worked("9 + 21 - 8") == "9+21=30, 30-8=22"
+    assert sums.worked("1 - 5 - 2 + 10") == "1-5=-4, -4-2=-6, -6+10=4"
+    for row in sums.read(drawn()):
+        for step in row.steps.split(", "):
+            left, _, right = step.partition("=")
+            assert eval(left) == int(right)
+        assert row.question.removeprefix("What is ").replace(" ", "").startswith(row.steps.partition("=")[0])
+    with pytest.raises(ValueError, match="has the answer 31, and its steps are 9\\+21=30"):
+        about = {"expression": "9 + 21", "num_terms": 2, "num_digits": 1}
+        sums.read([{"question": "9 + 21 =", "answer": "31", "metadata": about}])
+
+
+def test_g1_is_built_and_runs(small_sums, tiny, monkeypatch, tmp_path):
+    out = tmp_path / "g1.npz"
+    monkeypatch.setattr(sys, "argv", ["sums", "--out", str(out), "--deal"])
+    sums.main()
+    monkeypatch.setattr(sys, "argv", ["sums", "--out", str(out)])
+    sums.main()
+    parts = sums.deal(sums.read(drawn()))
+    assert [len(part) for part in parts.values()] == [20, 10, 100]
+    assert len({row.question for part in parts.values() for row in part}) == 130
+    made = make_data(TASKS["G1"], None, tmp_path, out)
+    for split, part in ((made.train, parts["train"]), (made.test, parts["test"])):
+        for labels, row in zip(split.labels, part, strict=True):
+            assert labels[labels >= 0].tolist() == [*smollm2.tiny_llama()[1](row.steps), sums.END]
+        assert split.groups.tolist() == [row.group for row in part]
+    arms = ["auto", "H", "H-probes", "A", "B-auto", "B:budget=0.25"]
+    rows = run_quickly(monkeypatch, tmp_path, out, "--tasks", "G1", "--arms", *arms, "--ends")
+    assert [row["arm"] for row in rows] == ["auto", "H", "A", "B-auto", "H-probes", "B:budget=0.25"]
+    assert rows[4]["config"]["probes"] is False and len(rows[0]["final"]["test_groups"]) == 6
+    monkeypatch.setattr(sums, "LONGEST_ANSWER", 3)
+    with pytest.raises(ValueError, match=r"take \d+ and 4 tokens: an answer may have 3, both 96"):
+        sums.main()
+
+
+def test_too_few_problems_and_no_reasoning_gym_are_said(monkeypatch):
+    with pytest.raises(ValueError, match="130 problems are too few for"):
+        sums.deal(sums.read(drawn()))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(SystemExit, match=r"reasoning-gym is missing: pip install reasoning-gym==0.1.25"):
+        sums.problems()
+
+
+def test_the_hashes_in_the_repo_are_of_as_many_rows():
+    known = json.loads(row_hashes.FILE.read_text())
+    rows = {task: {part: each["rows"] for part, each in parts.items()} for task, parts in known.items()}
+    assert rows == {
+        "V1": {"test": 3003, "choose": 1500, "train": 18916},
+        "G1": {"test": 1000, "choose": 500, "train": 2000},
+    }
