@@ -67,7 +67,7 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
     per_group = [
         (loss[groups == g].mean().item(), hit[groups == g].float().mean().item())
         for g in range(len(counts))
-        if counts[g] >= min(_RARE, len(ids) // len(counts))
+        if counts[g] >= max(min(_RARE, len(ids) // len(counts)), 1)
     ]
     named[f"{prefix}_worst_loss"] = max(loss for loss, _ in per_group)
     named[f"{prefix}_worst_accuracy"] = min(accuracy for _, accuracy in per_group)

@@ -210,7 +210,7 @@ def test_v1_is_built_and_runs_and_other_rows_are_refused(archive, tiny, monkeypa
     assert made.train.labels[:, 0].tolist() == [made.ratings.tokens[row.rating + 4] for row in rows["train"]]
     chosen = make_data(TASKS["V1"], None, tmp_path, out, choosing=True)
     assert chosen.ratings.means.tolist() == [round(row.mean * 10_000) for row in rows["choose"]]
-    arms = ["auto", "H", "A", "B", "B-auto"]
+    arms = ["H", "A"]
     found = run_quickly(monkeypatch, tmp_path, out, "--tasks", "V1", "--arms", *arms)
     assert [row["arm"] for row in found] == arms and all(-1 <= row["final"]["test_spearman"] <= 1 for row in found)
     assert "test_spearman" in found[0]["history"][0]
@@ -293,10 +293,10 @@ def test_g1_is_built_and_runs(small_sums, tiny, monkeypatch, tmp_path):
         for labels, row in zip(split.labels, part, strict=True):
             assert labels[labels >= 0].tolist() == [*smollm2.tiny_llama()[1](row.steps), sums.END]
         assert split.groups.tolist() == [row.group for row in part]
-    arms = ["auto", "H", "H-probes", "A", "B-auto", "B:budget=0.25"]
+    arms = ["A", "H-probes", "B:budget=0.25"]
     rows = run_quickly(monkeypatch, tmp_path, out, "--tasks", "G1", "--arms", *arms, "--ends")
-    assert [row["arm"] for row in rows] == ["auto", "H", "A", "B-auto", "H-probes", "B:budget=0.25"]
-    assert rows[4]["config"]["probes"] is False and len(rows[0]["final"]["test_groups"]) == 6
+    assert [row["arm"] for row in rows] == arms and rows[2]["cost"] == pytest.approx(0.25, abs=0.01)
+    assert rows[1]["config"]["probes"] is False and len(rows[0]["final"]["test_groups"]) == 6
     monkeypatch.setattr(sums, "LONGEST_ANSWER", 3)
     with pytest.raises(ValueError, match=r"take \d+ and 4 tokens: an answer may have 3, both 96"):
         sums.main()
