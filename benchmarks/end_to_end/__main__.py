@@ -98,7 +98,7 @@ class Bench:
             made = make_data(task, encode, self.given.wordnet, self.given.texts, self.given.choosing)
             train = made.train.to(self.device)
             test = train if made.test is made.train else made.test.to(self.device)
-            self.data[task.name] = Data(train, test, made.group_names)
+            self.data[task.name] = made._replace(train=train, test=test)
         data = self.data[task.name]
         graphs = self.device.type == "cuda" and not self.given.plain
         key = (kind, task.batch, tuple(data.train.tokens.shape), tuple(data.train.labels.shape))
@@ -119,7 +119,7 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
-    parser.add_argument("--texts", type=Path, help="D1's rows, made by benchmarks.end_to_end.texts")
+    parser.add_argument("--texts", type=Path, help="rows of D1, D2, V1 or G1, see TASKS.md")
     parser.add_argument("--choosing", action="store_true", help="other samples, to choose rates and rules by")
     parser.add_argument("--ends", action="store_true", help="measure only at the end of each run, not after each epoch")
     parser.add_argument("--tasks", nargs="+", default=LARGE, choices=list(TASKS))
@@ -155,7 +155,7 @@ def main() -> None:
         lr = tried or rate or best_lr(TASKS[name], [row for row in rows if row["task"] == name])
         done = {(row["arm"], row["seed"]): row for row in rows if (row["task"], row["lr"]) == (name, lr)}
         mine = (given.tasks.index(name) + seed) % parts == part
-        if not mine or (arm, seed) in done or (arm in BUDGETED and ("H", seed) not in done):
+        if not mine or (arm, seed) in done or (arm in BUDGETED and (BUDGETED[arm], seed) not in done):
             continue
         now = time.perf_counter() - begin
         if now + took.get(name, max(took.values(), default=0.0)) > 60 * given.minutes:
@@ -163,7 +163,8 @@ def main() -> None:
         task = bench.task(name)
         engine, data = bench.ready(task)
         start = time.perf_counter()
-        row = run(engine, task, data, arm, seed, lr, done["H", seed]["cost"] if arm in BUDGETED else 1.0, given.ends)
+        budget = done[BUDGETED[arm], seed]["cost"] if arm in BUDGETED else 1.0
+        row = run(engine, task, data, arm, seed, lr, budget, given.ends)
         took[name] = max(took.get(name, 0.0), time.perf_counter() - start)
         rows.append({**row, **shared})
         append(given.out, rows[-1])

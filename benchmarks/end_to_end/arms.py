@@ -252,7 +252,7 @@ ARMS: dict[str, type[Arm]] = {
     "H+weights": _geko(bucket_weights=(3, 1, 0)),
     "H+curriculum": _geko(use_curriculum=True),
 }
-BUDGETED = ("B", "C", "E")  # run at the budget that H was measured to take
+BUDGETED = {"B": "H", "C": "H", "E": "H", "B-auto": "auto"}  # run at the budget that the other was measured to take
 WHAT = {
     "A": "uniform",
     "B": "uniform at H's budget",

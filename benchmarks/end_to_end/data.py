@@ -49,10 +49,18 @@ class Split(NamedTuple):
         return Split(tokens.to(device), positions.to(device), labels.to(device), *rest)
 
 
+class Ratings(NamedTuple):
+    """What the test samples are to be rated on a scale whose values are one token each."""
+
+    tokens: list[int]  # of the values, the lowest first
+    means: Tensor  # (N,) int64, on the CPU: of all raters, in any unit
+
+
 class Data(NamedTuple):
     train: Split
     test: Split
     group_names: Sequence[str]
+    ratings: Ratings | None = None
 
 
 def _padded(rows: list[list[int]], width: int, fill: int) -> Tensor:

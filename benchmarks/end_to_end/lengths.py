@@ -203,8 +203,12 @@ def swap(split: Split, ids: Tensor) -> tuple[Split, Tensor]:
     return made, torch.tensor([i for i, _ in pairs])
 
 
-ARMS |= {"auto": Auto, "A-stop": EarlyStopping}
-WHAT |= {"auto": "GEKO, auto()", "A-stop": "uniform, early stopping on the same held-back samples"}
+ARMS |= {"auto": Auto, "A-stop": EarlyStopping, "B-auto": Arm}
+WHAT |= {
+    "auto": "GEKO, auto()",
+    "A-stop": "uniform, early stopping on the same held-back samples",
+    "B-auto": "uniform at auto's budget",
+}
 PRESETS = {"H": gk.GEKOConfig.recommended, "auto": gk.GEKOConfig.auto}
 
 

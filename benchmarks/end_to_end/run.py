@@ -13,6 +13,7 @@ from benchmarks.end_to_end.arms import Arm
 from benchmarks.end_to_end.data import Data, Split
 from benchmarks.end_to_end.engine import Engine, Network, new_adder
 from benchmarks.end_to_end.lengths import find_arm
+from benchmarks.end_to_end.measures import by_class, expected_ratings, spearman
 from benchmarks.end_to_end.tasks import Task
 
 _WINDOW = 16  # batches whose samples are sorted by length
@@ -61,17 +62,26 @@ def measure(engine: Engine, split: Split, ids: Tensor, prefix: str) -> dict[str,
     groups, tokens = split.groups[ids], split.answer_tokens()[ids]
     named: dict[str, Any] = {f"{prefix}_loss": loss.mean().item(), f"{prefix}_accuracy": hit.float().mean().item()}
     named[f"{prefix}_token_loss"] = ((loss * tokens).sum() / tokens.sum()).item()
+    named |= {f"{prefix}_{name}": value for name, value in by_class(hit, groups).items()}
     counts = torch.bincount(groups)
     per_group = [
         (loss[groups == g].mean().item(), hit[groups == g].float().mean().item())
         for g in range(len(counts))
-        if counts[g] >= min(_RARE, len(ids) // len(counts))
+        if counts[g] >= max(min(_RARE, len(ids) // len(counts)), 1)
     ]
     named[f"{prefix}_worst_loss"] = max(loss for loss, _ in per_group)
     named[f"{prefix}_worst_accuracy"] = min(accuracy for _, accuracy in per_group)
     if len(per_group) <= _FEW:
         named[f"{prefix}_groups"] = per_group
     return named
+
+
+def measure_test(engine: Engine, data: Data) -> dict[str, float]:
+    """`measure` of all test samples; where they are rated also how the ranks agree with the mean ratings."""
+    found = measure(engine, data.test, torch.arange(len(data.test)), "test")
+    if data.ratings is not None:
+        found["test_spearman"] = spearman(expected_ratings(engine, data), data.ratings.means)
+    return found
 
 
 def run(
@@ -87,13 +97,12 @@ def run(
     state, total = engine.state, len(engine.train)
     recall = data.test is data.train  # then the training samples are what counts: all of them after each epoch
     subset = torch.randperm(total, generator=torch.Generator().manual_seed(99))[: total if recall else _SUBSET]
-    test = torch.arange(len(data.test))
     history: list[dict[str, Any]] = []
     for entry in train(engine, task, arm, lr):
         if not ends:
             entry |= measure(engine, data.train, subset, "train")
         if not (recall or ends):
-            entry |= measure(engine, data.test, test, "test")
+            entry |= measure_test(engine, data)
         entry["cost"] = (entry["rows_trained"] + arm.looked / 3) / (task.epochs * total)
         entry |= {"quarantined": int(state.quarantined.sum()), "buckets": state.bucket_counts().tolist()}
         history.append(entry)
@@ -102,7 +111,7 @@ def run(
     arm.finish()
     history[-1]["seconds"] += engine.wait() - start
     loss, hit = engine.evaluate(data.train, torch.arange(total))
-    final = measure(engine, data.test, test, "test") | {
+    final = measure_test(engine, data) | {
         "train_loss": loss.mean().item(),
         "train_accuracy": hit.float().mean().item(),
     }

@@ -21,7 +21,8 @@ class Task:
     samples, test: training and held-out samples; R1 is measured on the training samples.
     lr: the learning rate where none has been tuned.
     sizes: lengths in tokens that batches are padded to.
-    measure: what it is judged by at the end, "test_accuracy" (exact match), "test_loss" or "test_token_loss".
+    measure: what it is judged by at the end, "test_accuracy" (exact match), "test_macro_accuracy" (mean over the
+        groups), "test_spearman" (of expected and mean rating), "test_loss" or "test_token_loss".
     per_token: a batch's loss is the mean over its tokens, as Trainer's; else over its samples.
     """
 
@@ -40,6 +41,11 @@ class Task:
     deciding: tuple[str, ...] = ("H", "A", "B")  # arms run first; H before B, whose budget is H's cost
     measure: str = "test_accuracy"
     per_token: bool = False
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of the measure is better."""
+        return not self.measure.endswith("loss")
 
 
 def _noisy(share: float, kind: str = "uniform", name: str = "") -> Task:
@@ -98,6 +104,45 @@ TASKS = {
             measure="test_token_loss",
             per_token=True,
         ),
+        Task(
+            "D2",
+            "package description -> its section",
+            "smollm2",
+            20_000,
+            3000,
+            6,
+            128,
+            2e-4,
+            (48, 80, 112),
+            deciding=("auto", "H", "A", "B", "B-auto"),
+            measure="test_macro_accuracy",
+        ),
+        Task(
+            "V1",
+            "text -> one rater's feeling about it",
+            "smollm2",
+            20_000,
+            4000,
+            6,
+            128,
+            1e-4,
+            (32, 48, 64),
+            deciding=("auto", "H", "A", "B", "B-auto"),
+            measure="test_spearman",
+        ),
+        Task(
+            "G1",
+            "sum of three to five numbers -> its steps; few samples, many epochs",
+            "smollm2",
+            2000,
+            1000,
+            48,
+            64,
+            3e-4,
+            (56, 72, 96),
+            deciding=("auto", "H", "A", "B", "B-auto"),
+            per_token=True,
+        ),
         Task("R1-small", "facts by heart, a small network", "small facts", 1200, 0, 40, 24, 7e-4, (24,), seeds=3),
         Task(
             "R3-small",
@@ -119,7 +164,7 @@ LARGE = [name for name in TASKS if name.startswith("R") and not name.endswith("-
 
 def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     """The rate at which the uniform arm ended best, by the seeds that it ran at every rate; the same for all arms."""
-    sign = 1 if task.measure == "test_accuracy" else -1
+    sign = 1 if task.higher else -1
     ends: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["arm"] == "A":
@@ -128,6 +173,7 @@ def best_lr(task: Task, rows: list[dict[str, Any]]) -> float:
     return max(ends, key=lambda lr: sum(ends[lr][seed] for seed in seeds)) if seeds else task.lr
 
 
+MADE_BY = {"D1": "texts", "D2": "sections", "V1": "raters", "G1": "sums"}  # which module makes the file of rows
 _SHIFT = 26_000  # glosses beyond those of the R2 tasks
 
 
@@ -135,10 +181,10 @@ def make_data(
     task: Task, encode: data.Encode | None, wordnet: Path, texts: Path | None = None, choosing: bool = False
 ) -> data.Data:
     """The task's samples; with `choosing` others, by which rates and rules may be chosen and that are not reported."""
-    if task.name == "D1":
-        return _packages(task, texts, choosing)
+    if task.name in MADE_BY:
+        return _from_texts(task, texts, choosing)
     if choosing and not task.name.startswith(("R1", "R2", "R3")):
-        raise ValueError(f"{task.name} has no samples to choose by; R1, R2, R3 and D1 have")
+        raise ValueError(f"{task.name} has no samples to choose by; R1, R2, R3, {', '.join(MADE_BY)} have")
     if task.network == "adder":
         return data.additions(task.samples, task.test)
     if task.name == "R3-small":
@@ -155,20 +201,25 @@ def make_data(
     return data.gloss_classes(rows, encode, task.samples, task.test, task.noise, task.noise_kind)
 
 
-def _packages(task: Task, texts: Path | None, choosing: bool) -> data.Data:
-    from benchmarks.end_to_end.texts import LONGEST, load
+def _from_texts(task: Task, texts: Path | None, choosing: bool) -> data.Data:
+    from benchmarks.end_to_end.texts import load
 
     if texts is None:
-        raise ValueError("D1 needs --texts, the file that benchmarks.end_to_end.texts makes")
+        raise ValueError(f"{task.name} needs --texts, the file that benchmarks.end_to_end.{MADE_BY[task.name]} makes")
     found = load(texts)
+    everyone = torch.arange(len(found.prompts))
     trained = torch.cat([ids for name, ids in found.parts.items() if name not in ("test", "choose")]).sort().values
+    shape = task.sizes[-1], int((found.length(everyone) - found.prompts).max())
+    groups = found.beside.get("groups", torch.zeros_like(everyone))
 
     def split(ids: Tensor) -> data.Split:
         rows = [found.tokens[found.offsets[i] : found.offsets[i + 1]].tolist() for i in ids.tolist()]
         starts = found.prompts[ids].tolist()
         cut = [(row[:start], row[start:]) for row, start in zip(rows, starts, strict=True)]
-        answer = int((found.length(torch.arange(len(found.prompts))) - found.prompts).max())
-        return data.pack([a for a, _ in cut], [b for _, b in cut], [0] * len(cut), (LONGEST, answer))
+        return data.pack([a for a, _ in cut], [b for _, b in cut], groups[ids].tolist(), shape)
 
-    tested = found.parts["choose" if choosing else "test"]
-    return data.Data(split(trained[: task.samples]), split(tested[: task.test]), ("packages",))
+    tested = found.parts["choose" if choosing else "test"][: task.test]
+    names = [f"group {i}" for i in range(int(groups.max()) + 1)]
+    means = found.beside.get("means")
+    rated = None if means is None else data.Ratings(found.beside["values"].tolist(), means[tested])
+    return data.Data(split(trained[: task.samples]), split(tested), names, rated)

@@ -37,6 +37,7 @@ class Texts(NamedTuple):
     offsets: Tensor  # (N + 1,) int64
     prompts: Tensor  # (N,) int64: tokens of the prompt
     parts: dict[str, Tensor]  # ids by name: train, test and what is held back
+    beside: dict[str, Tensor]  # what else a task has: the `groups` (N,), int64, of its samples, ...
 
     def length(self, ids: Tensor) -> Tensor:
         return self.offsets[ids + 1] - self.offsets[ids]
@@ -46,16 +47,25 @@ def load(path: Path) -> Texts:
     with np.load(path) as file:
         arrays = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file}
     parts = {name.removeprefix("part_"): ids for name, ids in arrays.items() if name.startswith("part_")}
-    return Texts(arrays["tokens"].int(), arrays["offsets"], arrays["prompts"], parts)
+    known = ("tokens", "offsets", "prompts")
+    beside = {name: values for name, values in arrays.items() if name not in known and not name.startswith("part_")}
+    return Texts(arrays["tokens"].int(), arrays["offsets"], arrays["prompts"], parts, beside)
 
 
-def save(path: Path, prompts: list[list[int]], answers: list[list[int]], parts: dict[str, Sequence[int]]) -> None:
+def save(
+    path: Path,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    parts: dict[str, Sequence[int]],
+    beside: dict[str, np.ndarray] | None = None,
+) -> None:
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     arrays = {
         "tokens": np.concatenate([np.array(row, np.uint16) for row in rows]),
         "offsets": np.cumsum([0, *map(len, rows)]).astype(np.int64),
         "prompts": np.array([len(prompt) for prompt in prompts], np.uint16),
     }
+    arrays |= beside or {}
     np.savez_compressed(path, **arrays, **{f"part_{name}": np.array(ids, np.int32) for name, ids in parts.items()})
 
 
