@@ -22,6 +22,7 @@ from benchmarks.results import RESULTS, read
 
 FILE = RESULTS / "lengths_2026-11-27.jsonl.gz"
 _WATCHED = ("auto", "A-stop")
+_BESIDE = {"A-stop": "early stopping", "H-spend": "`spend_saved`"}
 _EQUAL = 0.3  # points, or per cent of the loss
 
 
@@ -44,10 +45,12 @@ def seconds(row: Row) -> float:
     return row["seconds"]["total"] + before
 
 
-def best_length(task: str, rows: Rows) -> str:
+def best_length(task: str, rows: Rows) -> str | None:
     """The arm with the shortest uniform run that is as good as the best."""
     measure = MEASURES[task]
     of = {arm: mean(final(row, measure) for row in rows[arm].values()) for arm in rows if epochs(arm, task)}
+    if not of:
+        return None
     best = max(of.values()) if measure.higher else min(of.values())
     margin = _EQUAL if measure.scale == 100 else _EQUAL / 100 * best
     return min((arm for arm in of if abs(of[arm] - best) <= margin), key=lambda arm: epochs(arm, task) or 0.0)
@@ -76,11 +79,11 @@ def _cell(task: str, rows: Rows, arm: str) -> str:
 
 
 def differences(tasks: dict[str, Rows]) -> list[str]:
-    """Markdown: `auto()` minus the best length and minus early stopping, and the ratios of their times."""
+    """Markdown: `auto()` minus the best length, early stopping, `spend_saved`, and the ratios of their times."""
     lines = []
     for name, rows in tasks.items():
-        for other in (best_length(name, rows), "A-stop"):
-            if not rows.get(other):
+        for other in (best_length(name, rows), *_BESIDE):
+            if other is None or not rows.get(other):
                 continue
             found = paired(rows, "auto", other, lambda row, name=name: final(row, MEASURES[name]))
             low, high = bootstrap(found)
@@ -88,7 +91,7 @@ def differences(tasks: dict[str, Rows]) -> list[str]:
             both = [seed for seed in rows["auto"] if seed in rows[other]]
             ratio = mean(seconds(rows["auto"][s]) for s in both) / mean(seconds(rows[other][s]) for s in both)
             length = epochs(other, name)
-            what = "early stopping" if length is None else f"the best length, {length:g}"
+            what = f"the best length, {length:g}" if length else _BESIDE[other]
             value = f"{mean(found):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
             lines.append([name, what, str(len(found)), value, f"{ratio:.2f}"])
     return grid(["task", "beside", "seeds", "`auto()` minus that", "time"], lines)

@@ -144,8 +144,8 @@ def test_a_task_without_its_file_of_rows_says_what_makes_it(tmp_path):
             ValueError, match=f"{name} needs --texts, the file that benchmarks.end_to_end.{module} makes"
         ):
             make_data(TASKS[name], None, tmp_path)
-    with pytest.raises(ValueError, match="R3 has no samples to choose by; R2's tasks, D1, D2, V1, G1 have"):
-        make_data(TASKS["R3"], None, tmp_path, choosing=True)
+    with pytest.raises(ValueError, match="R4 has no samples to choose by; R1, R2, R3, D1, D2, V1, G1 have"):
+        make_data(TASKS["R4"], None, tmp_path, choosing=True)
 
 
 def packed(files, name):
