@@ -1,21 +1,24 @@
-"""An extension of griffe: docstrings as this package writes them become the Markdown that the reference shows."""
+"""An extension of griffe: docstrings as this package writes them become Markdown."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from griffe import Docstring, Extension
 
-_SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")  # which griffe reads itself
+_SECTION = re.compile(r"(Args|Attributes|Raises):")  # which griffe reads itself
 _HEADED = re.compile(r"([A-Z]\w+): (.+)")
 _ENTRY = re.compile(r"(\w+(?:, \w+)*)( [^:`]*)?: (.+)")
-_PAGE = re.compile(r"`?docs/(\w+)\.md`?")
+_NAMES = re.compile(r"\w+(, \w+)*$")
+_DOCS = Path(__file__).parent
+_PAGE = re.compile(r"`?docs/(\w+\.md)`?")
 _NAME = re.compile(r"(?<!\[)`(\w+)`")
 
 
 class PlainDocstrings(Extension):
-    """Blocks below a line of their own, as in `GEKOConfig`, become lists; comments beside attributes are their text."""
+    """Blocks of `name: text`, as in `GEKOConfig`, become lists; comments the text of attributes."""
 
     def on_package(self, *, pkg: Any, **_: Any) -> None:
         self._visit(pkg, {name for name in pkg.members if name in pkg.exports})
@@ -32,18 +35,23 @@ class PlainDocstrings(Extension):
 
 
 def to_markdown(text: str) -> str:
-    """`text` with each block that is indented below a line of its own as a list, or as the rest of that line."""
+    """`text`, each block that is indented below a line made a list, or the rest of that line."""
     paragraphs = re.split(r"\n{2,}", text)
     return "\n\n".join(map(_paragraph, paragraphs))
 
 
 def _paragraph(text: str) -> str:
     lines = text.split("\n")
-    if _SECTION.fullmatch(lines[0]) or lines[0].startswith((" ", "-")) or not any(x.startswith("    ") for x in lines):
+    table = _table(lines)
+    if table is not None:
+        return "\n".join(table)
+    if _SECTION.fullmatch(lines[0]) or lines[0].startswith((" ", "-")) or "\n    " not in text:
         return text
     parts: list[str] = []
     for group in re.findall(r"^\S.*(?:\n {4,}.*)*", text, re.M):
         head, *block = group.split("\n")
+        if head == "Returns:":
+            head = f"Returns: {block.pop(0).strip()}"
         headed = _HEADED.fullmatch(head)
         head = f"**{headed[1]}:** {headed[2]}" if headed else head
         entries = _entries([line[4:] for line in block])
@@ -57,7 +65,7 @@ def _paragraph(text: str) -> str:
 
 
 def _entries(lines: list[str]) -> list[str] | None:
-    """`name: text` a line, with its further lines indented, as items of a list; None for running text."""
+    """Items of a list from lines `name: text`, further lines indented; None for running text."""
     items: list[str] = []
     for line in lines:
         entry = _ENTRY.fullmatch(line)
@@ -71,11 +79,32 @@ def _entries(lines: list[str]) -> list[str] | None:
     return items
 
 
+def _table(lines: list[str]) -> list[str] | None:
+    """Items of a list from two aligned columns, names and texts; None for other lines."""
+    column = min(
+        (len(line) - len(line.lstrip()) for line in lines if line.startswith(" " * 12)), default=0
+    )
+    items: list[str] = []
+    for line in lines if column else []:
+        names, between, rest = line[4 : column - 1].strip(), line[column - 1], line[column:]
+        if not line.startswith("    ") or between != " " or (names and not _NAMES.match(names)):
+            return None
+        if names:
+            items.append("- " + ", ".join(f"`{name}`" for name in names.split(", ")) + f": {rest}")
+        elif items:
+            items[-1] += " " + rest.strip()
+    return items or None
+
+
 def _linked(text: str, names: set[str]) -> str:
     def name(match: re.Match[str]) -> str:
         return f"[`{match[1]}`][geko_kernels.{match[1]}]" if match[1] in names else match[0]
 
-    return _NAME.sub(name, _PAGE.sub(r"[\1](../\1.md)", text))
+    def page(match: re.Match[str]) -> str:
+        heading = (_DOCS / match[1]).read_text(encoding="utf-8").partition("\n")[0]
+        return f"[{heading.removeprefix('# ')}](../{match[1]})"
+
+    return _NAME.sub(name, _PAGE.sub(page, text))
 
 
 def _take_comment(member: Any) -> None:

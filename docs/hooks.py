@@ -11,6 +11,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+PICTURE = re.compile(r"(?<!\[)!\[[^\]]*\]\(([^)]+)\)")
+NAMED = re.compile(r"(?<!\[)`docs/([\w/-]+\.md)`(?!\])")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -27,14 +29,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as they are in the site, where what is in docs/ lies beside the folders of the repository."""
+    """Links as they are in the site, where pages of docs/ lie beside the repository's folders."""
     here = page.file.src_uri
 
     def moved(match: re.Match[str]) -> str:
         uri = _uri(here, match[2])
         return match[1] + posixpath.relpath(uri, posixpath.dirname(here) or ".") + (match[3] or "")
 
-    return LINK.sub(moved, markdown)
+    def linked(match: re.Match[str]) -> str:
+        return f"[{match[0]}]({posixpath.relpath(match[1], posixpath.dirname(here) or '.')})"
+
+    markdown = NAMED.sub(linked, LINK.sub(moved, markdown))
+    return PICTURE.sub(r"[\g<0>](\1)", markdown)  # a click shows it in its size
 
 
 def _source(uri: str) -> Path:
