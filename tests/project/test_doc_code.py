@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
+import io
 import itertools
 import json
 import re
@@ -111,13 +114,22 @@ GIVEN = {
 }
 
 
+def without_figures(text: str) -> str:
+    """`text` with each number as #: other machines compute others."""
+    return re.sub(r"\d[\d.,]*", "#", text)
+
+
 @pytest.mark.parametrize("document", WITH_CODE)
 def test_python_blocks_run(document, folder):
     pytest.importorskip("accelerate")
     names: dict[str, object] = {}
     given = {section: iter(makers) for (page, section), makers in GIVEN.items() if page == document}
     torch.manual_seed(0)
-    for block in blocks_of(document, "python"):
+    printed = ""
+    for block in blocks_of(document, "python", "text"):
+        if block.language == "text":
+            assert without_figures(block.code) == without_figures(printed), f"what line {block.line} says is printed"
+            continue
         code = compile("\n" * (block.line - 1) + block.code, ROOT / document, "exec")
         if block.reason:
             continue
@@ -125,7 +137,9 @@ def test_python_blocks_run(document, folder):
             pytest.importorskip("trl")
         if block.section in given:
             names = next(given[block.section])()
-        exec(code, names)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(code, names)
+        printed = output.getvalue()
 
 
 def commands_of(block: Block) -> list[list[str]]:
@@ -148,7 +162,9 @@ def check_command(words: list[str]) -> None:
     if first == "geko":
         options = vars(_parser().parse_args(rest))
         if options.pop("command") == "train":
-            read_options(options, options.pop("config"))
+            given = read_options(options, options.pop("config"))
+            for names, kind in ((given.geko, gk.GEKOConfig), (given.training_arguments, gk.GEKOTrainingArguments)):
+                assert set(names) <= {field.name for field in dataclasses.fields(kind)}
     elif first == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(rest) <= set(targets), f"Makefile has no {rest}"
