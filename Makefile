@@ -1,5 +1,4 @@
 # demo, test, lint: on a machine with Python 3.11+ and a C++ compiler; the first run makes .venv and builds csrc/ in it.
-# docs: on one with Python 3.11+; it installs what it needs into .venv too, neither torch nor csrc/.
 # test-gpu, bench: the same; `PYTHON=python3 make test-gpu` uses that interpreter as it is, with its own torch.
 
 export HF_HUB_OFFLINE = 1
@@ -14,7 +13,7 @@ PYTHON = .venv/bin/python
 READY = .venv/ready
 endif
 
-.PHONY: demo test coverage test-gpu bench lint docs
+.PHONY: demo test coverage test-gpu bench lint
 
 demo: $(READY)
 	$(PYTHON) examples/demo.py
@@ -27,6 +26,17 @@ coverage:
 	$(MAKE) test COVERAGE="--cov=geko_kernels --cov-report="
 	@$(PYTHON) -m coverage report --format=total
 
+# the site, in build/site; the code is read, not run, so neither torch nor a compiler is needed
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html (search needs a server: python3 -m http.server --directory build/site)"
+
+.venv/docs: requirements-docs.txt requirements-dev.txt
+	python3 -m venv .venv
+	$(INSTALL) -r requirements-docs.txt
+	touch $@
+
 test-gpu: $(READY)
 	$(PYTHON) -m pytest -m gpu
 
@@ -37,16 +47,6 @@ lint: $(READY)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
-
-# the code is read, not run
-docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-	@echo "build/site/index.html (search needs a server: python3 -m http.server --directory build/site)"
-
-.venv/docs: requirements-docs.txt requirements-dev.txt
-	python3 -m venv .venv
-	$(INSTALL) -r requirements-docs.txt
-	touch $@
 
 .venv/installed: requirements-dev.txt
 	@echo "Installing into .venv (once; about two minutes) ..."

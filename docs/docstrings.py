@@ -9,6 +9,7 @@ from typing import Any
 from griffe import Docstring, Extension
 
 _SECTION = re.compile(r"(Args|Attributes|Raises):")  # which griffe reads itself
+_SEVERAL = re.compile(r"^    (\w+(?:,\s+\w+)+): (.+(?:\n {8}.*)*)\n?", re.M)
 _HEADED = re.compile(r"([A-Z]\w+): (.+)")
 _ENTRY = re.compile(r"(\w+(?:, \w+)*)( [^:`]*)?: (.+)")
 _NAMES = re.compile(r"\w+(, \w+)*$")
@@ -45,6 +46,8 @@ def _paragraph(text: str) -> str:
     table = _table(lines)
     if table is not None:
         return "\n".join(table)
+    if lines[0] == "Args:":
+        return _arguments(text)
     if _SECTION.fullmatch(lines[0]) or lines[0].startswith((" ", "-")) or "\n    " not in text:
         return text
     parts: list[str] = []
@@ -64,14 +67,26 @@ def _paragraph(text: str) -> str:
     return "\n\n".join(parts)
 
 
+def _arguments(text: str) -> str:
+    """The section, which takes one name an entry; what is said of several stands behind it."""
+    several = [
+        f"{_coded(' '.join(names.split()))}: {said}" for names, said in _SEVERAL.findall(text)
+    ]
+    behind = [" ".join(said.split()) for said in several]
+    return "\n\n".join([_SEVERAL.sub("", text).rstrip(), *behind])
+
+
+def _coded(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split(", "))
+
+
 def _entries(lines: list[str]) -> list[str] | None:
     """Items of a list from lines `name: text`, further lines indented; None for running text."""
     items: list[str] = []
     for line in lines:
         entry = _ENTRY.fullmatch(line)
         if entry:
-            names = ", ".join(f"`{name}`" for name in entry[1].split(", "))
-            items.append(f"- {names}{entry[2] or ''}: {entry[3]}")
+            items.append(f"- {_coded(entry[1])}{entry[2] or ''}: {entry[3]}")
         elif items and line.startswith(" "):
             items[-1] += " " + line.strip()
         else:
@@ -90,7 +105,7 @@ def _table(lines: list[str]) -> list[str] | None:
         if not line.startswith("    ") or between != " " or (names and not _NAMES.match(names)):
             return None
         if names:
-            items.append("- " + ", ".join(f"`{name}`" for name in names.split(", ")) + f": {rest}")
+            items.append(f"- {_coded(names)}: {rest}")
         elif items:
             items[-1] += " " + rest.strip()
     return items or None

@@ -235,8 +235,6 @@ def weighted_linear_loss(
     `weight` or `hidden` costs nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept
     rows: its gradients are made in the backward.
 
-    Arguments that are not named below are as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
-
     Args:
         hidden: (B, S, H), or (B, H) where each row is one visit; float32, bfloat16, float16 or float64.
         weight: (V, H), of the dtype of `hidden`, or, as `bias`, cast to that of autocast.
@@ -246,6 +244,8 @@ def weighted_linear_loss(
             and not all rows fit at once, as much again as dW; V not divisible by 8 takes a padded copy of the weight
             on a GPU. In float16 dX and dW are held in float32 until the backward, since its range is too small for
             them before they are multiplied by the upstream gradient.
+        labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
+            update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
         return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
             float32 (float64 for float64), of the labels' shape, without gradient; 0 where a token predicts nothing
             or its label does not count.
