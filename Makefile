@@ -26,6 +26,17 @@ coverage:
 	$(MAKE) test COVERAGE="--cov=geko_kernels --cov-report="
 	@$(PYTHON) -m coverage report --format=total
 
+# the site, in build/site; the code is read, not run, so neither torch nor a compiler is needed
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html (search needs a server: python3 -m http.server --directory build/site)"
+
+.venv/docs: requirements-docs.txt requirements-dev.txt
+	python3 -m venv .venv
+	$(INSTALL) -r requirements-docs.txt
+	touch $@
+
 test-gpu: $(READY)
 	$(PYTHON) -m pytest -m gpu
 

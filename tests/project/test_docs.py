@@ -1,19 +1,19 @@
-"""The documents name what there is: environment variables that are read, and files."""
+"""The documents name what there is: environment variables that are read, files, pages, messages and logged figures."""
 
 from __future__ import annotations
 
+import ast
 import re
-from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, ROOT, anchors_of, links_of, text_of
 
 from geko_kernels.cli import environment
 
-ROOT = Path(__file__).parents[2]
 VARIABLES = ROOT / "docs" / "environment.md"
 READS = re.compile(r"(?:environ(?:\.get|\.setdefault|\.pop)?|getenv)\s*[\[(]\s*[\"'](GEKO_\w+)")
 FILE = re.compile(r"`([\w./*-]+\.(?:py|cpp|cu|h|j2|md|toml|txt)|Makefile)`")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/environment.md")
+WITH_FILES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/environment.md")
 
 
 def sources() -> dict[str, str]:
@@ -50,9 +50,48 @@ def test_variables_stand_in_the_files_that_are_said_to_read_them():
             assert any(other in text for other in names), f"{file} does not read {name}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", WITH_FILES)
 def test_files_that_a_document_names_exist(document):
     named = FILE.findall((ROOT / document).read_text(encoding="utf-8"))
     assert len(named) > 3
     missing = [name for name in named if not any(ROOT.glob(name))]
     assert not missing, f"{document} names {missing}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(document):
+    for link in links_of(document):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert target.exists(), f"{document} links to {link}"
+        assert not anchor or anchor in anchors_of(str(target.relative_to(ROOT))), f"{document} links to {link}"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1].split("\n\n")[0]
+    listed = re.findall(r": (\S+\.md)$", nav, re.M)
+    assert ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page}" for page in listed)] == DOCUMENTS
+
+
+def test_messages_that_are_explained_are_those_of_the_code():
+    written = set()
+    for name, code in sources().items():
+        if name.endswith(".py"):
+            written |= {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    told = "\n".join(value for value in written if isinstance(value, str))
+    cells = [line.split("|")[1] for line in text_of("docs/guides/troubleshooting.md").splitlines() if line[:1] == "|"]
+    quoted = re.findall(r"`([^`]* [^`]*)`", "".join(cells))
+    assert len(quoted) > 9
+    assert not [part for part in quoted if part not in told]
+
+
+def test_logged_names_are_those_of_the_log(tmp_path):
+    pytest.importorskip("transformers")
+    from training import trainer_of
+
+    trainer = trainer_of(tmp_path, logging_steps=1, num_train_epochs=1)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry if "geko" in name}
+    rows = [line for line in text_of("docs/guides/watching.md").splitlines() if line.startswith("| `")]
+    told = {name for line in rows for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    assert told == logged | {"geko_nonfinite"}
