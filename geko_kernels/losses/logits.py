@@ -34,8 +34,8 @@ class SampleStats(NamedTuple):
     """
 
     sample_ids: Tensor  # (M,) int64
-    num_tokens: Tensor  # (M,) int64: valid tokens, those of token weight 0 not among them
-    loss: Tensor  # (M,) float32: mean over valid tokens, nats, before weighting; by token_weights, as the next two
+    num_tokens: Tensor  # (M,) int64: valid tokens without those of token weight 0
+    loss: Tensor  # (M,) float32: nats, before the sample's weight; a mean by token_weights, like the next two
     confidence: Tensor  # (M,) float32: mean of max(softmax)
     accuracy: Tensor  # (M,) float32: share of tokens whose label has the largest logit
     correct: Tensor  # (M,) bool
@@ -46,7 +46,7 @@ class SampleStats(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """What the forward op returned: what the backward and `SampleStats` are made of. See `reference.sample_update_`."""
+    """The forward op's results, which the backward and `SampleStats` use. See `reference.sample_update_`."""
 
     loss: Tensor
     scale: Tensor
@@ -95,7 +95,7 @@ class _LogitsLoss(torch.autograd.Function):
 
 
 class _PlannedLoss(torch.autograd.Function):
-    """`_LogitsLoss` of a call past the dispatcher, where nothing asks for `setup_context`, which costs two calls."""
+    """`_LogitsLoss` for a call that bypasses the dispatcher; without `setup_context`, which would cost two calls."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Any, ...], inplace: bool) -> Tensor:
@@ -110,7 +110,7 @@ class _PlannedLoss(torch.autograd.Function):
         check_upstream("weighted_loss", grad_output)
         logits, labels = ctx.saved_tensors
         plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
-        predicted, ctx.predicted = ctx.predicted, None  # given away: a second backward computes anew
+        predicted, ctx.predicted = ctx.predicted, None  # used once: a second backward computes it again
         if inplace:
             _check_single(grad_output)
         args = (logits, labels, plan, kept, grad_output, inplace)
@@ -122,7 +122,7 @@ class _PlannedLoss(torch.autograd.Function):
 
 
 class _NativeLoss(torch.autograd.Function):
-    """`_LogitsLoss` on the C++ backend, whose gradient op takes what is saved as it is."""
+    """`_LogitsLoss` for the C++ backend, whose gradient op takes the saved values unchanged."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ def _batch_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apply(*args: Any) -> Tensor:
-    """`_LogitsLoss.apply(*args)`, without its look at the signature for torch.func, half of a call's host time."""
+    """`_LogitsLoss.apply(*args)` without inspecting the signature for torch.func, half of a call's CPU overhead."""
     if torch.compiler.is_compiling() or torch_private.transformed():
         return _LogitsLoss.apply(*args)
     return super(torch.autograd.Function, _LogitsLoss).apply(*args)
@@ -186,8 +186,8 @@ def _apply(*args: Any) -> Tensor:
 def _check_single(grad_output: Tensor) -> None:
     if torch_private.batched(grad_output):
         raise NotImplementedError(
-            "inplace=True has room for one gradient, where the logits are, neither for several at once "
-            "(is_grads_batched, jacrev) nor for the transforms of torch.func; leave inplace=False"
+            "inplace=True writes one gradient over the logits, so it takes neither several gradients at once "
+            "(is_grads_batched, jacrev) nor the transforms of torch.func; leave inplace=False"
         )
 
 
@@ -245,8 +245,8 @@ def weighted_loss(
 
     Args:
         logits: (B, S, V), or (B, V) where each row is one visit; float32, bfloat16, float16 or float64, any strides.
-            The classes are last: `F.cross_entropy`'s (B, C, S) needs `.transpose(1, 2)`, which only you can know
-            where S == C.
+            The classes come last: `F.cross_entropy`'s (B, C, S) needs `.transpose(1, 2)`. If S == C, no check can
+            notice a missing transpose.
         labels: (B, S) or (B,) int64 class indices.
         sample_ids: int64, (B,): one sample a row; or (B, S): one id a token, each run of one id in a row is a visit,
             -1 is padding. None (without a state): every row is a visit.
@@ -254,41 +254,41 @@ def weighted_loss(
         reduction: "mean", "token_mean", "sum" or "none".
         shift: causal-LM labels: position t predicts `labels[:, t + 1]`; the last position of a visit predicts nothing.
         ignore_index: label of tokens that do not count.
-        num_items: the divisor of "mean" (visits) or "token_mean" (tokens) where the batch at hand is only a part:
-            gradient accumulation, several processes. A finite number above 0, a constant to autograd. Whether a
-            tensor on a GPU holds one is not checked, as that would wait: any other value gives an infinite or NaN loss.
+        num_items: the divisor of "mean" (visits) or "token_mean" (tokens), for a batch that is a part of a step
+            (gradient accumulation, several processes). A finite number above 0, a constant to autograd. The value of a
+            tensor on a GPU is not checked, as that would wait for the GPU: a bad one gives an infinite or NaN loss.
         softcap: c means `logits = c * tanh(logits / c)` first.
-        token_weights: u, of the labels' shape and beside them (with `shift` label t + 1 brings its own), floating
-            point, finite, 0 or more, a constant to autograd. The means over a visit's tokens become
-            `sum(u * l) / sum(u)`, in the loss and in the state; "token_mean" is `sum(w_i * u * l[t]) / num_items`, by
-            default over the sum of u of the valid tokens, as class weights in `F.cross_entropy`. A token of weight 0
-            counts for nothing, as if its label were ignore_index.
-        sample_weights: v, (B,), or of the shape of one id a token, of which a visit's first token counts; else as
-            token_weights. The weight of a visit is `w_i * v`; N, num_items and the state do not see v.
-            On a GPU and in compiled code nobody looks at the values of both, as that would wait: one that is negative,
-            infinite or NaN makes the loss NaN (with GEKO_DEBUG=1 an eager call raises there, too).
+        token_weights: u, one a label (with `shift`, label t + 1 brings its own): floating point, finite, 0 or more, a
+            constant to autograd. The means over a visit's tokens become `sum(u * l) / sum(u)`, in the loss and in the
+            state. "token_mean" is `sum(w_i * u * l[t]) / num_items`, where num_items defaults to the sum of u over the
+            valid tokens, as with class weights in `F.cross_entropy`. A token of weight 0 counts for nothing, as if its
+            label were ignore_index.
+        sample_weights: v, (B,); with one id a token also (B, S), where the value at a visit's first token counts;
+            otherwise as token_weights. The weight of a visit is `w_i * v`; N, num_items and the state do not see v.
+            On a GPU and in compiled code the values of neither weights are checked, as that would wait for the GPU: a
+            negative, infinite or NaN one makes the loss NaN (with GEKO_DEBUG=1 an eager call raises there, too).
         update: whether the visits count in the state. None: where gradients are enabled. True: always, so also in a
             probe under `torch.no_grad` or `torch.inference_mode`. False: never. A repeat by activation checkpointing
             does not count again (around a compiled loss, reentrant checkpointing needs None).
         return_stats: also return `SampleStats`.
-        inplace: let the gradient be written over the logits, in the backward or already in this call; nothing else may
-            need them from now on. Compiled code does not use this.
+        inplace: allow the gradient to be written over the logits, in the backward or already in this call; nothing
+            else may use them afterwards. Compiled code ignores this.
 
     Returns:
         The loss, float32: () or, for "none", one entry a visit; with `return_stats` a pair (loss, stats).
-        A batch without valid token or weight gives 0 with zero gradients.
+        A batch with no valid token, or with all weights 0, gives 0 and zero gradients.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; on the CPU also a
-            token or sample weight that is no finite number of 0 or more.
+            token or sample weight that is negative or not finite.
         IndexError: on the CPU, a label outside [0, V) or an id outside the table. On a GPU such a visit is left out
             and `state.check()` raises (at once with GEKO_DEBUG=1).
-        NotImplementedError: a derivative that there is not, see the limits.
+        NotImplementedError: a derivative that does not exist, see the limits.
 
-    Limits: there is a first derivative in reverse mode: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
-        `jacrev`. A second one, forward mode (`jvp`, `jacfwd`), `torch.vmap` and `functionalize` over the call raise. On
-        the meta device and with fake tensors there are shapes only, and no value is checked. Gradients are ordinary
-        tensors, also to `resize_`, but with `inplace` they are the logits' own memory, and not for `torch.func`.
+    Limits: the first derivative in reverse mode exists: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
+        `jacrev`. A second derivative, forward mode (`jvp`, `jacfwd`), `torch.vmap` and `functionalize` over the call
+        raise. Meta and fake tensors give shapes only, and no value is checked. Gradients are ordinary tensors, also to
+        `resize_`; with `inplace` they are the logits' own memory, and `torch.func` raises.
 
     Source: the GEKO document's weighted loss; see `reference/ops.py` for every op in plain PyTorch.
     """
@@ -369,13 +369,13 @@ def state_arguments(
 
 
 def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(upstream, predictions) of `state`, or those that all calls without a state share on `device`."""
+    """(upstream, predictions) of `state`; calls without a state share one pair a device."""
     if state is not None:
         return state.upstream, state.predictions
     pair = _plain_prediction.get(device)
     if pair is None:
         pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        if not torch_private.transformed():  # it wraps what is made within
+        if not torch_private.transformed():  # it wraps tensors that are made under it
             _plain_prediction[device] = pair
     return pair
 
@@ -385,7 +385,7 @@ _plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
-    """The default rules and weights 1, made once a device: a copy from the host would wait for it."""
+    """The default rules and weights 1, made once a device: copying them from the host would wait for the GPU."""
     if eager and device in _plain:
         return _plain[device]
     pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)

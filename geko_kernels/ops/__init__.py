@@ -18,7 +18,7 @@ from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
 
-# what a visit is judged by, and the state: its columns as `geko_kernels.columns` lists them, none without one
+# rules and state; the columns in the order of `geko_kernels.columns`, or none without a state
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
 _WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
@@ -91,8 +91,8 @@ def recomputing() -> bool:
 def counts(update: bool | None) -> bool:
     """Whether a call with this `update` counts its visits, unless it turns out to be `recomputing` without hooks.
 
-    None: where gradients are enabled. True: always, and once: a reentrant checkpoint's first forward, under no_grad,
-    has counted when its repeat runs in the backward.
+    None: where gradients are enabled. True: always, but once: when a reentrant checkpoint repeats its forward in the
+    backward, the first forward, under no_grad, has already counted.
     """
     if update is None:
         return torch.is_grad_enabled()
@@ -100,7 +100,7 @@ def counts(update: bool | None) -> bool:
 
 
 def _implement(op: str) -> Callable[..., Any]:
-    """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
+    """What the dispatcher runs: the backend's `op`. No visit counts twice; versions of written tensors are bumped."""
     arguments = torch_private.arguments_of(getattr(torch.ops.geko, op).default)
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
     names = [argument.name for argument in arguments]
@@ -112,7 +112,7 @@ def _implement(op: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if update is not None and args[update] and recomputing():
             args = (*args[:update], False, *args[update + 1 :])
-        if args[probe] is None:  # the dispatcher takes None for any tensor
+        if args[probe] is None:  # the dispatcher accepts None for any tensor
             raise ValueError(f"{names[probe]} must be a tensor, got None")
         name = backend_name(args[probe].device, args[probe].dtype)
         backend = _loaded.get(name) or _load(name)
@@ -130,7 +130,7 @@ def _implement(op: str) -> Callable[..., Any]:
 
 
 def _tensors_at(places: list[int], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors there, those of a list one by one."""
+    """The tensors among `arguments` at `places`, lists flattened."""
     tensors: list[Tensor] = []
     for place in places:
         given = arguments[place] if place < len(arguments) else None  # the dispatcher leaves defaults out
@@ -244,9 +244,9 @@ rescale_ = torch.ops.geko.rescale_.default
 
 
 def _direct(op: str) -> Callable[..., Any]:
-    """`op` of the backend itself, past the dispatcher and the checks: both took a tenth of a small head's host time.
+    """`op` of the backend without dispatcher and checks, which took a tenth of a small head's CPU time.
 
-    For the linear loss, which is never traced, and whose arguments are made here.
+    For the linear loss: it is never traced, and the package itself makes its arguments.
     """
     names = [argument.name for argument in torch_private.arguments_of(getattr(torch.ops.geko, op).default)]
     probe = names.index(next(name for name in _PROBES if name in names))
@@ -309,7 +309,7 @@ def planned_loss_forward(
     if update and recomputing():
         update, options = False, (*options[:-1], False)
     if _override or torch_private.saves_by_hooks():
-        upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
+        upstream = None  # a backend was asked for by name, or hooks may give the backward other logits
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
     if inplace and outcome[-1] is not None:
@@ -333,8 +333,8 @@ def native_update_(
 ) -> tuple[Tensor, ...]:
     """`op`, "loss_forward_" or "sample_update_", of `backend` as one call; statistics are empty without `stats`.
 
-    Args: call: its other arguments, those before `columns` as one tuple, between `error` and `update` as another, and
-        the weights.
+    Args: call: its other arguments: those before `columns` as one tuple, those between `error` and `update` as
+        another, and the weights.
     Raises: RuntimeError where a label or an id is out of range, before anything is counted.
     """
     batch, options, *weights = call
