@@ -86,7 +86,7 @@ def _load_efficiency(path: Path, like: dict[str, Any]) -> dict[str, Any]:
             "wrote it, or start the run anew"
         )
     if crc != _checksum(values):
-        raise ValueError(f"{path} is damaged: its checksum is of other contents; resume from another checkpoint")
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum; resume from another checkpoint")
     return _of_kind(values, like, str(path))
 
 

@@ -233,7 +233,7 @@ def test_any_flip_or_cut_is_refused_by_name_or_harmless(checkpoint):
 def test_a_flipped_bit_in_a_version_does_not_pass_for_the_first_layout(checkpoint):
     path = checkpoint / STATE_NAME
     path.write_bytes(path.read_bytes().replace(b'"version"', b'"versiom"'))
-    with pytest.raises(ValueError, match="geko_state.safetensors is damaged: it has metadata"):
+    with pytest.raises(ValueError, match="geko_state.safetensors is damaged: it has a checksum but no version"):
         gk.SampleState.load(path)
 
 
@@ -302,7 +302,7 @@ def test_a_sampler_file_without_version_is_refused_by_a_sentence(checkpoint):
         ("[" * 100_000, "geko_efficiency.json is truncated or not JSON"),
         ("[]", "geko_efficiency.json is damaged: it must hold an object, got list"),
         ("{}", "geko_efficiency.json has version None, this geko_kernels reads 2; resume with the geko_kernels that"),
-        ('{"version": 2, "crc32": "0"}', "geko_efficiency.json is damaged: its checksum is of other contents"),
+        ('{"version": 2, "crc32": "0"}', "geko_efficiency.json is damaged: its contents do not match its checksum"),
         (json.dumps({"version": 2, "crc32": _checksum({})}), r"geko_efficiency.json must hold \['epochs', 'mark', "),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_classifier_is_judged_with_the_labels_of_others(tmp_path):
 def test_settings_that_need_the_length_are_refused():
     assert gk.GEKOConfig.auto(light_interval=3) == gk.GEKOConfig.recommended(auto_stop=True, light_interval=3)
     for name in ("use_curriculum", "spend_saved"):
-        with pytest.raises(ValueError, match=f"{name} must be False with auto_stop=True, got True: it goes by the run"):
+        with pytest.raises(ValueError, match=f"{name} must be False with auto_stop=True, got True: it depends on the"):
             gk.GEKOConfig.auto(**{name: True})
     with pytest.raises(ValueError, match=r"auto_measure must be one of \('loss', 'accuracy'\), got 'f1'"):
         gk.GEKOConfig.auto(auto_measure="f1")

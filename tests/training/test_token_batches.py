@@ -240,7 +240,7 @@ def test_padding_to_a_multiple_is_counted(tmp_path):
             {"accelerator_config": {"dispatch_batches": True}},
             "batch_tokens does not combine with dispatch_batches",
         ),
-        ({"probe_batch_size": 3}, "probe_batch_size counts samples, and batch_tokens sizes probe batches too"),
+        ({"probe_batch_size": 3}, "probe_batch_size cannot be combined with batch_tokens"),
     ],
 )
 def test_refused_by_name(tmp_path, fields, words):
