@@ -26,7 +26,7 @@ from geko_kernels.losses.derivatives import check_transforms, check_upstream, li
 from geko_kernels.losses.linear_call import Call, Gradients
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import ForwardResult, SampleStats
+from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState

@@ -13,7 +13,8 @@ from geko_kernels import ops
 from geko_kernels.losses.arguments import check_flag
 from geko_kernels.losses.linear_chunks import Chunks, Head, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import ForwardResult, state_arguments
+from geko_kernels.losses.results import ForwardResult
+from geko_kernels.losses.state_arguments import state_arguments
 from geko_kernels.reference.rows import row_entropy
 from geko_kernels.state import SampleState
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
-from geko_kernels.losses.logits import ForwardResult
+from geko_kernels.losses.results import ForwardResult
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # first rows, which show whether most rows are kept

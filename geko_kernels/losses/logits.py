@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from geko_kernels import ops, torch_private
-from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
     LossOptions,
@@ -22,173 +20,12 @@ from geko_kernels.losses.arguments import (
     debugging,
     num_items_tensor,
 )
-from geko_kernels.losses.derivatives import check_transforms, check_upstream, once
+from geko_kernels.losses.derivatives import check_transforms
+from geko_kernels.losses.logits_autograd import apply_loss, apply_native, apply_planned, batch_of
+from geko_kernels.losses.results import ForwardResult, SampleStats, stats_of
+from geko_kernels.losses.state_arguments import prediction_of, state_arguments
 from geko_kernels.losses.weights import prepare_weights
-from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
-
-
-class SampleStats(NamedTuple):
-    """What one call saw, one entry a visit in order of position; unused entries have sample_ids -1, 0 tokens, loss 0.
-
-    M = B with one id a row; with one id a token M = B * S, used entries first.
-    """
-
-    sample_ids: Tensor  # (M,) int64
-    num_tokens: Tensor  # (M,) int64: valid tokens without those of token weight 0
-    loss: Tensor  # (M,) float32: nats, before the sample's weight; a mean by token_weights, like the next two
-    confidence: Tensor  # (M,) float32: mean of max(softmax)
-    accuracy: Tensor  # (M,) float32: share of tokens whose label has the largest logit
-    correct: Tensor  # (M,) bool
-    quality: Tensor  # (M,) float32
-    q_value: Tensor  # (M,) float32
-    bucket: Tensor  # (M,) uint8, a Bucket
-    weight: Tensor  # (M,) float32: the bucket's times the sample's; 0 where the visit has no valid token
-
-
-class ForwardResult(NamedTuple):
-    """The forward op's results, which the backward and `SampleStats` use. See `reference.sample_update_`."""
-
-    loss: Tensor
-    scale: Tensor
-    coeff: Tensor
-    token_visit: Tensor
-    floats: Tensor
-    ints: Tensor
-    flags: Tensor
-    statistics: Tensor
-
-    def stats(self) -> SampleStats:
-        return _stats_of(self.floats, self.ints, self.flags)
-
-
-def _stats_of(floats: Tensor, ints: Tensor, flags: Tensor) -> SampleStats:
-    loss, confidence, accuracy, quality, q_value, weight = floats.unbind()
-    sample_ids, num_tokens = ints.unbind()
-    bucket, correct = flags.unbind()
-    return SampleStats(
-        sample_ids, num_tokens, loss, confidence, accuracy, correct.bool(), quality, q_value, bucket, weight
-    )
-
-
-class _LogitsLoss(torch.autograd.Function):
-    """Ties a loss that is already computed to the logits it came from."""
-
-    @staticmethod
-    def forward(
-        logits: Tensor, labels: Tensor, result: ForwardResult, shift: bool, softcap: float, inplace: bool
-    ) -> Tensor:
-        return result.loss
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        logits, labels, result, ctx.shift, ctx.softcap, ctx.inplace = inputs
-        ctx.save_for_backward(logits, labels)
-        # on ctx, not saved: checkpointing's backward has to use the forward that updated the state
-        ctx.saved = result.statistics, result.coeff, result.scale, result.token_visit
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        check_upstream("weighted_loss", grad_output)
-        logits, labels = ctx.saved_tensors
-        grad = _logits_grad(grad_output, logits, labels, ctx.saved, ctx.shift, ctx.softcap, ctx.inplace)
-        return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
-
-
-class _PlannedLoss(torch.autograd.Function):
-    """`_LogitsLoss` for a call that bypasses the dispatcher; without `setup_context`, which would cost two calls."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, outcome: tuple[Any, ...], inplace: bool) -> Tensor:
-        # on ctx, not saved: see `_LogitsLoss`
-        loss, ctx.plan, ctx.kept, _entries, ctx.predicted, ctx.prediction = outcome
-        ctx.inplace = inplace
-        ctx.save_for_backward(logits, labels)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        check_upstream("weighted_loss", grad_output)
-        logits, labels = ctx.saved_tensors
-        plan, kept, inplace = ctx.plan, ctx.kept, ctx.inplace
-        predicted, ctx.predicted = ctx.predicted, None  # used once: a second backward computes it again
-        if inplace:
-            _check_single(grad_output)
-        args = (logits, labels, plan, kept, grad_output, inplace)
-        grad = ops.planned_logits_grad(*args, predicted, ctx.prediction)
-        if grad is None:
-            saved = plan.saved(kept)
-            grad = _logits_grad(grad_output, logits, labels, saved, plan.shift, plan.softcap, inplace)
-        return once("weighted_loss", grad, logits, grad_output), None, None, None
-
-
-class _NativeLoss(torch.autograd.Function):
-    """`_LogitsLoss` for the C++ backend, whose gradient op takes the saved values unchanged."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, result: ForwardResult, shift: bool, softcap: float, native: ModuleType
-    ) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        # on ctx, not saved: see `_LogitsLoss`
-        ctx.call = result.statistics, result.coeff, result.scale, result.token_visit, shift, softcap
-        ctx.native = native
-        return result.loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        check_upstream("weighted_loss", grad_output)
-        logits, labels = ctx.saved_tensors
-        if not logits.numel():
-            return torch.zeros_like(logits), None, None, None, None, None
-        if not torch.is_grad_enabled():
-            return ctx.native.logits_grad(grad_output, logits, labels, *ctx.call), None, None, None, None, None
-        with torch.no_grad():
-            grad = ctx.native.logits_grad(grad_output, logits, labels, *ctx.call)
-        return once("weighted_loss", grad, logits, grad_output), None, None, None, None, None
-
-
-_apply_native = super(torch.autograd.Function, _NativeLoss).apply  # as the next
-_apply_planned = super(torch.autograd.Function, _PlannedLoss).apply  # see `_apply`; torch.func is not at work here
-
-
-def _logits_grad(
-    grad_output: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    shift: bool,
-    softcap: float,
-    inplace: bool,
-) -> Tensor:
-    if not logits.numel():
-        return torch.zeros_like(logits)
-    with torch.no_grad():
-        args = (grad_output, *_batch_of(logits, labels), *saved, shift, softcap)
-        if inplace:
-            _check_single(grad_output)
-            ops.logits_grad_(*args)
-            return logits
-        return ops.logits_grad(*args).view(logits.shape)
-
-
-def _batch_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, V) and (B, S), S = 1 where each row is one visit."""
-    return (logits, labels) if logits.dim() == 3 else (logits.unsqueeze(1), labels.unsqueeze(1))
-
-
-def _apply(*args: Any) -> Tensor:
-    """`_LogitsLoss.apply(*args)` without inspecting the signature for torch.func, half of a call's CPU overhead."""
-    if torch.compiler.is_compiling() or torch_private.transformed():
-        return _LogitsLoss.apply(*args)
-    return super(torch.autograd.Function, _LogitsLoss).apply(*args)
-
-
-def _check_single(grad_output: Tensor) -> None:
-    if torch_private.batched(grad_output):
-        raise NotImplementedError(
-            "inplace=True writes one gradient over the logits, so it takes neither several gradients at once "
-            "(is_grads_batched, jacrev) nor the transforms of torch.func; leave inplace=False"
-        )
+from geko_kernels.state import SampleState
 
 
 @overload
@@ -310,7 +147,7 @@ def weighted_loss(
         )
     native = ops.native(logits) if eager else None
     if eager and logits.device.type == "cpu" and native is None:
-        check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
+        check_values(batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
     rules, weights, columns, error = state_arguments(state, logits.device, eager)
     writes = state is not None and ops.counts(update)
     table = (rules, weights, items, columns, error)
@@ -321,16 +158,16 @@ def weighted_loss(
         try:
             outcome = ops.native_update_(native, "loss_forward_", columns, error, return_stats, writes, *call)
         except RuntimeError:
-            check_values(_batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
+            check_values(batch_of(logits, labels)[1], sample_ids, state, logits.shape[-1], ignore_index, shift)
             raise
         result = ForwardResult._make(outcome)
         check_flag(error, state, logits.shape[-1])
         if not differentiable:
             loss = result.loss
         elif inplace or torch_private.transformed():
-            loss = _apply(logits, labels, result, shift, cap, inplace)
+            loss = apply_loss(logits, labels, result, shift, cap, inplace)
         else:
-            loss = _apply_native(logits, labels, result, shift, cap, native)
+            loss = apply_native(logits, labels, result, shift, cap, native)
         return (loss, result.stats()) if return_stats else loss
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
@@ -339,7 +176,7 @@ def weighted_loss(
         rest = (*options, writes)
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *rest)
     if planned is None:
-        batch = _batch_of(logits.detach(), labels)
+        batch = batch_of(logits.detach(), labels)
         by_weight = token_weights, sample_weights
         result = ForwardResult(*ops.loss_forward_(*batch, sample_ids, *table, *options, writes, *by_weight))
         loss = result.loss
@@ -350,45 +187,9 @@ def weighted_loss(
     if differentiable:
         if planned is None:
             overwrite = inplace and not torch.compiler.is_compiling()
-            loss = _apply(logits, labels, result, shift, cap, overwrite)
+            loss = apply_loss(logits, labels, result, shift, cap, overwrite)
         else:
-            loss = _apply_planned(logits, labels, (*planned, prediction), inplace)
+            loss = apply_planned(logits, labels, (*planned, prediction), inplace)
     if not return_stats:
         return loss
-    return loss, result.stats() if planned is None else _stats_of(*plan.entries_of(entries))
-
-
-def state_arguments(
-    state: SampleState | None, device: torch.device, eager: bool
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
-    """Rules, weights, columns and error flag of `state` as `sample_update_` takes them."""
-    if state is None:
-        error = torch.full((), NO_ERROR, device=device) if eager and debugging() else None
-        return *_plain_rules(device, eager), [], error
-    return state.rules, state.weights, state.columns, state.error
-
-
-def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(upstream, predictions) of `state`; calls without a state share one pair a device."""
-    if state is not None:
-        return state.upstream, state.predictions
-    pair = _plain_prediction.get(device)
-    if pair is None:
-        pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        if not torch_private.transformed():  # it wraps tensors that are made under it
-            _plain_prediction[device] = pair
-    return pair
-
-
-_plain_prediction: dict[torch.device, tuple[Tensor, Tensor]] = {}
-_plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-
-def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
-    """The default rules and weights 1, made once a device: copying them from the host would wait for the GPU."""
-    if eager and device in _plain:
-        return _plain[device]
-    pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
-    if eager and not torch_private.transformed():
-        _plain[device] = pair
-    return pair
+    return loss, result.stats() if planned is None else stats_of(*plan.entries_of(entries))

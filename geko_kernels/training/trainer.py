@@ -14,7 +14,7 @@ from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
 from geko_kernels.config import GEKOConfig
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from geko_kernels import ops
-from geko_kernels.losses.logits import SampleStats, weighted_loss
+from geko_kernels.losses.logits import weighted_loss
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.model_loss.head import LossHead
 from geko_kernels.training.model_loss.loss_form import LossForm

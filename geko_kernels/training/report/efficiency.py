@@ -76,7 +76,7 @@ from torch import Tensor
 
 from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.getLogger(__name__)

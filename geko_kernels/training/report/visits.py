@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 
 VISITS_NAME = "geko_visits.safetensors"
 _FORMAT = "geko_kernels.VisitLog"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.checkpoint import STATE_NAME
 from geko_kernels.training.planned import PlannedMixin
