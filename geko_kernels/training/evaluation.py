@@ -1,4 +1,4 @@
-"""A trainer's evaluation: the model's own loss, without all logits if nobody needs them."""
+"""A trainer's evaluation: the model's own loss, without holding all logits if they are not needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geko_kernels.training.stopping.mixin import StoppingMixin
 
 
 class EvaluationMixin(StoppingMixin):
-    """`Trainer`'s evaluation. If only the loss is needed and training fuses it with the head, so does evaluation."""
+    """`Trainer`'s evaluation. If it needs only the loss, which training fuses with the head, so does evaluation."""
 
     model_accepts_loss_kwargs: bool
     _found: FoundLoss | None
@@ -63,7 +63,7 @@ class EvaluationMixin(StoppingMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Does a module from outside Transformers compute a loss? Found out at its first evaluation."""
+        """Whether a module from outside Transformers computes a loss; tested at its first evaluation."""
         if self._evaluates_itself is None:
             name = label_of(inputs, self.label_names)
             takes = name is not None and computes_loss(self._base(), name)

@@ -41,7 +41,7 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
 
 
 def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
-    """What `GEKOLoader.load_state_dict` does; nothing is changed where it raises."""
+    """`GEKOLoader.load_state_dict`; if it raises, nothing is changed."""
     if not isinstance(values, Mapping):
         raise TypeError(f"state_dict must be what GEKOLoader.state_dict() returned, got {type(values).__name__}")
     missing = sorted(_KEYS - values.keys())
@@ -84,7 +84,7 @@ def _own(loader: GEKOLoader) -> dict[str, int]:
 
 
 def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The report's counts and visits, with the batch at hand or without it; those of the run stay."""
+    """The report's counts and visits, with or without the current batch; those of the run are unchanged."""
     counts = loader.counts
     counts.collect()
     counts.flush_visits()
@@ -104,12 +104,12 @@ def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any
 def _check_same_run(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     for name, own in _own(loader).items():
         if values[name] != own:
-            raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own!r}")
+            raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, but this loader's {name} is {own!r}")
     config = loader.state.config.to_dict()
     for name in sorted({*config, *values["config"]}):
         if values["config"].get(name) != config.get(name):
             raise ValueError(
-                f"state_dict['config'] has {name}={values['config'].get(name)!r}, and this loader's config "
+                f"state_dict['config'] has {name}={values['config'].get(name)!r}, but this loader's config has "
                 f"{config.get(name)!r}"
             )
     changed, compared = changed_items(values["items"], loader._fingerprint())

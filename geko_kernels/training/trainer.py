@@ -48,14 +48,14 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
 
     _loss_shifts_labels: bool
     _signature_columns: list[str]
-    _weight_columns: tuple[str, ...]  # of the training data
+    _weight_columns: tuple[str, ...]  # those of the training data
     label_names: list[str]
-    _entropy = False  # asked of the loss in training
+    _entropy = False  # whether training needs the entropy
     _replaces: type | None = None  # the trainer whose loss and default collator GEKO replaces
-    _row_tokens: int | None = None  # a plan is packed into rows of at most this many tokens
+    _row_tokens: int | None = None  # the most tokens of a packed row; None without packing
     _present: Tensor | None = None  # (P,) int32 ids of train_dataset that can be drawn; None: all
-    _drawn_from: tuple[Any, Tensor | None] | None = None  # the dataset, and those of `_present` that weigh anything
-    _lengths: tuple[Any, Tensor] | None = None  # the dataset, and how many tokens each of its items has
+    _drawn_from: tuple[Any, Tensor | None] | None = None  # the dataset, and those of `_present` whose weight is not 0
+    _lengths: tuple[Any, Tensor] | None = None  # the dataset, and the number of tokens of each item
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -75,7 +75,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if self._replaces is None and given.get("data_collator") is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))
-        if not self.label_names and self.args.label_names is None:  # its forward takes none: they are for our loss
+        if not self.label_names and self.args.label_names is None:  # its forward takes no labels: they are for our loss
             self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = True  # our loss divides by it, whether the model does or not
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -92,10 +92,11 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if self.compute_loss_func is not None:
             raise ValueError("GEKOTrainer computes the loss itself: compute_loss_func cannot be used with it")
         if self.label_smoother is not None:
-            raise ValueError("GEKOTrainer does not combine with label_smoothing_factor: set it to 0")
+            raise ValueError("GEKOTrainer does not work with label_smoothing_factor: set it to 0")
         if self.args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                "GEKOTrainer plans its epochs itself: train_sampling_strategy='batch_rebalance' is not for it"
+                "GEKOTrainer plans its epochs itself, so it does not work with "
+                "train_sampling_strategy='batch_rebalance': leave it out"
             )
         if isinstance(self.train_dataset, IterableDataset) or not (
             self.train_dataset is None or has_length(self.train_dataset)
@@ -104,8 +105,8 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if isinstance(self.train_dataset, Mapping) and 0 not in self.train_dataset:  # a DatasetDict too
             raise ValueError(
                 f"train_dataset must give its items by index, got a {type(self.train_dataset).__name__} with the keys "
-                f"{sorted(self.train_dataset)}: of several splits give one; of columns make a dataset, as by "
-                "datasets.Dataset.from_dict"
+                f"{sorted(self.train_dataset)}: if they are splits, give one of them; if they are columns, make a "
+                "dataset of them, for example with datasets.Dataset.from_dict"
             )
         if self.train_dataset is not None and len(self.train_dataset) == 0:
             raise ValueError("train_dataset has no items")
@@ -128,7 +129,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return self._id_dataloader(batch_size, self._get_train_sampler, self.train_dataset)
 
     def _id_dataloader(self, batch_size: int, sampler_fn: Any, dataset: Any) -> DataLoader:
-        if hasattr(dataset, "remove_columns"):  # a datasets.Dataset: columns that nobody reads are not decoded
+        if hasattr(dataset, "remove_columns"):  # a datasets.Dataset: unused columns are not decoded
             dataset = self._without_unused_columns(dataset)
         return self._get_dataloader(IdDataset(dataset), _TRAINING, batch_size, sampler_fn, is_training=True)
 
@@ -186,7 +187,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             shuffle=args.train_sampling_strategy != "sequential",
             pad_to=self._micro_batch if even else 1,
             lengths=lengths,
-            window=step * max(1, min(len(state) // (4 * step), 50)),  # as Trainer's
+            window=step * max(1, min(len(state) // (4 * step), 50)),  # as in Trainer
             present=self._drawable(),
             packer=self._packer(),
         )
@@ -201,7 +202,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return unwrap_peft_model(unwrap_compiled(self.model))
 
     def _find_loss(self, model: nn.Module, inputs: dict[str, Any]) -> FoundLoss:
-        """How the model's loss is computed; found at the first training batch, and again for a new model."""
+        """How the model's loss is computed; determined at the first training batch, and again for a new model."""
         if self._found is None:
             self._found = find_loss_of(
                 unwrap_compiled(model),
@@ -225,7 +226,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED
 
     def _forget_model(self) -> None:
-        """Forget what was found out about the model, which may have been replaced."""
+        """Forget what is known about the model, which may have been replaced."""
         self._found, self._evaluates_itself = None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
         self._weight_columns = columns_beside(self._base())
@@ -235,8 +236,8 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             return
         if not any(key in self.train_dataset[0] for key in LABEL_KEYS):
             raise ValueError(
-                f"{type(self._base()).__name__} does not shift its labels, and train_dataset has none: a copy of "
-                "input_ids would teach it to repeat its input. Give the items `labels`"
+                f"{type(self._base()).__name__} does not shift its labels, and train_dataset has no labels: with a "
+                "copy of input_ids the model would learn to repeat its input. Give the items `labels`"
             )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
@@ -263,7 +264,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _sum_of_weights(self, batches: list, device: torch.device) -> Tensor:
-        """What `_get_num_items_in_batch` counts, each label by its token weight."""
+        """The sum of the token weights of the labels that `_get_num_items_in_batch` counts."""
         behind = int(self._loss_shifts_labels)
         pairs = [(batch["labels"][..., behind:], batch["token_weights"][..., behind:]) for batch in batches]
         total = torch.stack([torch.where(labels != -100, weights, 0).sum() for labels, weights in pairs]).sum()
@@ -297,7 +298,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_terms(self, factor: float, num_items: Tensor | int | None) -> float:
-        """As Trainer scales what a model adds to its cross-entropy: the loss of a model that counts stays as it is."""
+        """Trainer's factor on the terms that a model adds to its cross-entropy."""
         return factor if self._takes_num_items else 1 / self.current_gradient_accumulation_steps
 
     def _forward_loss(
@@ -340,7 +341,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         return outcome
 
     def _answering(self, weights: dict[str, Tensor], sample_ids: Tensor) -> dict[str, Tensor]:
-        """`weights` with those of samples that answer for resting ones."""
+        """`weights`, multiplied for samples that answer for resting ones."""
         assert self.sampler is not None
         answering = self.sampler.sample_weights(sample_ids)
         if answering is None:
@@ -371,7 +372,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
 
 
 def _is_causal(base: nn.Module) -> bool:
-    """Is it a language model that predicts its own inputs, with labels of the same length?"""
+    """Whether it is a language model that predicts its own inputs, with labels of the same length."""
     encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return isinstance(base, PreTrainedModel) and base.can_generate() and not encodes
 
@@ -380,41 +381,41 @@ class GEKOTrainer(GEKOMixin, Trainer):
     """`transformers.Trainer` whose epochs are planned by `GEKOSampler` and whose loss is `weighted_loss`.
 
     With every weight 1 the loss is the model's own. At the first training batch the model computes its loss for test
-    labels and for a few rows' own labels, in eval and in training mode, and the cross-entropy of its logits has to
-    equal it, with or without shifted labels and labels under the attention mask. Other terms of the model's loss
-    (auxiliary losses of mixtures, a z-loss) are kept. `GEKOTrainingArguments(shift_labels=...)` skips the test and
-    trains the cross-entropy of the logits alone.
+    labels and for a few rows' own labels, in eval and in training mode. The cross-entropy of its logits has to equal
+    that loss, with or without a shift of the labels and with or without labels outside the attention mask. Other terms
+    of the model's loss (auxiliary losses of mixtures, a z-loss) are kept. `GEKOTrainingArguments(shift_labels=...)`
+    skips the test and trains the cross-entropy of the logits alone.
 
     Everything else is Trainer's: accelerate, DDP, FSDP2, PEFT, mixed precision, compile, loggers, callbacks, evaluation
-    (plain loss, the learning state untouched). What changes:
+    (plain loss, the learning state untouched). The differences:
 
     - `num_train_epochs` counts planned epochs, which leave out samples with nothing to teach and so get shorter.
       `max_steps` is kept exactly, with more and shorter epochs; the logged `epoch` then counts, as in Trainer, the
       passes over the data that these steps could have made. A run stops early, with a warning, if the samples that are
-      not quarantined do not make a batch. With `dataloader_drop_last` a plan smaller than a batch is filled up.
+      not quarantined do not fill a batch. With `dataloader_drop_last` a plan smaller than a batch is filled up.
     - with gradient accumulation or several processes the loss is that of one big batch, even if the model ignores
-      `num_items_in_batch`. Trainer (5.17) adds up the means of its micro-batches, over processes too, or averages them,
-      depending on the signature of the model's forward.
+      `num_items_in_batch`. Trainer (5.17) sums or averages the means of its micro-batches and processes, depending on
+      the signature of the model's forward.
     - the columns `token_weights` (a list of floats as long as the labels) and `sample_weights` (a float) of the data
       are taken out of the items before the data collator, and weight the loss as in `weighted_loss`. The divisor is the
-      sum of the token weights of the labels that count. A sample of weight 0 is never drawn from a
-      datasets.Dataset or a list; from another dataset it is trained without effect.
-      Evaluation is unweighted. A column that the model's forward takes is passed to it, as by Trainer.
-    - the learning rate follows the finished share of the run, so that it has fallen by its end, unless you pass a
-      scheduler. If the last of `num_train_epochs` would be empty before the rate has fallen, that epoch trains samples
-      drawn from all but the quarantined, with weight 1, as many as the epochs had on average.
+      sum of the token weights of the labels that count. A sample of weight 0 is never drawn from a datasets.Dataset or
+      a list; from another dataset it is trained without effect. Evaluation is unweighted. A column that the model's
+      forward takes is passed to the model, as in Trainer.
+    - the learning rate follows the finished share of the run, so that it has fallen by the run's end, unless you pass a
+      scheduler. If the last of `num_train_epochs` would be empty before the rate has fallen, that epoch trains as many
+      samples as the epochs had on average, with weight 1, drawn from all but the quarantined ones.
     - a checkpoint has the learning state, the plan, the counts and a fingerprint of the data; resuming is exact.
       `resume_from_checkpoint=True` takes the newest complete checkpoint. Other data are refused; other settings are
       named in a warning, with their effect.
-    - `train()` called again continues with the model and the learning state, see there; `args` is never written to.
+    - `train()` called again continues with the model and the learning state, see there; `args` is never changed.
     - `GEKOConfig(batch_tokens=...)` fills batches by tokens, with whole samples, so the number of batches in an epoch
       varies. `DataCollatorWithFlattening` joins them without padding, and each token keeps its sample's id.
-    - `train_sampling_strategy="group_by_length"` sorts windows as long as Trainer's, in another random order.
+    - `train_sampling_strategy="group_by_length"` sorts windows of the same size as Trainer's, in another random order.
     - `GEKOConfig.auto()`: the run finds its own length and ends with averaged weights, see docs/length.md.
     - at the end `output_dir` has `geko_report.json`, see `efficiency.py`, and `samples.jsonl`, see `write_samples`.
 
-    A subclass may override hooks of Trainer if it calls `super()`. A hook that bypasses GEKO raises `RuntimeError` at
-    the first step, which names the hook and what it has to do.
+    A subclass may override Trainer's hooks if it calls `super()`. If a hook bypasses GEKO, the first step raises a
+    `RuntimeError` that names the hook and what it has to do.
 
     Args: those of Trainer, and
         config: a GEKOConfig (default: `recommended()`); `GEKOConfig.uniform()` trains as Trainer does.

@@ -115,7 +115,7 @@ class TestYaml:
         "settings, message",
         [
             ("eval_strategy: epoch", "didn't pass an `eval_dataset`"),
-            ("label_smoothing_factor: 0.1", "GEKOTrainer does not combine with label_smoothing_factor: set it to 0"),
+            ("label_smoothing_factor: 0.1", "GEKOTrainer does not work with label_smoothing_factor: set it to 0"),
             ("optim: adamw_bnb_8bit", "You need to install `bitsandbytes`"),
             ("dataloader_num_workers: -1", "num_workers option should be non-negative"),
             ("adam_beta1: 2", "Invalid beta parameter at index 0: 2"),

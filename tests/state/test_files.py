@@ -262,7 +262,7 @@ def load(checkpoint: Path) -> tuple:
         ({"plan": torch.arange(1, 13).int()}, r"'plan'\]\[11\] must be a sample from 0 to 11, got 12"),
         ({"plan": torch.arange(-1, 11).int()}, r"'plan'\]\[0\] must be a sample from 0 to 11, got -1"),
         ({"plan": torch.zeros(12).int()}, r"'plan'\] draws samples twice: 12 ids of 1"),
-        ({"plan": None}, "has no plan, yet a place in it"),
+        ({"plan": None}, "has no plan, but a position in one"),
         ({"spans": [7, 0.5, 0.7, 1.5]}, r"'spans'\] must be \[head, start, turn, end\].* got \[7, 0.5, 0.7, 1.5\]"),
         ({"spans": [7, float("nan"), 0.7, 0.8]}, r"'spans'\] must be"),
         ({"spans": [13, 0.5, 0.7, 0.8]}, r"'spans'\] must be \[head, start, turn, end\] with head from 0 to 7"),

@@ -248,7 +248,9 @@ def test_a_batch_is_padded_to_a_multiple_and_a_row_is_not(tmp_path):
 
 def test_dispatched_batches_are_refused(tmp_path):
     fields = {**PACKED, "accelerator_config": {"dispatch_batches": True}}
-    with pytest.raises(ValueError, match="packing does not combine with dispatch_batches=True: leave it out"):
+    with pytest.raises(
+        ValueError, match="packing cannot be combined with dispatch_batches=True: leave one of them out"
+    ):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=UNIFORM(), **fields)
 
 

@@ -75,7 +75,7 @@ def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
     plan, spans, position = values["plan"], values["spans"], values["position"]
     if plan is None:
         if spans is not None or "packs" in values or "answering" in values or position or values["finished"]:
-            raise ValueError("state_dict has no plan, yet a place in it")
+            raise ValueError("state_dict has no plan, but a position in one")
         return
     if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.dim() != 1:
         got = f"{tuple(plan.shape)} {plan.dtype}" if isinstance(plan, Tensor) else type(plan).__name__
