@@ -55,8 +55,8 @@ class TrainOptions:
     max_length: int = _option(1024, "tokens kept of a sample", int)
     precision: str = _option("fp32", "autocast to bf16 or fp16; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     seed: int = _option(42, "seed of the data order, dropout and new layers", int)
-    trust_remote_code: bool = _option(False, "run the Python code that the model's folder brings along", bool)
-    resume: str = _option("", "continue from a checkpoint; without a value from the last one in --output-dir")
+    trust_remote_code: bool = _option(False, "run the Python code that comes with the model", bool)
+    resume: str = _option("", "continue from a checkpoint; without a value, from the last one in --output-dir")
     geko: dict[str, Any] = _mapping()
     training_arguments: dict[str, Any] = _mapping()
 

@@ -227,7 +227,7 @@ def test_other_data_than_those_observed_are_refused(tmp_path, number):
     trainer = standard(tiny_classifier(), arguments(tmp_path), classified(12))
     gk.observe(trainer)
     trainer.train_dataset = classified(number)
-    message = f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and call"
+    message = (
         f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and call observe"
     )
     with pytest.raises(ValueError, match=message):
