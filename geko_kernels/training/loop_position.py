@@ -34,7 +34,7 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
         "sampler": _copied(sampler.state_dict(loader._consumed + size * trained)),
         "due": None if loader._due is None else loader._due.clone(),
         "probed": loader._probed + size * (not trained),
-        "looked": sampler._looked,
+        "looked": sampler.looked,
         "counts": counts,
         "visits": visits,
     }
@@ -66,7 +66,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     plan = sampler.plan
     finished = plan is not None and sampler.handed_out
     loader._consumed = len(plan.ids) if plan is not None and finished else sampler.position
-    sampler._looked = values["looked"]
+    sampler.looked = values["looked"]
     loader._at_hand = None
     loader._due = None if values["due"] is None else values["due"].cpu().clone()
     loader._probed = values["probed"]

@@ -314,7 +314,7 @@ class TestPlaces:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "here").mkdir()
         with pytest.raises(
-            DataError, match="there is no such file or folder; |No such file or directory|there is none"
+            DataError, match="there is no such file or folder; |No such file or directory|does not exist"
         ):
             gk.load_dataset(path, tokenizer())
         assert self.asked == []

@@ -139,7 +139,7 @@ def test_only_the_model_was_saved(tmp_path, caplog):
 
 def test_another_dataset_of_the_same_size_is_refused(saved, tmp_path):
     shifted = [{**item, "input_ids": item["input_ids"][::-1][:-1] + [5]} for item in sentences(24)]
-    with pytest.raises(ValueError, match=r"another train_dataset: of 24 items compared 23 .* start a new run"):
+    with pytest.raises(ValueError, match=r"another train_dataset: of 24 items compared, 23 .* start a new run"):
         resume(saved, 8, tmp_path, data=shifted)
     with pytest.raises(ValueError, match="another train_dataset: of 24 items compared, 2 have changed"):
         items = sentences(24)

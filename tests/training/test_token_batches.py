@@ -150,7 +150,9 @@ def test_resuming_another_kind_of_batch_is_refused(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer_of(tmp_path, sentences(12), UNIFORM(batch_tokens=24), **fields).train()
     again = trainer_of(tmp_path, sentences(12), UNIFORM(), **fields)
-    with pytest.raises(ValueError, match=r"planned in packs, and this run plans single samples: resume with packing"):
+    with pytest.raises(
+        ValueError, match=r"planned in packs, but this run plans single samples: resume with the same packing"
+    ):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -242,7 +242,7 @@ class StoppingMixin(PlannedMixin):
         return float(quarantined.count_nonzero()) / max(len(quarantined) - len(run.held), 1)
 
     def _losses(self, model: nn.Module, dataset: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n,) each for the items `ids` (ascending): mean loss, whether all tokens are right, whether it is labelled."""
+        """(n,) each for `ids` (ascending): mean loss, whether every token is right, whether there is a label."""
         sums = torch.zeros(3, len(ids), dtype=torch.float64, device=self.args.device)
         for stats in self._forwards(model, ids, dataset, update=False):
             real = (stats.sample_ids >= 0) & (stats.num_tokens > 0)
