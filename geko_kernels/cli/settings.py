@@ -11,19 +11,10 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.options import TrainOptions
+from geko_kernels.cli.options import KINDS, TrainOptions
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.arguments import GEKOTrainingArguments
 
-_PLAIN = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-    types.NoneType: "null",
-}
 _SET_HERE = {"label_names": "`train` makes the labels itself: leave it out", "resume_from_checkpoint": "use --resume"}
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # that every evaluation measures
 
@@ -104,9 +95,9 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
     kinds = [bool if kind is typing.Literal else kind for kind in kinds]  # the only such field is False
-    plain = [kind for kind in kinds if kind in _PLAIN]
+    plain = [kind for kind in kinds if kind in KINDS]
     if type(value) not in plain and not (float in plain and type(value) is int):
-        allowed = " or ".join(_PLAIN[kind] for kind in plain)
+        allowed = " or ".join(KINDS[kind] for kind in plain)
         raise UsageError(f"training_arguments: {name} must be {allowed}, got {value!r}")
 
 

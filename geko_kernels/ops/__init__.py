@@ -79,6 +79,11 @@ def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> st
     return _override or ("cpp" if device.type == "cpu" else "triton")
 
 
+def _backend_of(tensor: Tensor) -> ModuleType:
+    name = backend_name(tensor.device, tensor.dtype)
+    return _loaded.get(name) or _load(name)
+
+
 def recomputing() -> bool:
     """Whether activation checkpointing repeats a forward that has been counted.
 
@@ -114,8 +119,7 @@ def _implement(op: str) -> Callable[..., Any]:
             args = (*args[:update], False, *args[update + 1 :])
         if args[probe] is None:  # the dispatcher accepts None for any tensor
             raise ValueError(f"{names[probe]} must be a tensor, got None")
-        name = backend_name(args[probe].device, args[probe].dtype)
-        backend = _loaded.get(name) or _load(name)
+        backend = _backend_of(args[probe])
         if op not in getattr(backend, "CHECKED", ()):
             for place in needed:
                 if args[place] is None:
@@ -181,45 +185,25 @@ def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None
     return *_fake_sample_update(statistics, labels, sample_ids, *table, logits.shape[-1], *options), statistics
 
 
-def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _fake_scored_rows(labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     count = labels.numel()
     return labels.new_empty(count), labels.new_empty(count), labels.new_empty(1 + count, dtype=torch.int32)
-
-
-def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
-    return coeff.new_empty((), dtype=torch.int32)
-
-
-def _fake_gather_rows(hidden: Tensor, _positions: Tensor, _coeff: Tensor, count: int) -> Tensor:
-    return hidden.new_empty((count, hidden.shape[1]))
-
-
-def _fake_column_sums(tile: Tensor, _by_row: Tensor) -> Tensor:
-    return tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device))
-
-
-def _fake_nothing(*_: Any) -> None:
-    return None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "token_stats": _fake_token_stats,
     "sample_update_": _fake_sample_update,
     "loss_forward_": _fake_loss_forward,
-    "logits_grad": _fake_logits_grad,
-    "logits_grad_": _fake_nothing,
+    "logits_grad": lambda _grad_output, logits, *_: logits.new_empty(logits.shape),
+    "logits_grad_": lambda *_: None,
     "scored_rows": _fake_scored_rows,
-    "kept_rows_": _fake_kept_rows,
-    "gradient_rows_": _fake_nothing,
-    "score_rows_": _fake_nothing,
-    "gather_rows": _fake_gather_rows,
-    "scatter_rows_": _fake_nothing,
-    "column_sums": _fake_column_sums,
-    "rescale_": _fake_nothing,
+    "kept_rows_": lambda coeff, *_: coeff.new_empty((), dtype=torch.int32),
+    "gradient_rows_": lambda *_: None,
+    "score_rows_": lambda *_: None,
+    "gather_rows": lambda hidden, _positions, _coeff, count: hidden.new_empty((count, hidden.shape[1])),
+    "scatter_rows_": lambda *_: None,
+    "column_sums": lambda tile, _by_row: tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device)),
+    "rescale_": lambda *_: None,
 }
 
 _library = torch.library.Library("geko", "DEF")
@@ -282,8 +266,7 @@ def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleTyp
         or torch_private.watched()
     ):
         return None
-    name = backend_name(logits.device, logits.dtype)
-    backend = _loaded.get(name) or _load(name)
+    backend = _backend_of(logits)
     return backend if hasattr(backend, "planned_loss_forward") else None
 
 
@@ -323,8 +306,7 @@ def native(values: Tensor) -> ModuleType | None:
     """The C++ backend if it is what runs on `values`, else None: its ops need no Python between them and the caller."""
     if values.device.type != "cpu":
         return None
-    name = backend_name(values.device, values.dtype)
-    backend = _loaded.get(name) or _load(name)
+    backend = _backend_of(values)
     return backend if hasattr(backend, "CHECKED") else None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels._files import VERSION, load_tensors, save_tensors
+from geko_kernels._files import VERSION, load_tensors, read_object, save_tensors
 from geko_kernels.state import SampleState
 from geko_kernels.training.report.efficiency import strict, write_json
 
@@ -78,7 +78,7 @@ def _load_sampler(path: Path) -> dict[str, Any]:
 
 
 def _load_efficiency(path: Path, like: dict[str, Any]) -> dict[str, Any]:
-    values = _read_json(path)
+    values = read_object(path)
     version, crc = values.pop("version", None), values.pop("crc32", None)
     if version != int(VERSION):
         raise ValueError(
@@ -90,20 +90,10 @@ def _load_efficiency(path: Path, like: dict[str, Any]) -> dict[str, Any]:
     return _of_kind(values, like, str(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold an object, got {type(values).__name__}")
-    return values
-
-
 def _check_trainer_state(path: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
-    values = _read_json(path)
+    values = read_object(path)
     try:
         state = TrainerState(**values)
     except (TypeError, ValueError, AttributeError) as error:

@@ -22,7 +22,6 @@ from geko_kernels.training.loop_position import go_on_from, position_of
 from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.processes import check_alike, rank_and_world
-from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.report.facts import loader_facts
 from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, sample_rows, write_rows
 from geko_kernels.training.report.summary import run_summary
@@ -255,19 +254,11 @@ class GEKOLoader:
 
     def _end_epoch(self) -> None:
         """Close the record of an epoch whose batches are all consumed, if one is open."""
-        sampler, counts = self.sampler, self.counts
+        counts = self.counts
         if counts.open_epoch is None or counts.open_epoch >= self.epoch:
             return
         self._check_counted()
-        self.state.sync()
-        sampler.note_forgotten_()
-        marks = {
-            "end": float(self.epoch),
-            "buckets": bucket_names(self.state.bucket_counts().tolist()),
-            "quarantined": int(self.state.quarantined.count_nonzero()),
-            "forgotten": int(sampler.lost),
-        }
-        sampler.lost.zero_()
+        marks = {"end": float(self.epoch), **self.sampler.epoch_marks_()}
         counts.samples_standard = self.epoch * len(self.state)
         counts.end_epoch(counts.steps, marks)
 

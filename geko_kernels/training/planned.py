@@ -26,7 +26,6 @@ from geko_kernels.training.checkpoint import (
 from geko_kernels.training.fingerprint import fingerprint
 from geko_kernels.training.overrides import check_trainer
 from geko_kernels.training.planning.schedule import read_progress_
-from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.report.visits import VISITS_NAME
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
 
@@ -266,16 +265,7 @@ class PlannedMixin(BeginningMixin):
         )
 
     def _end_epoch(self) -> None:
-        sampler = self._planned()
-        sampler.state.sync()
-        sampler.note_forgotten_()
-        marks = {
-            "end": self._epoch(),
-            "buckets": bucket_names(sampler.state.bucket_counts().tolist()),
-            "quarantined": int(sampler.state.quarantined.count_nonzero()),
-            "forgotten": int(sampler.lost),
-        }
-        sampler.lost.zero_()
+        marks = {"end": self._epoch(), **self._planned().epoch_marks_()}
         self.efficiency.samples_standard = self._samples_standard()
         self.efficiency.end_epoch(self.state.global_step, marks)
 

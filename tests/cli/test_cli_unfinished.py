@@ -222,7 +222,11 @@ class TestReport:
         assert told == f"geko_kernels report: {tmp_path}/geko_report.json is damaged: {message}\n"
 
     def test_nothing_to_report(self, tmp_path, capsys):
-        for text, message in (("[" * 100_000, "it is not JSON"), ("[1]", "holds no JSON object"), ("\0", "not JSON")):
+        for text, message in (
+            ("[" * 100_000, "not JSON"),
+            ("[1]", "must hold an object, got list"),
+            ("\0", "not JSON"),
+        ):
             (tmp_path / "geko_report.json").write_text(text)
             assert message in refused(capsys, "report", str(tmp_path))
         told = refused(capsys, "report", str(tmp_path / "geko_report.json"))

@@ -19,6 +19,7 @@ from geko_kernels.training.planning.guard import generalises, nearly_suspects, u
 from geko_kernels.training.planning.orders import iterate_padded
 from geko_kernels.training.planning.packing import Packer, iterate_packs
 from geko_kernels.training.planning.position import go_on_from, position_of
+from geko_kernels.training.report.efficiency import bucket_names
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
 
@@ -253,6 +254,18 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
         self.forgotten += (lost & (self.forgotten < 255)).to(self.forgotten.dtype)
         self.was_correct.copy_(correct)
         self.lost += lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
+
+    def epoch_marks_(self) -> dict[str, Any]:
+        """Sync, and return what the report says of the state at an epoch's end; `lost` counts from 0 again."""
+        self.state.sync()
+        self.note_forgotten_()
+        lost = int(self.lost)
+        self.lost.zero_()
+        return {
+            "buckets": bucket_names(self.state.bucket_counts().tolist()),
+            "quarantined": int(self.state.quarantined.count_nonzero()),
+            "forgotten": lost,
+        }
 
     @property
     def next_epoch(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from geko_kernels._files import read_object
 from geko_kernels.state import SampleState
 from geko_kernels.training.checkpoint import STATE_NAME, last_complete, load_files
 from geko_kernels.training.report.efficiency import REPORT_NAME, Efficiency
@@ -76,7 +76,7 @@ def _step(log_history: list[dict[str, Any]]) -> int:
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    run = _read_json(path)
+    run = read_object(path)
     version = run.get("version")
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this geko_kernels reads {_VERSION}; update geko_kernels")
@@ -90,19 +90,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     return run
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values
-
-
 def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
     """The figures that the run would have written if it had ended at the checkpoint."""
-    trained = _read_json(checkpoint / _TRAINER_STATE)
+    trained = read_object(checkpoint / _TRAINER_STATE)
     state = SampleState.load(checkpoint / STATE_NAME, "cpu")
     efficiency = Efficiency(torch.device("cpu"))
     _, sampler, counts = load_files(checkpoint, len(state), efficiency.sums.device, efficiency.state_dict())
