@@ -18,7 +18,7 @@ struct Arguments {
   const int* target;       // (T,), -1: predicts nothing
   const float* coeff;      // (T,)
   const int* counts;       // (parts,): their sum divides the loss
-  const float* num_items;  // (1,), or null: divides in place of the counts
+  const float* num_items;  // (1,), or null: divides instead of the counts
   const float* upstream;   // (1,)
   float* tokens;           // (5, T), see reference.token_stats
   float* factor;           // (T,): coeff / divisor * upstream

@@ -47,7 +47,7 @@ class TrainOptions:
     """The options of `train`; `geko` and `training_arguments` can only be set in the YAML file.
 
     geko: fields of `GEKOConfig`, which override the preset's.
-    training_arguments: fields of `GEKOTrainingArguments` without an option of their own.
+    training_arguments: fields of `GEKOTrainingArguments` that have no option here.
     """
 
     model: str = _option("", "model to fine-tune: a directory or a hub name (required)")

@@ -73,7 +73,7 @@ class Audit:
             raise bypassed(self.trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
         self.need("_inner_training_loop", "the run did not begin with it")
         self.need("get_train_dataloader", "training batches are not those of its dataset")
-        self.need("_get_collator_with_removed_columns", "no collator of its own was made: a batch has no 'sample_ids'")
+        self.need("_get_collator_with_removed_columns", "its own collator was not made: a batch has no 'sample_ids'")
 
     def fetch(self, batches: list[Any]) -> None:
         """Check `batches` that are about to be trained."""

@@ -173,7 +173,7 @@ class CausalCollator:
         return batch
 
 
-LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transformers' default collator takes for labels
+LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transformers' default collator reads as labels
 
 
 def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:

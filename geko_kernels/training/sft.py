@@ -210,7 +210,7 @@ def _check_packing(args: Any, config: GEKOConfig, columns: Any) -> None:
     if args.packing_strategy != "bfd" and not _treats_all_alike(config):
         raise ValueError(
             f"GEKOSFTTrainer chooses and weights whole documents, and packing_strategy={args.packing_strategy!r} cuts "
-            "them: set packing_strategy='bfd', which is packed anew in each epoch, or config=GEKOConfig.uniform(), "
+            "them: set packing_strategy='bfd', which is packed again in each epoch, or config=GEKOConfig.uniform(), "
             "which trains all of it"
         )
     weights = [name for name in WEIGHT_COLUMNS if name in columns]

@@ -191,7 +191,7 @@ def test_documents_are_truncated_as_without_packing(tmp_path):
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 def test_what_cuts_documents_is_refused_under_selection(tmp_path, strategy):
     fields = {**PACKED, "packing_strategy": strategy}
-    words = rf"packing_strategy='{strategy}' cuts them: set packing_strategy='bfd', which is packed anew in each"
+    words = rf"packing_strategy='{strategy}' cuts them: set packing_strategy='bfd', which is packed again in each"
     for config in (None, learnable(), gk.GEKOConfig(), UNIFORM(noise_guard=True), UNIFORM(bucket_weights=(3, 1, 1))):
         with pytest.raises(ValueError, match=words + r" epoch, or config=GEKOConfig\.uniform\(\)"):
             trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=config, **fields)

@@ -64,7 +64,7 @@ class ChatEncoder:
         return ids, [token if counts else IGNORED for token, counts in zip(ids, trained, strict=True)]
 
     def _end(self, where: str, turns: list[Turn], given: int, text: str) -> int:
-        """Where the first `given` turns end in the `text` of all."""
+        """The end of the first `given` turns in the `text` of all turns."""
         before = self._apply(where, turns[:given], tokenize=False) if given else ""
         if not text.startswith(before):
             raise DataError(
@@ -74,7 +74,7 @@ class ChatEncoder:
         return len(before)
 
     def _span(self, where: str, turns: list[Turn], index: int, text: str) -> tuple[int, int]:
-        """Where the assistant's turn `index` stands in the `text` of all turns."""
+        """The position of the assistant's turn `index` in the `text` of all turns."""
         if not index:
             raise DataError(
                 f"{where}: the conversation begins with a turn of the assistant, but the chat template has a "

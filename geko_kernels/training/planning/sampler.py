@@ -256,7 +256,7 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
         self.lost += lost.count_nonzero()  # sum() of bools takes 8 bytes a sample on the CPU
 
     def epoch_marks_(self) -> dict[str, Any]:
-        """Sync, and return what the report says of the state at an epoch's end; `lost` counts from 0 again."""
+        """Sync, and return the report's counts at an epoch's end; resets `lost`."""
         self.state.sync()
         self.note_forgotten_()
         lost = int(self.lost)

@@ -156,34 +156,34 @@ def _text(
     if values["held"]:
         told += f"; {values['held']:.0%} are held back as probably mislabelled"
     if not values["runs"]:
-        return f"{told}. That is too few to tell what a longer run would leave out: look again when a tenth is right."
+        return f"{told}. That is too few for a forecast of longer runs: look again when a tenth is right."
     saved = {run["epochs"]: run["saved"] for run in values["runs"]}
     long, short = 10 if after < 10 else LONGEST, next((length for length in (2, 3) if length > after), 5)
     rough = values["wrong_factor"] is None
     rules = "GEKOConfig.recommended()" if planned == GEKOConfig.recommended() else "these settings"
     sentences = [
         f"{told}.",
-        f"{'Were that to stay so' if rough else 'At this rate'}, a run of {long} epochs with {rules} would do "
+        f"{'If that does not change' if rough else 'At this rate'}, a run of {long} epochs with {rules} would do "
         f"{_percent(saved[long])} less work than uniform training, one of {short} epochs {_percent(saved[short])}.",
     ]
     if planned.spend_saved:
-        sentences.append("spend_saved spends that on training on.")
+        sentences.append("spend_saved uses that work for more training.")
     if pays is None and rough:
-        sentences.append("That does not pay.")
+        sentences.append("That is not worth it.")
     elif pays is None:
-        sentences.append(f"Up to {LONGEST} epochs that is less than {_PAYS:.0%}: take uniform training.")
+        sentences.append(f"Up to {LONGEST} epochs that is less than {_PAYS:.0%}: use uniform training.")
     else:
         fewer = "one epoch" if pays == 2 else f"fewer than {pays} epochs"
-        sentences.append(f"Take uniform training if you mean to train {fewer}.")
+        sentences.append(f"Use uniform training if you plan {fewer}.")
     if rough:
-        sentences.append("Mostly more is saved: after a second epoch it can be told better.")
+        sentences.append("Usually more is saved; after a second epoch the forecast is better.")
     elif enough is not None and 1 < enough <= _SHORT and values["held"] < _ENOUGH:
         verb, span = "were" if enough <= after else "would be", f"{enough} epochs"
         sentences.append(
-            f"Fewer than {_ENOUGH:.0%} {verb} wrong after epoch {enough}: uniform training of {span} may do as well."
+            f"Fewer than {_ENOUGH:.0%} {verb} wrong after epoch {enough}: uniform training of {span} may be as good."
         )
     if observed:
-        sentences.append("Labels that GEKO would hold back as probably wrong are not counted: they save more.")
+        sentences.append("Samples that GEKO would hold back as probably mislabelled are not counted; they save more.")
     return " ".join(sentences)
 
 
