@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from statistics import mean
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from benchmarks.end_to_end import lengths_plot
 from benchmarks.end_to_end.lengths_report import FILE, best_length, epochs, load, seconds
 from benchmarks.end_to_end.rows import MEASURES, final
 
@@ -63,6 +65,12 @@ def test_the_table_is_that_of_the_rows(page):
                 check(cell, task, list(runs.values()))
             else:
                 assert cell == "not run"
+
+
+def test_the_picture_comes_from_the_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["lengths_plot", "--out", str(tmp_path / "lengths.png")])
+    lengths_plot.main()
+    assert (tmp_path / "lengths.png").stat().st_size > 50_000
 
 
 @pytest.mark.parametrize("page", PAGES)

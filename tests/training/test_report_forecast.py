@@ -57,7 +57,7 @@ def test_observed_run_is_forecast_for_the_recommended_settings():
     told = forecast(epochs, GEKOConfig(), observed=True)
     assert told["freeze_rate"] == 0.0 and "with GEKOConfig.recommended()" in told["text"]
     assert saved(told)[3] == pytest.approx(1 - (1 + (0.6 + 0.2) + (0.3 + 0.35)) / 3)
-    assert told["text"].endswith("hold back as probably wrong are not counted: they save more.")
+    assert told["text"].endswith("hold back as probably mislabelled are not counted; they save more.")
     assert forecast(epochs, GEKOConfig.uniform()) == told
     own = forecast(epochs, GEKOConfig.recommended(light_interval=1), observed=True)
     assert own["freeze_rate"] == 1.0 and "with these settings" in own["text"]
