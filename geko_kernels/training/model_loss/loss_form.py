@@ -117,7 +117,8 @@ class Question:
             ValueError: its forward writes to a parameter; restoring it would take a copy of all parameters.
         """
         before = [
-            (name, value, version_of(value), self._told(name, value)) for name, value in self.model.named_parameters()
+            (name, value, version_of(value), self._checksum_of(name, value))
+            for name, value in self.model.named_parameters()
         ]
         self.model.train()
         try:
@@ -126,14 +127,14 @@ class Question:
                 yield
         finally:
             self.model.eval()
-        for name, value, version, told in before:
-            if version_of(value) != version and (told is None or not told.equal(_checksum(value))):
+        for name, value, version, checksum in before:
+            if version_of(value) != version and (checksum is None or not checksum.equal(_checksum(value))):
                 raise ValueError(
                     f"the model's forward writes to its parameter {name!r} in training mode, so testing the model's "
                     f"loss would change it: make it a buffer, or {WAY_OUT}"
                 )
 
-    def _told(self, name: str, value: Tensor) -> Tensor | None:
+    def _checksum_of(self, name: str, value: Tensor) -> Tensor | None:
         """A checksum of a parameter; None for one that eval forwards write to, as PEFT's `target_parameters` does."""
         return None if self._versions.get(name) == version_of(value) else _checksum(value)
 
@@ -307,7 +308,7 @@ def _rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
 
 
 WAY_OUT = (
-    "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits in its place, with the "
+    "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits instead, with the "
     "labels shifted or not"
 )
 
