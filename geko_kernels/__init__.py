@@ -7,7 +7,8 @@ from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
 from geko_kernels.extras import TRAINING
 from geko_kernels.losses.linear import weighted_linear_loss
-from geko_kernels.losses.logits import SampleStats, weighted_loss
+from geko_kernels.losses.logits import weighted_loss
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.state import SampleState
 
 if TYPE_CHECKING:

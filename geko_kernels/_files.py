@@ -8,6 +8,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ _UNREADABLE = (SafetensorError, ValueError, TypeError, RuntimeError, AttributeEr
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` write a file beside `path`, then move it there, with the mode that the umask gives.
 
-    After an error, or if the process is killed meanwhile, the old file is still whole; an error leaves no other file.
+    If it fails, or the process is killed meanwhile, the old file is still whole. An error leaves no temporary file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -29,12 +30,23 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # save_file gives its file to the owner alone
+        temporary.chmod(mode)  # save_file lets only the owner read its file
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `ValueError` names a file that is truncated or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object, got {type(values).__name__}")
+    return values
 
 
 def save_tensors(
@@ -72,7 +84,7 @@ def load_tensors(
         raise ValueError(f"{path} is a safetensors file, but not one that {writer} wrote")
     if "version" not in metadata:
         if "crc32" in metadata:  # the first layout had neither
-            raise ValueError(f"{path} is damaged: it has metadata of a version that it does not name")
+            raise ValueError(f"{path} is damaged: it has a checksum but no version; take another copy of it")
         return columns, metadata
     if metadata["version"] not in (version, *earlier):
         known = " and ".join((*earlier, version))
@@ -80,7 +92,7 @@ def load_tensors(
             f"{path} has version {metadata['version']}, this geko_kernels reads {known}; update geko_kernels"
         )
     if metadata.pop("crc32", None) != _checksum(columns, metadata):
-        raise ValueError(f"{path} is damaged: its checksum is of other contents; take another copy of it")
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum; take another copy of it")
     return columns, metadata
 
 

@@ -1,6 +1,6 @@
 """The columns of the learning state, declared once, in the order in which every op takes them as one list.
 
-`docs/architecture.md` says what else has to change for a new column: only the code that reads or writes its values.
+For a new column only the code that reads or writes its values has to change as well; see `docs/architecture.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from geko_kernels.config import Bucket
 
 HISTORY = 5  # losses kept per sample
 _ROUNDING = 1e-3  # a float32 mean of values in [0, 1] may lie outside by less than this
-_MOST = torch.iinfo(torch.int32).max - 1  # visits: one more still fits
+_MOST = torch.iinfo(torch.int32).max - 1  # visits, so that one more still fits
 Allowed = tuple[Callable[[Tensor], Tensor], str]  # which values a file may hold, and a description of them for errors
 
 _SHARE: Allowed = (lambda column: (column >= -_ROUNDING) & (column <= 1 + _ROUNDING), "in [0, 1]")

@@ -24,47 +24,50 @@ class GEKOConfig:
 
     Buckets
         freeze_confidence: a correct sample freezes only above this mean confidence, in (0, 1].
-        freeze_quality: and only above this quality, in (0, 1].
-        min_q_for_freeze: and only at this Q-value or above, in [0, 1]; 0 switches the gate off.
+        freeze_quality: it also needs a quality above this, in (0, 1],
+        min_q_for_freeze: and at least this Q-value, in [0, 1]; 0 switches that condition off.
         focus_confidence: a wrong sample is FOCUS up to this confidence and HARD above it.
         bucket_weights: loss weights of (HARD, FOCUS, LIGHT).
         freeze_weight: loss weight of FREEZE; 0 except for `uniform()`.
     Learning state
         correctness: "loss": a sample is correct if its loss is below `correct_loss` (nats a token);
-            "accuracy": if its share of tokens predicted right is at least `correct_accuracy`.
+            "accuracy": if at least the share `correct_accuracy` of its tokens is predicted right.
         quality: "rise" counts only rises of the loss as unsteady; "std" is gekolib's rule.
         q_value_lr, q_value_loss_scale: `Q <- (1 - lr) Q + lr (1 - min(loss / scale, 1))`.
     Training (used by `GEKOSampler` and `GEKOTrainer`, not by the loss)
         use_curriculum: take the bucket weights from the mountain curriculum instead of `bucket_weights`.
         selection: leave samples of weight zero out of each epoch's plan.
-        light_interval: epochs, from 1 to 64, from one visit of a LIGHT sample to the next: with 2 half of them take
-            part in an epoch and the others in the one after. In its turn such a sample weighs as many times as much,
-            for those that rest; so do its gradient and the logged loss.
+        light_interval: a LIGHT sample takes part in every n-th epoch, n from 1 to 64: with 2, half of them train in one
+            epoch and the other half in the next. When its turn comes, its weight, its gradient and its part of the
+            logged loss are multiplied by n, to make up for the samples that rest.
         probes: re-check left-out samples forward-only, so that a forgotten one thaws; the interval doubles.
         spend_saved: train as many samples as the standard run, in more and shorter epochs. False finishes sooner.
-        uniform_finish: share of the run, in [0, 1), at its end, that trains all but quarantined samples with weight 1.
+        uniform_finish: the last share of the run, in [0, 1), which trains all but quarantined samples with weight 1.
         noise_guard: quarantine samples that look mislabelled; see `training/planning/guard.py` for the rule.
         noise_guard_visits: a sample looks mislabelled if it was wrong at this many visits in a row, from 2 to 5,
-        noise_guard_margin: and its label is less likely than the model's answer by this many nats a token, > 0. Use 1
-            where wrong labels are known to be hard to tell from right ones; hard samples may then be quarantined too.
-        noise_guard_min_share: no sample is quarantined until at least this share of the samples, in [0, 1), looks
-            mislabelled. Use 0 with few classes and labels known to be unreliable: with 5 classes and 30 % wrong
-            labels, a calibrated model finds a wrong label 2.2 nats less likely, and few samples reach 3. Below 3,600
-            samples the threshold is multiplied by sqrt(3600 / N). At three times the threshold a third of the margin
-            is enough.
+        noise_guard_margin: and the model's answer is more likely than its label by this many nats a token, > 0. Use 1
+            if wrong labels are known to resemble right ones; hard samples may then be quarantined too.
+        noise_guard_min_share: samples are quarantined only if at least this share of all, in [0, 1), looks mislabelled.
+            Use 0 with few classes and labels known to be unreliable: with 5 classes and 30 % wrong labels, a calibrated
+            model finds a wrong label 2.2 nats less likely than its answer, and few samples reach 3. With N < 3,600
+            samples this share is multiplied by sqrt(3600 / N). At three times this share, a third of the margin is
+            enough.
         noise_guard_share: largest share of the samples, in (0, 1), that may be quarantined at a time.
     Batches (used by `GEKOTrainer` and `GEKOSFTTrainer`)
-        batch_tokens: most tokens (of input_ids) in one batch of a device, instead of per_device_train_batch_size
-            samples. Whole samples fill a batch in the plan's order. A padded batch counts as rows x its longest row,
-            one without padding as the sum of its rows. A longer sample is refused. None counts samples.
+        batch_tokens: the most tokens (of input_ids) in one batch of a device, instead of a number of samples
+            (per_device_train_batch_size). Whole samples fill a batch in the plan's order. A padded batch counts as
+            rows x its longest row, one without padding as the sum of its rows. A longer sample is refused. None counts
+            samples.
         probe_batch_size: samples (with packing, packed rows) in one forward-only probe batch of a device; None means 4
-            times a training batch. Not with `batch_tokens`, where a probe batch has up to 4 times as many tokens.
+            times a training batch. Not allowed with `batch_tokens`, where a probe batch has up to 4 times as many
+            tokens.
         auto_stop: the run finds its own length, at most `num_train_epochs` (or `max_steps`). The learning rate is
             constant after the warm-up, held-back samples are evaluated with averaged weights, and the run ends with
-            the averaged weights of the best point; see docs/length.md. Not with `use_curriculum` or `spend_saved`,
-            which need to know the length; `uniform_finish` is of the longest run, and most end before it.
-        auto_measure: what "best" means there: "loss", or "accuracy", the share of the held-back samples whose tokens
-            are all right.
+            the averaged weights of the best point; see docs/length.md. Not allowed with `use_curriculum` or
+            `spend_saved`, which need to know the length. `uniform_finish` counts from the end of the longest run, so
+            most runs end before it.
+        auto_measure: the measure of the best point: "loss", or "accuracy", the share of the held-back samples whose
+            tokens are all right.
 
     Raises:
         ValueError, TypeError: a field is outside its range or of the wrong kind; names it.
@@ -127,8 +130,8 @@ class GEKOConfig:
         for name in ("use_curriculum", "spend_saved"):
             if self.auto_stop and getattr(self, name):
                 raise ValueError(
-                    f"{name} must be False with auto_stop=True, got True: it goes by the run's length, which such a "
-                    "run finds only at its end"
+                    f"{name} must be False with auto_stop=True, got True: it depends on the run's length, which is "
+                    "known only at the end of such a run"
                 )
 
     def _check_batches(self) -> None:
@@ -142,7 +145,8 @@ class GEKOConfig:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}")
         if self.batch_tokens is not None and self.probe_batch_size is not None:
             raise ValueError(
-                "probe_batch_size counts samples, and batch_tokens sizes probe batches too: leave out one of them"
+                "probe_batch_size cannot be combined with batch_tokens, which also sets the size of probe batches: "
+                "leave out one of them"
             )
 
     def _check_integer(self, name: str, low: int, high: int, allowed: str) -> None:
@@ -177,10 +181,10 @@ class GEKOConfig:
 
     @classmethod
     def recommended(cls, **changes: Any) -> GEKOConfig:
-        """`GEKOTrainer`'s default: samples freeze late, and none weighs more than another; see docs/evidence.md.
+        """`GEKOTrainer`'s default: samples freeze late, and no bucket has a higher weight; see docs/evidence.md.
 
         Every preset takes changes: `recommended(light_interval=3)` changes that one field of the preset, whereas
-        `GEKOConfig(light_interval=3)` also has the document's weights and curriculum.
+        `GEKOConfig(light_interval=3)` has the document's weights and curriculum.
         """
         return cls._preset(
             changes,

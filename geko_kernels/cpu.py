@@ -1,6 +1,6 @@
 """The C++ backend: the ops of `reference/ops.py` on the CPU, vectorised and multi-threaded; sources in csrc/.
 
-Importing it raises `ImportError` where the extension `geko_kernels._C` was not built or does not fit this torch.
+Importing it raises `ImportError` if the extension `geko_kernels._C` was not built or does not fit this torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from geko_kernels.reference.rows import row_entropy
 try:
     import geko_kernels._C as _C  # registers the overloads `cpu` of torch.ops.geko
 except ImportError as error:
-    raise ImportError(f"the extension was not built at install, or not for this torch: {error}") from error
+    raise ImportError(f"the extension was not built at install, or was built for another torch: {error}") from error
 
 CHECKED = {"token_stats", "sample_update_", "loss_forward_", "logits_grad", "logits_grad_"}  # in C++, see `op_checks`
 build_info, cpu_capability, num_threads = _C.build_info, _C.cpu_capability, _C.num_threads

@@ -18,7 +18,7 @@ from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # torch may come without
+    from torch.distributed import ProcessGroup  # missing in some builds of torch
 
 NO_ERROR = torch.iinfo(torch.int64).max
 _FORMAT = "geko_kernels.SampleState"
@@ -36,7 +36,7 @@ class SampleState:
         loss_history (N, 5) float32: mean token losses of the last visits in nats, newest last.
         times_seen (N,) int32: visits counted.
         bucket (N,) uint8: a `Bucket`; FOCUS before the first visit.
-        wrong_streak (N,) uint8: the latest visits in a row, up to 255, at which the sample was not correct.
+        wrong_streak (N,) uint8: how many visits in a row, up to 255, the sample has not been correct.
         quarantined (N,) bool: weight 0 whatever the bucket (set by the sampler's noise guard).
         changed (N,) bool: updated since the last `sync`.
     `columns` lists them, as every op takes them.
@@ -92,7 +92,7 @@ class SampleState:
         return f"SampleState(num_samples={self.num_samples}, device='{self.device}')"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in COLUMNS:  # the ops take the list
+        if name in COLUMNS:  # the list that the ops take has to follow
             self.columns[NAMES.index(name)] = value
         super().__setattr__(name, value)
 
@@ -100,8 +100,8 @@ class SampleState:
     def bucket_weights(self) -> Tensor:
         """(4,) float32 on the device: the weight of each bucket in the next call, indexed by `Bucket`.
 
-        Write into it (`[Bucket.HARD] = 5`, or `copy_` four), or assign three numbers (HARD, FOCUS, LIGHT) as in the
-        config and `MountainCurriculum`, which leaves FREEZE unchanged. Neither recompiles anything.
+        Write into it (`[Bucket.HARD] = 5`, or `copy_` of four), or assign three numbers (HARD, FOCUS, LIGHT) as in the
+        config and `MountainCurriculum`; that leaves FREEZE unchanged. Neither causes a recompilation.
         """
         return self.weights
 
@@ -145,10 +145,10 @@ class SampleState:
         return torch.stack([(self.bucket == bucket).count_nonzero() for bucket in Bucket])
 
     def sync(self, group: ProcessGroup | None = None) -> None:
-        """Bring the rows that any process of `group` has updated since the last sync to all; clears `changed`.
+        """Copy the rows that any process of `group` has updated since the last sync to all; clears `changed`.
 
-        Every process of the group calls it. A row updated on several comes from the one with the most visits, among
-        equals from the highest rank. With one process, or without torch.distributed, nothing is sent.
+        Every process of the group calls it. If several have updated a row, the one with the most visits wins, among
+        equals the highest rank. With one process, or without torch.distributed, nothing is sent.
 
         Args: group: a process group whose backend supports tensors on `device`; None is the default one.
         """
@@ -170,8 +170,8 @@ class SampleState:
         """Load `state_dict()`, also an earlier release's ("weights" for "bucket_weights").
 
         Raises:
-            ValueError: a column is missing, unknown or misshapen, or holds an impossible value; names the column and
-                the first such row. The state is unchanged then.
+            ValueError: a column is missing, unknown, of the wrong shape, or holds an impossible value; names the column
+                and the first such row. The state is then unchanged.
         """
         self._copy_in(columns, "state_dict")
 
@@ -186,7 +186,7 @@ class SampleState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the config and a checksum.
 
-        After an error, or if the process is killed meanwhile, the old file is still whole.
+        If it fails, or the process is killed meanwhile, the old file is still whole.
         """
         upstream = float(self.upstream)
         metadata = {
@@ -197,7 +197,7 @@ class SampleState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> SampleState:
-        """The state that `save` wrote, with its config, also in an earlier release.
+        """The state that `save` wrote, also of an earlier release, with its config.
 
         Raises:
             FileNotFoundError: no such file.

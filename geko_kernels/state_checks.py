@@ -43,7 +43,7 @@ def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], sou
 
 
 def check_streaks(columns: Mapping[str, Tensor], source: str) -> None:
-    """Check, for files only, that no sample has a longer streak of wrong visits than visits."""
+    """Check that no sample has a longer streak of wrong visits than visits; for files only."""
     for start, part in _parts(columns["wrong_streak"]):
         seen = columns["times_seen"][start : start + len(part)]
         _refuse(part <= seen, part, f"{source}['wrong_streak']", start, "at most times_seen")

@@ -1,4 +1,4 @@
-"""`SampleState.sync`: brings the rows that any process has updated to all of them."""
+"""`SampleState.sync`: copies the rows that any process has updated to all processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, group: dist.ProcessGroup | None) -> None:
     """All-gather the rows of `columns` marked in `changed` and write them on every process; two collectives.
 
-    Of a row changed on several processes the one with the most visits (`times_seen`) is kept; among equals, that of the
-    highest rank. With a single process only `changed` is cleared.
+    If several processes have changed a row, the one with the most visits (`times_seen`) wins; among equals, the highest
+    rank. With a single process only `changed` is cleared.
 
     Args: columns of (N, ...) by name, "times_seen" among them; changed (N,) bool, all False afterwards;
         claim (N,) int32: scratch, all 0 before and after.
@@ -59,7 +59,7 @@ def _write_latest_(columns: Mapping[str, Tensor], gathered: Tensor, claim: Tenso
     parts = dict(zip(["ids", *columns], split, strict=True))
     ids = parts["ids"].view(torch.int64)[:, 0]
     seen = parts["times_seen"].view(torch.int32)[:, 0]
-    order = torch.argsort(seen, stable=True)  # most visits last, higher rank later among equals
+    order = torch.argsort(seen, stable=True)  # most visits last; among equals, higher rank last
     place = torch.empty_like(order)
     place[order] = torch.arange(1, len(order) + 1, device=order.device)
     claim.scatter_reduce_(0, ids, place.to(claim.dtype), "amax")

@@ -1,7 +1,7 @@
 """Every private name of torch that geko_kernels uses, each with a fallback for releases that lack it.
 
-No other file of the package uses one. A fallback gives the answer that is right but slow; where a guess could count a
-visit twice or give a wrong gradient, the call is refused.
+No other file of the package uses one. A fallback is correct but slower. If a guess could count a visit twice or give a
+wrong gradient, the call is refused instead.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-NAMES = {  # what it tells
+NAMES = {  # name: what the package learns from it
     "torch._C._current_graph_task_id": "whether a call runs inside a backward",
     "torch._C._autograd._top_saved_tensors_default_hooks": "whether activation checkpointing wraps a call",
-    "torch._C._autograd._get_current_graph_task_keep_graph": "whether a backward may give its gradients away",
+    "torch._C._autograd._get_current_graph_task_keep_graph": "whether a backward may overwrite its gradients",
     "torch._C._are_functorch_transforms_active": "whether torch.func transforms a call",
     "torch._C._len_torch_dispatch_stack": "whether a dispatch mode watches a call",
     "torch._C._len_torch_function_stack": "whether a function mode watches a call",
@@ -55,7 +55,7 @@ def find(path: str, otherwise: Any = None) -> Any:
 
 
 def missing(names: dict[str, str] = NAMES) -> list[str]:
-    """One sentence for each of `names` that the installed torch does not have."""
+    """One sentence for each of `names` that the installed torch lacks."""
     absent = object()
     return [_sentence(path, why) for path, why in names.items() if find(path, absent) is absent]
 
@@ -68,23 +68,25 @@ def _required(path: str) -> Any:
     """The object at `path`; if it is missing, a function that raises."""
 
     def refuse(*_: Any) -> Any:
-        raise RuntimeError(f"{_sentence(path, NAMES[path])}: install a release of torch that it was tested with")
+        raise RuntimeError(
+            f"{_sentence(path, NAMES[path])}: install a release of torch that geko_kernels was tested with"
+        )
 
     return find(path, refuse)
 
 
 graph_task_id: Callable[[], int] = _required("torch._C._current_graph_task_id")  # -1 outside a backward
 _saved_tensors_hooks: Callable[[bool], Any] = _required("torch._C._autograd._top_saved_tensors_default_hooks")
-# without it a launch a tensor
+# without it one launch for each tensor
 foreach_lerp_: Callable[[list[Tensor], list[Tensor], float], None] = find(
     "torch._foreach_lerp_",
     lambda values, towards, share: [value.lerp_(other, share) for value, other in zip(values, towards, strict=True)],
 )
-# without it gradients are always copied, for a possible second backward
+# without it gradients are always copied, as a second backward may follow
 keeps_graph: Callable[[], bool] = find("torch._C._autograd._get_current_graph_task_keep_graph", lambda: True)
 interpreters: Callable[[], list[Any]] = _required("torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters")
 transformed: Callable[[], bool] = find("torch._C._are_functorch_transforms_active", lambda: bool(interpreters()))
-# if one is missing, every call goes through the dispatcher, which all of them see
+# if one is missing, every call goes through the dispatcher, where all watchers see it
 _WATCHERS: tuple[Callable[[], Any], ...] = (
     find("torch._C._len_torch_dispatch_stack", lambda: True),
     find("torch._C._len_torch_function_stack", lambda: True),
@@ -118,7 +120,7 @@ def levels(kind: str) -> list[int]:
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode derivatives may be in use; without the name, always True, and the tensors decide."""
+    """Whether forward-mode derivatives may be in use; always True without the private name."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
@@ -160,7 +162,7 @@ def arguments_of(op: Any) -> list[Any]:
 
 
 def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Restore `value` as the buffer `name`, whatever the module's forward has set it to."""
+    """Restore `value` as the buffer `name`, even if the forward has replaced it by something else."""
     if hasattr(module, "_buffers"):
         module._buffers[name] = value
     else:
@@ -168,5 +170,5 @@ def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def set_last_rates(scheduler: Any, rates: list[Any]) -> None:
-    """Set what `scheduler.get_last_lr()` returns; a release that keeps it elsewhere reports the last step's."""
+    """Set the result of `scheduler.get_last_lr()`; no effect if a release of torch keeps it elsewhere."""
     scheduler._last_lr = rates

@@ -3,7 +3,7 @@
     python -m benchmarks.end_to_end.report [results/end_to_end.jsonl.gz]
 
 Prints the targets; writes end_to_end.md and, where times count, end_to_end.png beside the rows; without an argument
-of both files of rows, and the tables in docs/evidence.md. Differences are paired by seed; their intervals are 95 %
+of both files of rows, and the tables in LOG.md. Differences are paired by seed; their intervals are 95 %
 bootstrap intervals of the mean over seeds.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.end_to_end.tasks import TASKS
 from benchmarks.results import RESULTS
 
 LARGE, SMALL = RESULTS / "end_to_end.jsonl.gz", RESULTS / "end_to_end_small.jsonl.gz"
-EVIDENCE = RESULTS.parents[1] / "docs" / "evidence.md"
+EVIDENCE = Path(__file__).with_name("LOG.md")
 DECIDING = ("A", "B", "H")
 MARGIN_1 = "H:noise_guard_margin=1"  # for labels known to be unreliable
 METHODS = [arm for arm in WHAT if not arm.startswith("H") or arm in ("H", "H-spend")]
@@ -116,7 +116,7 @@ def _budget(arm: str) -> float | None:
 
 
 def evidence_tables() -> dict[str, list[str]]:
-    """The tables of docs/evidence.md that come from the rows."""
+    """The tables of LOG.md that come from the rows."""
     tasks, small = load(LARGE), load(SMALL)
     return {
         "summary": summary(tasks),

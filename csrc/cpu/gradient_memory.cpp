@@ -31,7 +31,7 @@ struct Block {
 
 class KeptBlock {
  public:
-  // The kept block if it has just this size, else a new one; a null one where the system has none left.
+  // The kept block if it has exactly this size, else a new one; null if the system has no memory left.
   Block take(size_t bytes) {
     const Block kept = exchange({});
     if (kept.bytes == bytes) return kept;

@@ -7,7 +7,7 @@
 namespace geko {
 namespace {
 
-constexpr int64_t kElements = 32768;  // of float work that a thread takes at a time
+constexpr int64_t kElements = 32768;  // elements that a thread takes at a time
 
 // Calls `work` with a null pointer to the type of the tensor's elements.
 template <class Work>
@@ -38,7 +38,7 @@ void check_range(const char* name, int64_t start, int64_t count, int64_t size) {
       ") must lie in [0, ", size, ")");
 }
 
-// An index that a tensor holds and that is outside, if any thread met one.
+// Remembers an index in a tensor that is out of range, if any thread found one.
 class Foreign {
  public:
   bool outside(int64_t index, int64_t size) {
@@ -235,7 +235,7 @@ void scatter_rows_(
 }
 
 Tensor column_sums(const Tensor& tile, const Tensor& by_row) {
-  constexpr int64_t kRows = 1024, kColumns = 512;  // of a piece: its sums stay in the cache
+  constexpr int64_t kRows = 1024, kColumns = 512;  // size of a piece, whose sums stay in the cache
   const char* from = matrix(tile, "tile");
   const int64_t rows = tile.size(0), columns = tile.size(1);
   const float* weight = data<float>(by_row, {rows}, "by_row");

@@ -1,4 +1,4 @@
-// Which token belongs to which visit, and what it predicts: the equal of `layout` in geko_kernels/reference/layout.py.
+// Which token belongs to which visit, and what it predicts; the same as `layout` in geko_kernels/reference/layout.py.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@ namespace geko {
 
 constexpr int64_t kNoError = std::numeric_limits<int64_t>::max();
 
-// token / length, both at least 0. On some CPUs a division of 64 bits takes as long as a short row.
+// token / length, both at least 0. On some CPUs a 64-bit division takes as long as a short row.
 inline int64_t quotient(int64_t token, int64_t length) {
   if (length == 1) return token;
   if ((token | length) >> 32) return token / length;
   return static_cast<uint32_t>(token) / static_cast<uint32_t>(length);
 }
 
-// (batch, length) labels, and sample ids: one a row, one a token (packed), or null where each row is its own sample.
+// (batch, length) labels, and sample ids: one a row, one a token (packed), or null if each row is its own sample.
 struct Batch {
   const int64_t *labels, *ids;
   bool packed;
@@ -31,7 +31,7 @@ struct Batch {
     if (packed) return ids[token];
     return ids ? ids[row_of(token)] : row_of(token);
   }
-  // The label that a token predicts; ignore_index where there is none.
+  // The label that a token predicts; ignore_index if there is none.
   int64_t target_of(int64_t token) const {
     if (id_of(token) == -1) return ignore_index;
     if (!shift) return labels[token];
@@ -41,7 +41,7 @@ struct Batch {
   bool in_vocab(int64_t target) const { return target != ignore_index && target >= 0 && target < vocab; }
 };
 
-// The tokens [first, end) of one visit; an entry that is not used has the id -1 and none.
+// The tokens [first, end) of one visit; an unused entry has id -1 and no tokens.
 struct Span {
   int64_t id = -1, first = 0, end = 0;
 };
@@ -52,7 +52,7 @@ inline int64_t error_key(int64_t position, bool is_label, int64_t value) {
   return std::min<int64_t>(position, (1 << 30) - 1) << 33 | static_cast<int64_t>(is_label) << 32 | low;
 }
 
-// The visits of a packed batch in order, and in `token_visit` (T,) the entry of each token's, -1 for padding.
+// The visits of a packed batch in order; writes the entry of each token's visit to `token_visit` (T,), -1 for padding.
 inline std::vector<Span> spans_of(const Batch& in, int32_t* token_visit) {
   std::vector<Span> spans;
   for (int64_t t = 0, row = 0; row < in.batch; ++row)

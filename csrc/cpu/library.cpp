@@ -1,5 +1,5 @@
-// Registers the C++ kernels in the namespace geko, as the overload `cpu` of each op, which PyTorch calls without Python in
-// between. The overload `default` is declared in geko_kernels/ops/__init__.py.
+// Registers the C++ kernels in the namespace geko as the overload `cpu` of each op, which PyTorch calls without going
+// through Python. The overload `default` is declared in geko_kernels/ops/__init__.py.
 #include "csrc/cpu/ops.h"
 
 #define GEKO_TABLE \

@@ -1,4 +1,4 @@
-// Backward over the logits: reads and writes once each row whose coefficient is not zero; others get zeros unread.
+// The backward over the logits: reads and writes each row of nonzero coefficient once; other rows are zeroed unread.
 #include <algorithm>
 #include <cstring>
 
@@ -14,7 +14,7 @@ struct Coefficients {
   const int32_t* token_visit;  // null with one id a row
   int64_t upstream_stride, length, visits;
 
-  // The entry of `upstream`, below 0 where token_visit names none.
+  // The index into `upstream`, negative if token_visit has none.
   int64_t visit_of(int64_t token) const {
     const int64_t visit = token_visit ? token_visit[token] : quotient(token, length);
     return visit < visits ? visit : -1;
@@ -22,10 +22,10 @@ struct Coefficients {
   float at(int64_t token, int64_t visit) const { return coeff[token] * *scale * upstream[visit * upstream_stride]; }
 };
 
-// Whether no two elements share memory, as far as the strides say so at a glance.
+// Whether the strides prove that no two elements share memory.
 bool apart(const Rows& rows) {
   const int64_t sizes[3] = {rows.batch, rows.length, rows.vocab};
-  int64_t order[3] = {0, 1, 2}, end = 0;  // end: the last element's place in the dimensions so far
+  int64_t order[3] = {0, 1, 2}, end = 0;  // end: the last offset that the dimensions so far reach
   std::sort(order, order + 3, [&](int64_t a, int64_t b) { return rows.strides[a] < rows.strides[b]; });
   for (const int64_t d : order) {
     if (sizes[d] > 1 && rows.strides[d] <= end) return false;
@@ -75,7 +75,7 @@ void write_grad(
   const float* stats = data<float>(tokens, {5, count}, "tokens");
   const GradKernel kernel = row_kernels().grad[rows.element];
   std::atomic<int64_t> foreign{-1};  // a token with a coefficient, but no label or no entry in grad_output
-  // last row first: the end of the logits is what the forward left in the cache
+  // last row first: the forward left the end of the logits in the cache
   for_each_parallel(count, rows_a_step(rows.vocab), [&](int64_t start, int64_t stop) {
     Row group[kGroup];
     RowGrad grads[kGroup];

@@ -1,4 +1,4 @@
-// geko_kernels._C: what is no tensor op. Importing it also registers the ops of library.cpp.
+// geko_kernels._C: the functions that are not tensor ops. Importing it also registers the ops of library.cpp.
 #include <pybind11/pybind11.h>
 
 #include <string>

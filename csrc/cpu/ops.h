@@ -1,5 +1,5 @@
-// The overloads `cpu` of the ops; geko_kernels/reference/ops.py says what each equals. Besides (B, S, V) logits with
-// (B, S) labels they take (B, V) with (B,).
+// The overloads `cpu` of the ops; geko_kernels/reference/ops.py says what each equals. They take (B, S, V) logits with
+// (B, S) labels, and also (B, V) with (B,).
 #pragma once
 
 #include <optional>
@@ -12,7 +12,7 @@
 namespace geko {
 
 using Optional = std::optional<Tensor>;
-using Columns = std::vector<Tensor>;  // of a `SampleState`, in the order of geko_kernels/columns.py; none without one
+using Columns = std::vector<Tensor>;  // of a `SampleState`, in the order of geko_kernels/columns.py; or none
 using Update = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -23,7 +23,7 @@ struct HeldBatch : Batch {
   Optional held_ids;
 };
 
-// Where the rows of (B, S, V) or (B, V) logits lie, and what they are made of.
+// The addresses, sizes and element type of the rows of (B, S, V) or (B, V) logits.
 struct Rows {
   explicit Rows(const Tensor& logits);
   char* at(int64_t token) const {
@@ -34,10 +34,10 @@ struct Rows {
   int64_t batch, length, vocab, size, strides[3], element;
 };
 
-// Throws std::runtime_error unless the labels are one for each row of logits.
+// Throws std::runtime_error unless there is one label for each row of logits.
 void check_rows(const Tensor& logits, const Tensor& labels);
 
-// After that check.
+// Call it after `check_rows`.
 HeldBatch batch_of(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift);
 
@@ -55,8 +55,8 @@ Tensor token_stats(
     const Tensor& logits, const Tensor& labels, const Optional& sample_ids, int64_t ignore_index, bool shift,
     double softcap);
 
-// `strict`: throws where a label or an id is out of range, before anything is counted. Without `stats` the last three
-// are empty.
+// `strict`: throws if a label or an id is out of range, before anything is counted. Without `stats` the last three
+// tensors are empty.
 Update sample_update_(
     const Tensor& tokens, const Tensor& labels, const Optional& sample_ids, const Tensor& rules, const Tensor& weights,
     const Optional& num_items, const Columns& columns, const Optional& error, int64_t vocab, int64_t reduction,

@@ -36,7 +36,7 @@ struct Table {
 
   bool holds(int64_t id) const { return id >= 0 && id < rows; }
 
-  // Into `row`, which is that of a sample never seen.
+  // Reads into `row`, which holds the values of a sample never seen.
   void read(int64_t id, SampleRow& row) const {
     if (!holds(id)) return;
     row.q_value = q_value[id], row.confidence = confidence[id], row.times_seen = times_seen[id];
@@ -51,7 +51,7 @@ struct Table {
   }
 };
 
-// The weight of what a valid token predicts, which lies beside its label; 1 without weights.
+// The weight of the label that a valid token predicts; 1 without weights.
 struct TokenWeights {
   const float* beside_labels;
   bool shift;
@@ -59,26 +59,26 @@ struct TokenWeights {
   float of(int64_t token) const { return beside_labels ? beside_labels[token + shift] : 1.f; }
 };
 
-// What the call computes, at the addresses of the tensors it returns; the last three null where nobody wants them.
+// Addresses of the tensors that the call returns; the last three are null if not asked for.
 struct Outputs {
   float *loss, *coeff, *floats;
   int64_t* ints;
   uint8_t* flags;
 };
 
-// A sample's row after a visit, and whether it is to be written.
+// A sample's row after a visit, and whether to write it.
 struct Learnt {
   SampleRow row;
   bool counts = false;
 };
 
-// Sums over a block of visits. Blocks are added up in order, so that threads make no difference.
+// Sums over a block of visits. Blocks are added in order, so the result does not depend on the threads.
 struct Total {
   double loss = 0., items = 0.;
   int64_t counted = 0, error = kNoError;
 };
 
-// One call's arguments, and what it makes of each visit.
+// One call's arguments, and the update of each visit.
 struct Judge {
   const HeldBatch& batch;
   const Table& table;
@@ -89,7 +89,7 @@ struct Judge {
   int64_t reduction, entries;
   std::vector<Span> packed;
   Outputs out;
-  const Scorer* score;  // null where the statistics are there
+  const Scorer* score;  // null if the statistics are given
 
   Span span_of(int64_t v) const {
     if (batch.packed) return v < static_cast<int64_t>(packed.size()) ? packed[v] : Span{};
@@ -109,7 +109,7 @@ struct Judge {
     return sum;
   }
 
-  // The visit by the old row, of which `row` becomes the new one; its share goes into `total`. Whether it is finite.
+  // Judges the visit: `row` becomes its sample's new row, and `total` gets its share. Returns whether it is finite.
   bool of(int64_t v, SampleRow& row, Total& total) const {
     const bool of_tokens = reduction == TOKEN_MEAN;
     const Span span = span_of(v);
@@ -135,7 +135,7 @@ struct Judge {
     return visit.finite;
   }
 
-  // All visits, by the old rows; `learnt` (M,), where it is not null, takes the new rows.
+  // Judges all visits by the old rows; `learnt` (M,), unless null, takes the new rows.
   Total all(Learnt* learnt) const {
     const int64_t length = batch.packed ? 1 : std::max<int64_t>(batch.length, 1);
     const int64_t a_block = std::max<int64_t>(1, std::min(kBlock, score ? rows_a_step(batch.vocab) : kBlock) / length);
@@ -144,7 +144,7 @@ struct Judge {
       for (int64_t block = start; block < stop; ++block) {
         const int64_t first = block * a_block, end = std::min(first + a_block, entries);
         if (score) (*score)(first * batch.length, end * batch.length);
-        Total total;  // not in its place at once: that shares a cache line with another thread's
+        Total total;  // a local, as its slot shares a cache line with another thread's
         for (int64_t v = first; v < end; ++v) {
           Learnt unused, &to = learnt ? learnt[v] : unused;
           to.counts = of(v, to.row, total);
@@ -160,7 +160,7 @@ struct Judge {
     return sum;
   }
 
-  // The last visit of a sample stays: each thread has samples of its own, and goes through the visits in order.
+  // A sample's last visit wins: each thread has its own samples, and takes the visits in order.
   void write_rows(const std::vector<Learnt>& learnt) const {
     const int64_t parts = entries > 4 * kBlock ? num_threads() : 1, rows = (table.rows + parts - 1) / parts;
     for_each_parallel(parts, 1, [&](int64_t start, int64_t stop) {
@@ -256,7 +256,7 @@ Forward loss_forward_(
   const HeldBatch batch = batch_of(logits, labels, sample_ids, ignore_index, shift);
   const Tensor tokens = empty({5, batch.tokens()}, ScalarType::Float);
   const Scorer score(logits, batch, tokens, softcap);
-  // visits of a few tokens are judged by the thread that has just scored them; else tokens are spread over all threads
+  // a visit of few tokens is judged by the thread that scored them; otherwise tokens are spread over all threads
   const int64_t step = rows_a_step(batch.vocab);
   const bool at_once = !batch.packed && batch.length <= step;
   if (!at_once) for_each_parallel(batch.tokens(), step, score);

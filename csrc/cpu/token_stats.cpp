@@ -1,10 +1,10 @@
-// Forward over the logits: reads each scored row once, writes five floats a token.
+// The forward over the logits: reads each scored row once and writes five floats a token.
 #include "csrc/cpu/ops.h"
 
 namespace geko {
 namespace {
 
-// `tensor` contiguous, after a look at what must hold before it is copied.
+// `tensor` made contiguous, after the checks that must precede a copy.
 Tensor integers(const Tensor& tensor, bool fits, const char* name, const char* shape) {
   STD_TORCH_CHECK(
       fits && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && has_memory(tensor), name, " must be ",

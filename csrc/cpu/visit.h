@@ -1,5 +1,5 @@
 // What one visit does to a sample's learning state: quality, Q-value, bucket and weight. Plain C++, no torch and no
-// allocation, so that host and device code share it. The equal of geko_kernels/reference*.py;
+// allocation, so that host and device code can share it. Equal to geko_kernels/reference/visits.py;
 // compile without contraction of a * b + c, so that both round alike.
 #pragma once
 
@@ -27,7 +27,7 @@ struct Rules {
 };
 static_assert(sizeof(Rules) == kRules * sizeof(float), "Rules mirrors the rules tensor");
 
-// The columns of `SampleState` that a visit reads and writes, for one sample; the values are those never seen.
+// The columns of `SampleState` that a visit reads and writes, for one sample; initially those of a sample never seen.
 struct SampleRow {
   float q_value = 0.5f, confidence = 0.f;
   float history[kHistory] = {0.f, 0.f, 0.f, 0.f, 0.f};  // mean token losses, newest last
@@ -35,23 +35,23 @@ struct SampleRow {
   uint8_t bucket = FOCUS, wrong_streak = 0;
 };
 
-// Sums over the valid tokens of a visit, each times the token's weight.
+// Sums over the valid tokens of a visit, weighted by the tokens' weights.
 struct Sums {
-  int64_t tokens = 0;  // how many
-  double items = 0.;   // of the weights themselves
+  int64_t tokens = 0;  // their number
+  double items = 0.;   // the sum of their weights
   double loss = 0., confidence = 0., hits = 0.;
 };
 
-// What the tokens of a visit came to, and what follows from it.
+// The means of a visit's tokens, and what follows from them.
 struct Visit {
-  int64_t tokens;                    // valid ones
-  float loss, confidence, accuracy;  // means over them
+  int64_t tokens;                    // valid tokens
+  float loss, confidence, accuracy;  // means over those
   float quality;
   bool finite, correct;
 };
 
-// 1 - min(r, 1), 0 for a NaN: r is the root mean square of the upward moves, or the standard deviation (by_std), of the
-// last losses.
+// 1 - min(r, 1), or 0 for a NaN; r is the root mean square of the rises among the last losses, or their standard
+// deviation (by_std).
 GEKO_HD float quality_of(const float* history, int32_t times_seen, const Rules& rules) {
   const int count = times_seen < 0 ? 0 : times_seen < kHistory ? times_seen : kHistory, first = kHistory - count;
   float sum = 0.f, divisor;
@@ -78,17 +78,17 @@ GEKO_HD uint8_t bucket_of(const Visit& visit, const SampleRow& row, const Rules&
   return steady && row.q_value >= rules.min_q ? FREEZE : LIGHT;
 }
 
-// One visit more than `times_seen`, which a damaged file may have made negative, up to the largest int32.
+// `times_seen` + 1, up to the largest int32; a damaged file may have made `times_seen` negative.
 GEKO_HD int32_t seen_again(int32_t times_seen) {
   return times_seen < 0 ? 1 : times_seen < INT32_MAX ? times_seen + 1 : INT32_MAX;
 }
 
-// The visit of a sample from the sums over its valid tokens, and `row`, whatever that holds, as it is after the visit; where
-// the visit is not finite, but for its bucket as it was. In place: a copy waits for the stores of what it copies.
+// The visit of a sample from the sums over its valid tokens. Updates `row`, or only its bucket if the visit is not
+// finite. In place, since a copy would wait for the stores to what it copies.
 GEKO_HD Visit judge(SampleRow& row, const Sums& sums, const Rules& rules) {
   const int64_t tokens = sums.tokens;
   const double divisor = tokens > 0 ? sums.items : 1.;
-  // a visit of one token needs no division: three of them are a fifth of its time
+  // a visit of one token needs no division: the three divisions are a fifth of its time
   const auto mean = [divisor](double sum) { return static_cast<float>(divisor == 1. ? sum : sum / divisor); };
   Visit visit{tokens, mean(sums.loss), mean(sums.confidence), mean(sums.hits), 0.f, false, false};
   visit.finite = tokens > 0 && std::isfinite(visit.loss) && std::isfinite(visit.confidence);

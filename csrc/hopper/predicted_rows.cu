@@ -18,7 +18,7 @@ struct Arguments {
   const int* target;       // (T,), -1: predicts nothing
   const float* coeff;      // (T,)
   const int* counts;       // (parts,): their sum divides the loss
-  const float* num_items;  // (1,), or null: divides in place of the counts
+  const float* num_items;  // (1,), or null: divides instead of the counts
   const float* upstream;   // (1,)
   float* tokens;           // (5, T), see reference.token_stats
   float* factor;           // (T,): coeff / divisor * upstream
@@ -33,7 +33,7 @@ struct Arguments {
 
 namespace {
 
-constexpr int kStep = 4;  // vectors a thread takes at once; 1 and 2 were slower
+constexpr int kStep = 4;  // vectors that a thread takes at once; 1 and 2 were slower
 constexpr int kTurns = 4;  // rows of partial sums held: as rows may be finished late, a block can be three ahead
 
 // where a row's slice lies: vectors [first, last) counted from the 16-byte boundary at or before the row
@@ -60,7 +60,7 @@ struct Row {
 // the token statistics of row t, 0 where y < 0; by one thread
 __device__ void store_tokens(const Arguments& a, int t, int y, const Statistics& sum, float factor) {
   const float total = sum.top == -kInfinity ? __int_as_float(0x7fc00000) : sum.total;  // 0 / 0, as in PyTorch
-  const float top = total != total && fabsf(sum.top) != kInfinity ? total : sum.top;  // the maximum of a NaN is NaN
+  const float top = total != total && fabsf(sum.top) != kInfinity ? total : sum.top;  // with a NaN the maximum is NaN
   const float log_sum = logf(total), loss = log_sum - (sum.at_target - top);
   float* out = a.tokens + t;
   const int64_t step = a.rows;
@@ -72,7 +72,7 @@ __device__ void store_tokens(const Arguments& a, int t, int y, const Statistics&
   a.factor[t] = factor;
 }
 
-// what divides the loss, inverted; as visit_output.py computes it, to the bit
+// the inverse of the loss's divisor, bit for bit as kernels/sample_update/outputs.py computes it
 __device__ float common_scale(const Arguments& a, int lane) {
   if (!a.parts) return 1;
   float divisor;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(WARPS * 32 + 32) predicted_rows(const __grid_c
     }
   } else {
     const float common = common_scale(a, lane), upstream = *a.upstream;
-    // rows that are not written: nobody waits for their sums until the next row has been read
+    // rows that are not written: their sums are not needed until the next row has been read
     int slot = 0, scored = 0, late = -1, late_target = 0;
     uint32_t parity = 0;
     const auto wait_sums = [&](int number) {
@@ -328,8 +328,8 @@ extern "C" int geko_shape(Shape* shape, int* clusters) {
   return cudaOccupancyMaxActiveClusters(clusters, shape->kernel, &config);
 }
 
-// Whether a block's slice, its barriers and the warps' sums lie within what they were given, and vectors of logits and
-// gradient at the same places.
+// Whether a block's slice, barriers and warp sums fit into its memory, and whether logits and gradient have their
+// vectors at the same offsets.
 static bool fits(const Shape& shape, const Arguments& a) {
   if (!a.logits || !a.grad || !a.target || !a.coeff || !a.upstream || !a.tokens || !a.factor) return false;
   if (a.parts && !a.counts && !a.num_items) return false;

@@ -18,7 +18,7 @@ __device__ float exp2_approx(float x) {
   return y;
 }
 
-// exp(x - top): the difference first, so that a large common offset costs nothing
+// exp(x - top): the difference first, so that a large common offset loses no digits
 __device__ float exp_from(float x, float top) { return exp2_approx((x - top) * kLog2e); }
 
 // 16 bytes of logits
@@ -97,7 +97,7 @@ struct Vector<__half> {
   static __device__ float one(__half x) { return __half2float(x); }
 };
 
-// maximum of some logits, sum of their exp(x - safe), logit of the target if among them
+// the maximum of some logits, the sum of their exp(x - safe), and the target's logit if it is among them
 struct Statistics {
   float top = -kInfinity, total = 0, at_target = -kInfinity;
   float safe = 0;  // top, but 0 while all is -inf

@@ -21,7 +21,7 @@ _TRAINING_MODULES = ("transformers", "accelerate", "tqdm", "rich", "matplotlib",
 _TRAIN_HELP = """\
 data: a .jsonl, .ndjson, .json (lines or an array), .csv, .tsv or .parquet file, all but the last also with .gz added;
 a folder of such files, read in sorted order (if there are several splits, the training split); a directory written by
-`Dataset.save_to_disk`; or a dataset on the hub, owner/name (its "train" split). Other paths are not sought there.
+`Dataset.save_to_disk`; or a dataset on the hub, owner/name (its "train" split). Other paths are not looked up there.
 
 columns, taken from the first record:
   messages: [{"role": ..., "content": ...}, ...]         a chat; every assistant turn is trained on
@@ -43,8 +43,8 @@ In the YAML file, `geko:` takes GEKOConfig fields and `training_arguments:` take
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C; 141 if the reader of the
-    output is gone (`| head`).
+    0; 2 after one line on stderr that says what is wrong with the input; 130 after Ctrl-C; 141 if the output's reader
+    has closed the pipe (`| head`).
     """
     parsed = vars(_parser().parse_args(arguments))
     command = parsed.pop("command")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message, status = f"needs {error.name}: {TRAINING}", 2
     except KeyboardInterrupt as stop:
-        early = "interrupted" + ("; nothing had begun, so the same command starts anew" if command == "train" else "")
+        early = "interrupted" + ("; nothing had begun, so give the same command again" if command == "train" else "")
         message, status = str(stop) or early, 130
     except OSError as error:
         gone = isinstance(error, BrokenPipeError) and _reader_gone()
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141
         message, status = f"cannot write the output ({error.strerror})", 2
         if gone:
-            message, status = "nothing reads the output any more, so the run has stopped; go on with --resume", 141
-    gc.collect()  # ends the progress bars of the stopped run, which would write below the message
+            message, status = "nothing reads the output any more, so the run has stopped; continue with --resume", 141
+    gc.collect()  # closes the progress bars of the stopped run, which would write below the message
     print(f"geko_kernels {command}: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -24,7 +24,7 @@ _Rows = list[dict[str, Any]]
 
 
 def note_data(run_dir: str, records: Records, label_column: str) -> None:
-    """Write into a run's folder which data it was trained on."""
+    """Record in a run's folder which data it was trained on."""
     local = os.path.abspath(os.path.expanduser(records.source))
     data = local if os.path.exists(local) else records.source
     label = (label_column or "label") if records.is_classification else ""
@@ -33,10 +33,10 @@ def note_data(run_dir: str, records: Records, label_column: str) -> None:
 
 
 def clean(run_dir: str, out: str, overwrite: bool) -> str:
-    """Write the data of `run_dir` without the suspected rows to `out`; returns what to tell of it.
+    """Write the data of `run_dir` without the suspected rows to `out`; returns the lines to print.
 
     Raises:
-        UsageError, DataError: what is missing in the run, or why `out` cannot be written; nothing is written then.
+        UsageError, DataError: something is missing in the run, or `out` cannot be written; then nothing is written.
     """
     known = _known_data(run_dir)
     _check_out(out, overwrite, known["data"])
@@ -44,13 +44,13 @@ def clean(run_dir: str, out: str, overwrite: bool) -> str:
     source = read_source(known["data"])
     if digest_of(source) != known["digest"]:
         raise UsageError(
-            f"{known['data']} is not what {run_dir} was trained on, so that its rows are others now: put back what it "
-            "was trained on, or train on the new data"
+            f"{known['data']} has changed since {run_dir} was trained on it, so its rows are others now: restore the "
+            "data that it was trained on, or train on the new data"
         )
     if max(suspected, default=0) >= len(source.rows):
         raise UsageError(
-            f"{Path(run_dir) / SAMPLES_NAME} is of another run: it suspects row {max(suspected):,}, and "
-            f"{known['data']} has {len(source.rows):,} rows, counted from 0"
+            f"{Path(run_dir) / SAMPLES_NAME} is of another run: it suspects row {max(suspected):,}, but "
+            f"{known['data']} has {len(source.rows):,} rows, counted from 0; train again"
         )
     rows = [row for number, (_, row) in enumerate(source.rows) if number not in suspected]
     if not rows:
@@ -73,9 +73,10 @@ def _lost_classes(source: Source, suspected: set[int], label: str, samples: Path
         return ""
     names = listed([f"{name!r} ({count:,})" for name, count in lost.items()])
     return (
-        f"\nWarning: no row is left of {'the class' if len(lost) == 1 else f'{len(lost):,} classes'} {names}, which a "
-        f"model trained on these data cannot learn. Look at the rows; in {samples} set "
-        '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
+        f"\nWarning: no row is left of {'the class' if len(lost) == 1 else f'{len(lost):,} classes'} {names}, so a "
+        f"model trained on these data cannot learn {'it' if len(lost) == 1 else 'them'}. Look at the rows; in "
+        f'{samples} set "suspected" and "quarantined" to false for those that are right, and give the command again '
+        "with --overwrite"
     )
 
 
@@ -83,8 +84,8 @@ def _known_data(run_dir: str) -> dict[str, str]:
     path = Path(run_dir) / DATA_NAME
     if not path.is_file():
         raise UsageError(
-            f"{run_dir} has no {DATA_NAME}: give the --output-dir of a `geko train` run that has ended; after a script "
-            'of your own leave out of its data what write_samples calls "suspected"'
+            f"{run_dir} has no {DATA_NAME}: give the --output-dir of a `geko train` run that has ended; after your own "
+            'script, remove from its data the rows that write_samples marks as "suspected"'
         )
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -121,13 +122,13 @@ def _suspected(run_dir: str) -> set[int]:
     if all(sample.get("suspected") is None and not sample.get("quarantined") for sample in samples):
         raise UsageError(
             f"the noise guard of {run_dir} judged no labels: it was off, the run had one epoch, or its model did not "
-            f"generalise; {SAMPLES_NAME} ranks them all the same, by label_error"
+            f"generalise; {SAMPLES_NAME} still ranks all labels, by label_error"
         )
     return {sample["id"] for sample in samples if sample.get("suspected") or sample.get("quarantined")}
 
 
 def _writer(out: str, source: Source, rows: _Rows, label: str) -> Callable[[Path], None]:
-    """What writes `rows` so that they are read as before; refuses an ending with which they would not be."""
+    """The function that writes `rows` so that reading gives the same rows; refuses an ending for which it would not."""
     table = out.lower().endswith(".csv")
     if source.is_table and not table:
         raise UsageError(f"--out must end in .csv, got {out}: the data are a table, whose fields are all text")
@@ -145,7 +146,7 @@ def _check_fields(rows: _Rows, label: str) -> None:
                 kind = "a number written as text" if number else type(value).__name__
                 raise UsageError(f"--out must end in .jsonl: a .csv file cannot hold `{name}`, which is {kind}")
         if row.keys() != rows[0].keys():
-            raise UsageError("--out must end in .jsonl: the rows have different columns, which a .csv file has not")
+            raise UsageError("--out must end in .jsonl: the rows have different columns, which a .csv file cannot hold")
 
 
 def _csv(path: Path, rows: _Rows) -> None:

@@ -1,4 +1,4 @@
-"""`python -m geko_kernels env`: what is installed, which backend runs where, and why, for a bug report."""
+"""`python -m geko_kernels env`: what is installed, and which backend runs where and why, for a bug report."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _one_pass() -> str:
 
 
 def _backend(device: torch.device) -> str:
-    """Which backend runs on `device`, why, and whether a small loss and gradient come out right."""
+    """Which backend runs on `device`, why, and whether a small loss and gradient are right."""
     wanted = ops.backend_name(device)
     asked = bool(os.environ.get("GEKO_BACKEND"))
     if wanted not in ops._MODULES:
@@ -112,7 +112,7 @@ def _backend(device: torch.device) -> str:
     try:
         module = importlib.import_module(ops._MODULES[wanted])
     except ImportError as error:
-        instead = "none, as GEKO_BACKEND asks for" if asked else "reference (plain PyTorch: right but slow), without"
+        instead = "none, as GEKO_BACKEND asks for" if asked else "reference (plain PyTorch: correct but slow), without"
         return f"{instead} {wanted}: {error}. {_remedy(wanted)}"
     why = "set by GEKO_BACKEND" if asked else "the default here"
     try:
@@ -123,7 +123,7 @@ def _backend(device: torch.device) -> str:
 
 
 def check_variables() -> None:
-    """Raise UsageError if an environment variable asks for what `train` cannot use on this machine."""
+    """Raise UsageError if an environment variable asks for something that `train` cannot use on this machine."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     wanted = ops.backend_name(device)
     if wanted not in ops._MODULES:
@@ -133,7 +133,7 @@ def check_variables() -> None:
     if wanted == "cpp":
         try:
             importlib.import_module(ops._MODULES[wanted]).cpu_capability()
-        except ImportError:  # another backend runs then, with a warning
+        except ImportError:  # then another backend runs, with a warning
             return
         except RuntimeError as error:  # GEKO_CPU_CAPABILITY
             raise UsageError(str(error)) from error
@@ -164,7 +164,7 @@ def _check(device: torch.device) -> str:
         assert isinstance(loss, torch.Tensor)
         (grad,) = torch.autograd.grad(loss, logits)
         largest = max((loss - expected).abs().item(), (grad - expected_grad).abs().max().item())
-    except Exception as error:  # whatever a compiler or driver raises belongs in the report
+    except Exception as error:  # any error of a compiler or driver belongs in the report
         return f"self-test FAILED: {type(error).__name__}: {error}"
     return f"self-test {'ok' if largest < 1e-5 else 'FAILED'} (largest error {largest:.1e})"
 

@@ -1,4 +1,4 @@
-"""Loading the model and its tokenizer, and what the two must agree on."""
+"""Loads the model and its tokenizer, and checks that they fit each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_config(options: TrainOptions) -> Any:
 
 
 def load_tokenizer(options: TrainOptions) -> Any:
-    """The tokenizer; without a padding token of its own it pads with the end token."""
+    """The tokenizer; if it has no padding token, it pads with the end token."""
     tokenizer = _load(AutoTokenizer, options)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -30,7 +30,7 @@ def load_tokenizer(options: TrainOptions) -> Any:
 
 
 def load_model(options: TrainOptions, names: list[str] | None, tokenizer: Any) -> Any:
-    """The model in float32, from which --precision autocasts; with a new head if its classes are not `names`."""
+    """The model in float32 (--precision autocasts), with a new head if its classes are not `names`."""
     if names is None:
         model = _load(AutoModelForCausalLM, options, dtype=torch.float32)
     else:
@@ -61,10 +61,10 @@ def most_tokens(model: nn.Module, tokenizer: Any) -> int | None:
 def _load(kind: Any, options: TrainOptions, **settings: Any) -> Any:
     try:
         return kind.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **settings)
-    except Exception as error:  # none of our code runs in it, and a damaged folder raises many kinds
+    except Exception as error:  # none of our code runs here, and a damaged folder raises errors of many types
         if "trust_remote_code" in str(error) and not options.trust_remote_code:
             raise UsageError(
-                f"--model {options.model} brings Python code of its own (`auto_map` in its files), which was not run: "
+                f"--model {options.model} comes with its own Python code (`auto_map` in its files), which was not run: "
                 "read it, and give --trust-remote-code if you trust it"
             ) from error
         raise UsageError(

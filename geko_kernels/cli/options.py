@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ _WHOLE = {
     "gradient_accumulation_steps": (1, _MOST),
     "max_length": (2, _MOST),
     "seed": (0, 2**32 - 1),  # NumPy's limit
+}
+KINDS = {  # of values in YAML
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+    types.NoneType: "null",
 }
 _METAVARS = {"label_column": "NAME", "str": "PATH", "int": "N", "float": "X"}
 _POSITIVE = {"epochs": 1_000_000, "learning_rate": 1_000_000}
@@ -37,7 +47,7 @@ class TrainOptions:
     """The options of `train`; `geko` and `training_arguments` can only be set in the YAML file.
 
     geko: fields of `GEKOConfig`, which override the preset's.
-    training_arguments: fields of `GEKOTrainingArguments` without an option of their own.
+    training_arguments: fields of `GEKOTrainingArguments` that have no option here.
     """
 
     model: str = _option("", "model to fine-tune: a directory or a hub name (required)")
@@ -55,8 +65,8 @@ class TrainOptions:
     max_length: int = _option(1024, "tokens kept of a sample", int)
     precision: str = _option("fp32", "autocast to bf16 or fp16; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     seed: int = _option(42, "seed of the data order, dropout and new layers", int)
-    trust_remote_code: bool = _option(False, "run the Python code that the model's folder brings along", bool)
-    resume: str = _option("", "continue from a checkpoint; without a value from the last one in --output-dir")
+    trust_remote_code: bool = _option(False, "run the Python code that comes with the model", bool)
+    resume: str = _option("", "continue from a checkpoint; without a value, from the last one in --output-dir")
     geko: dict[str, Any] = _mapping()
     training_arguments: dict[str, Any] = _mapping()
 
@@ -68,29 +78,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """One flag for each option, plus `--config`; flags that are not given are absent from the result."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options by name; flags win over it")
     for field in _FIELDS.values():
-        kind = field.metadata["kind"]
+        kind, choices = field.metadata["kind"], field.metadata.get("choices")
         if kind is dict:
             continue
-        if kind is bool:
-            parser.add_argument(
-                "--" + field.name.replace("_", "-"),
-                action="store_true",
-                default=argparse.SUPPRESS,
-                help=field.metadata["help"],
-            )
-            continue
-        default = f" (default: {field.default})" if field.default != "" else ""
-        choices = field.metadata["choices"]
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=kind,
-            choices=choices or None,
-            metavar=None if choices else _METAVARS.get(field.name) or _METAVARS[kind.__name__],
-            nargs="?" if field.name == "resume" else None,
-            const=LAST_CHECKPOINT if field.name == "resume" else None,
-            default=argparse.SUPPRESS,
-            help=field.metadata["help"] + default,
-        )
+        flag: dict[str, Any] = {"action": "store_true"}
+        if kind is not bool:
+            metavar = None if choices else _METAVARS.get(field.name) or _METAVARS[kind.__name__]
+            flag = {"type": kind, "choices": choices or None, "metavar": metavar}
+        if field.name == "resume":
+            flag |= {"nargs": "?", "const": LAST_CHECKPOINT}
+        default = f" (default: {field.default})" if field.default not in ("", False) else ""
+        told = field.metadata["help"] + default
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=told, **flag)
 
 
 def read_options(flags: dict[str, Any], config: str | None) -> TrainOptions:
@@ -133,14 +132,7 @@ def _checked(path: str, name: str, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {
-            str: "text",
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            dict: "a mapping `name: value`",
-        }
-        raise UsageError(f"--config {path}: {name} must be {names[kind]}, got {value!r}")
+        raise UsageError(f"--config {path}: {name} must be {KINDS[kind]}, got {value!r}")
     if choices and value not in choices:
         raise UsageError(f"--config {path}: {name} must be one of {', '.join(choices)}, got {value!r}")
     return value

@@ -10,14 +10,14 @@ from geko_kernels.training.report.report import write_report
 
 
 def report(run_dir: str) -> str:
-    """Make the report of `run_dir`; returns the lines that say what it comes to and where it is."""
+    """Make the report of `run_dir`; returns lines with its summary and its path."""
     try:
         run, checkpoint = read_figures(Path(run_dir))
         page = write_report(run_dir)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     images = sorted(path.name for path in Path(run_dir).glob("report_*.png"))
-    unfinished = f"the run has not ended: the figures are those of {checkpoint}\n" if checkpoint else ""
+    unfinished = f"the run has not ended; the figures are those of {checkpoint}\n" if checkpoint else ""
     said = (run.get("forecast") or {}).get("text") or (run.get("stopping") or {}).get("why")  # never both
     told = f"{said}\n" if said else ""
     return f"{unfinished}{told}{page}\n{page.parent}: {', '.join(images)}"

@@ -1,4 +1,4 @@
-"""The output directory of a run: whether it may be written, and which checkpoint to resume from."""
+"""Checks a run's output directory, and finds the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_output(options: TrainOptions) -> None:
         raise UsageError(f"--output-dir {options.output_dir}: no permission to write in {there}; give another one")
     if os.path.isdir(options.model) and folder.resolve() == Path(options.model).resolve():
         raise UsageError(
-            f"--output-dir {options.output_dir} is the directory of --model, which the run would write over; give "
+            f"--output-dir {options.output_dir} is the directory of --model, which the run would overwrite; give "
             "another --output-dir"
         )
 
@@ -50,7 +50,7 @@ def find_checkpoint(options: TrainOptions) -> str | None:
     folder, last = Path(options.output_dir), newest_checkpoint(options)
     if not options.resume:
         if last or (folder / REPORT_NAME).exists():
-            raise UsageError(f"{folder} already holds a run: go on with --resume, or give another --output-dir")
+            raise UsageError(f"{folder} already holds a run: continue it with --resume, or give another --output-dir")
         return None
     if options.resume == LAST_CHECKPOINT:
         if last is None:
@@ -79,14 +79,14 @@ def check_loss(checkpoint: str, loss: str) -> None:
     before = "standard" if config == GEKOConfig.uniform() else "geko"
     if before != loss:
         raise UsageError(
-            f"--resume: {checkpoint} was written with --loss {before}, and --loss {loss} would go on with another one. "
-            f"Give --loss {before}, or start a run of its own with another --output-dir (from the weights trained so "
-            f"far with --model {checkpoint})"
+            f"--resume: {checkpoint} was written with --loss {before}, but this run has --loss {loss}. Give --loss "
+            f"{before}, or start a new run with another --output-dir (with --model {checkpoint}, from the weights "
+            "trained so far)"
         )
 
 
 def check_checkpoint(checkpoint: str, model: Any) -> None:
-    """Refuse a checkpoint of another task or model, of which Transformers would load the parts that fit.
+    """Refuse a checkpoint of another task or model, from which Transformers would load the parts that fit.
 
     The trainer checks GEKO's own files.
     """
@@ -105,8 +105,8 @@ def check_checkpoint(checkpoint: str, model: Any) -> None:
     if saved_classes and saved_classes != classes:
         there, here = (", ".join(map(str, names.values())) for names in (saved_classes, classes))
         raise UsageError(
-            f"--resume: {checkpoint} has the classes {there}, but --data has {here}; give the data that the run was "
-            "started with"
+            f"--resume: {checkpoint} has the classes {there}, but --data has {here}; give the data with which the run "
+            "was started"
         )
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in shapes.items():

@@ -11,28 +11,19 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from geko_kernels.cli.errors import UsageError
-from geko_kernels.cli.options import TrainOptions
+from geko_kernels.cli.options import KINDS, TrainOptions
 from geko_kernels.config import GEKOConfig
 from geko_kernels.training.arguments import GEKOTrainingArguments
 
-_PLAIN = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-    types.NoneType: "null",
-}
 _SET_HERE = {"label_names": "`train` makes the labels itself: leave it out", "resume_from_checkpoint": "use --resume"}
-_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # of every evaluation
+_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")  # that every evaluation measures
 
 
 def make_config(options: TrainOptions) -> GEKOConfig:
     """The preset, overridden by the `geko:` fields."""
     if options.loss == "standard":
         if options.geko or options.preset != "recommended":
-            raise UsageError("`geko` settings and --preset need --loss geko; the standard loss has no use for them")
+            raise UsageError("`geko` settings and --preset need --loss geko; the standard loss does not use them")
         return GEKOConfig.uniform(auto_stop=options.auto)
     known = getattr(GEKOConfig, options.preset)().to_dict()
     if options.auto:
@@ -64,14 +55,14 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
         "save_strategy": "epoch",
         "logging_steps": 10,
         "report_to": "none",
-        "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs do not communicate
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise processes on CPUs do not communicate
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     hints = typing.get_type_hints(GEKOTrainingArguments)
     known = {field.name for field in dataclasses.fields(GEKOTrainingArguments) if field.init}
     for name, value in options.training_arguments.items():
         if name in from_options:
-            raise UsageError(f"training_arguments: {name} has an option of its own; see `train --help`")
+            raise UsageError(f"training_arguments: {name} has its own option; see `train --help`")
         if name in _SET_HERE:
             raise UsageError(f"training_arguments: {name} cannot be set here; {_SET_HERE[name]}")
         if name not in known:
@@ -82,7 +73,7 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
     try:
         arguments = GEKOTrainingArguments(**{**defaults, **options.training_arguments, **from_options})
         arguments.get_process_log_level()
-    except Exception as error:  # none of our code runs in it, and wrong values raise many kinds
+    except Exception as error:  # none of our code runs here, and wrong values raise errors of many types
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"training_arguments: Transformers refuses these settings: {reason}") from error
     _check_report_to(arguments)
@@ -90,7 +81,7 @@ def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:
 
 
 def check_best_metric(arguments: GEKOTrainingArguments, is_classification: bool) -> None:
-    """Refuse a metric that no evaluation measures; Transformers would fail only after the first evaluation."""
+    """Refuse a metric that no evaluation measures; Transformers would fail after the first evaluation."""
     metrics = _METRICS + (("accuracy",) if is_classification else ())
     wanted = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if arguments.load_best_model_at_end and wanted not in metrics:
@@ -100,13 +91,13 @@ def check_best_metric(arguments: GEKOTrainingArguments, is_classification: bool)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
-    """Check the kind of a field, as Transformers does for few; fields that YAML cannot express cannot be set."""
+    """Check a field's type, as Transformers does for only a few; fields that YAML cannot express cannot be set."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
-    kinds = [bool if kind is typing.Literal else kind for kind in kinds]  # the one that is there is False
-    plain = [kind for kind in kinds if kind in _PLAIN]
+    kinds = [bool if kind is typing.Literal else kind for kind in kinds]  # the only such field is False
+    plain = [kind for kind in kinds if kind in KINDS]
     if type(value) not in plain and not (float in plain and type(value) is int):
-        allowed = " or ".join(_PLAIN[kind] for kind in plain)
+        allowed = " or ".join(KINDS[kind] for kind in plain)
         raise UsageError(f"training_arguments: {name} must be {allowed}, got {value!r}")
 
 

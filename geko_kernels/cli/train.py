@@ -30,7 +30,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 
 
 class _Task(NamedTuple):
-    """The model, the data, and the lines that say how the data was read."""
+    """The model, the data, and lines that say how the data were read."""
 
     model: Any
     tokenizer: Any
@@ -100,18 +100,18 @@ def _interrupt_told(options: TrainOptions) -> Iterator[None]:
 
 @contextmanager
 def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
-    """One line for what the user can fix: settings refused before the first step, a full disk, a full GPU."""
+    """Turn errors that the user can fix into one line: settings refused before the first step, a full disk or GPU."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"the GPU's memory is full ({error}): lower --batch-size, with --gradient-accumulation-steps to make up "
-            f"for it, or --max-length; {_how_to_go_on(options)}"
+            f"the GPU's memory is full ({error}): lower --batch-size (and raise --gradient-accumulation-steps by the "
+            f"same factor) or --max-length; {_how_to_go_on(options)}"
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
         if _cannot_write(error):
             raise UsageError(
-                f"cannot write to {options.output_dir} ({error}): make room there; {_how_to_go_on(options)}"
+                f"cannot write to {options.output_dir} ({error}): free some space; {_how_to_go_on(options)}"
             ) from error
         if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError, BrokenPipeError)):
             raise
@@ -127,12 +127,12 @@ def _cannot_write(error: Exception) -> bool:
 def _how_to_go_on(options: TrainOptions) -> str:
     last = newest_checkpoint(options)
     if last:
-        return f"the same command with --resume goes on from {last}"
+        return f"the same command with --resume continues from {last}"
     if (Path(options.output_dir) / REPORT_NAME).exists():
-        return "the training had ended, but there is no checkpoint of it: begin anew with another --output-dir"
+        return "the training had ended, but there is no checkpoint of it: start again with another --output-dir"
     if options.resume:
-        return f"no checkpoint has been written since; the same command goes on from {options.resume} again"
-    return "no checkpoint has been written, so the same command begins anew"
+        return f"no checkpoint has been written since; the same command continues from {options.resume} again"
+    return "no checkpoint has been written, so the same command starts from the beginning"
 
 
 def _make_task(options: TrainOptions) -> _Task:
@@ -141,7 +141,7 @@ def _make_task(options: TrainOptions) -> _Task:
     if held_out is not None and held_out.fields != records.fields:
         raise UsageError(
             f"{held_out.source} has the fields {', '.join(held_out.fields)}, but {records.source} has "
-            f"{', '.join(records.fields)}: --eval-data must have the same"
+            f"{', '.join(records.fields)}: --eval-data must have the same fields as --data"
         )
     notes = [f"{options.data}: {len(records.rows)} samples with {', '.join(records.fields)}"]
     config, tokenizer = load_config(options), load_tokenizer(options)

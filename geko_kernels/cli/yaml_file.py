@@ -13,16 +13,17 @@ from geko_kernels.training.formats.files import read_bytes
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 2e-5 as a number, which for YAML 1.1 is text: it wants 2.0e-5.
+    """Reads 2e-5 as a number; in YAML 1.1 that is text, and only 2.0e-5 a number.
 
-    Refuses duplicate keys, of which PyYAML keeps the last, and references, which can turn a few lines into gigabytes.
+    Refuses duplicate keys, of which PyYAML would keep the last, and references, which can turn a few lines into
+    gigabytes.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
-                None, None, f"the reference *{event.anchor} is not read: write the value out", event.start_mark
+                None, None, f"the reference *{event.anchor} is not allowed: write the value out", event.start_mark
             )
         return super().compose_node(parent, index)
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# integer arguments for which Triton does not compile variants (1, multiples of 16)
+# integer arguments that Triton does not specialize (for 1 and for multiples of 16)
 BATCH_INTS = ["label_b", "label_s", "id_b", "id_s", "length", "ignore_index", "token_count", "vocab", "num_samples"]
 VECTOR_BITS = tl.constexpr(128)  # widest load of one thread
 

@@ -67,8 +67,8 @@ def planned_loss_forward(
 ) -> tuple[Tensor, Plan, Tensor, Tensor | None, Tensor | None]:
     """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
-    Args: upstream () of the last backward, if a gradient may be predicted (over the logits if `inplace`);
-        options (reduction, ignore_index, shift, softcap, update).
+    Args: upstream (): the last backward's upstream gradient if the gradient may be predicted (over the logits if
+        `inplace`), else None; options (reduction, ignore_index, shift, softcap, update).
     Returns: the loss; the plan; kept and, with `stats`, visits: memory that holds the op's other outputs, see
         `plan.saved` and `plan.entries_of`; the predicted gradient, which `predicted_logits_grad` corrects, or None.
     """
@@ -76,7 +76,7 @@ def planned_loss_forward(
     predicted = None
     if upstream is not None:
         predicted = _predicting(plan, inplace, logits, labels, sample_ids, columns, options)
-    apart = stats or plan.packed  # packed, there is an entry for each token: too much to keep unused
+    apart = stats or plan.packed  # packed, there is an entry for each token: too many to keep unused
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, apart)
     if upstream is not None and predicted is not None:
         grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from geko_kernels.kernels.batch import (
 from geko_kernels.kernels.launch import Launch, cdiv, next_power_of_2
 from geko_kernels.kernels.sample_update.prepare import PREP_TILE, prepare_visits
 
-SMALL_VOCAB = 1024  # up to here a program takes several rows
+SMALL_VOCAB = 1024  # up to this size a program takes several rows
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _strided_rows(x_ptr, stride_v, target, live, vocab, cap, SOFTCAP: tl.constex
 def _store_statistics(statistics_ptr, t, live, scored, top, total, z_target, token_count):
     """Loss, maximum, log-sum, confidence and hit of token(s) t; zeros where not scored."""
     total = tl.where(top == float("-inf"), float("nan"), total)  # 0 / 0, as in PyTorch
-    top = tl.where((total != total) & (tl.abs(top) != float("inf")), total, top)  # the maximum of a NaN is NaN
+    top = tl.where((total != total) & (tl.abs(top) != float("inf")), total, top)  # with a NaN the maximum is NaN
     log_sum = tl.log(total)
     loss = log_sum - (z_target - top)
     hit = (z_target == top) & (loss == loss)

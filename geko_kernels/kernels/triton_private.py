@@ -1,7 +1,7 @@
 """Every internal of Triton that geko_kernels uses: how a compiled kernel starts without inspecting its arguments.
 
 No other file of the package uses one. If the installed Triton starts its kernels in another way, `start_of` returns
-None, and each launch is `kernel[grid](...)`, which is right but slower on the host.
+None, and each launch is `kernel[grid](...)`, which is correct but takes more CPU time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the loss functions refuse: arguments of the wrong kind, by name, and bad values where looking is cheap."""
+"""Checks of the losses' arguments. An error names the argument; values are checked only where that is cheap."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ReductionName = Literal["none", "mean", "token_mean", "sum"]
 
 
 class LossOptions(TypedDict, total=False):
-    """What both losses take by name, for their overloads."""
+    """Keyword arguments that both losses share, for their overloads."""
 
     reduction: ReductionName
     shift: bool
@@ -47,9 +47,9 @@ def check_batch(
     ignore_index: int,
     softcap: float | None,
 ) -> tuple[int, float]:
-    """What Python can see of a batch without its values; `inputs` is the argument `name`, one vector a token.
+    """Check a batch's types, shapes and devices, not its values; `inputs` is the argument `name`, one vector a token.
 
-    Returns: `ignore_index` and `softcap` (0 for None) as Python's own numbers.
+    Returns: `ignore_index` and `softcap` (0 for None) as Python numbers.
     """
     for key, tensor in ((name, inputs), ("labels", labels), ("sample_ids", sample_ids)):
         if type(tensor) is not Tensor:
@@ -91,7 +91,7 @@ def check_switches(name: str, inputs: Tensor, shift: bool, update: bool | None, 
     if update is not None and update is not True and update is not False:
         raise TypeError(f"update must be None, True or False, got {update!r}")
     if shift and inputs.dim() == 2:
-        raise ValueError(f"shift=True needs {name} of 3 dimensions: in 2 there is no next position to predict")
+        raise ValueError(f"shift=True needs {name} of 3 dimensions, got 2: there is no next position to predict")
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -100,7 +100,7 @@ def check_inplace(logits: Tensor) -> None:
     if logits.requires_grad and leaf is not None and leaf.is_leaf and leaf.requires_grad:
         what = "a leaf tensor" if leaf is logits else "the leaf tensor that the logits are a view of"
         raise ValueError(f"inplace=True would write the gradient over {what}; pass the output of a model")
-    end = 0  # of what the dimensions of smaller strides reach
+    end = 0  # the last offset that the dimensions with smaller strides reach
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride == 0:
             raise ValueError("inplace=True cannot write over expanded logits (stride 0)")
@@ -113,7 +113,7 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def _check_kind(key: str, tensor: object) -> None:
-    """`tensor`, the argument `key`, is no `Tensor` proper: a subclass will do, and None for sample_ids."""
+    """Raise unless the argument `key` is a plain tensor, perhaps of a subclass; sample_ids may be None."""
     if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
         hint = "; this model returned no logits" if key == "logits" and tensor is None else ""
         raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
@@ -122,7 +122,7 @@ def _check_kind(key: str, tensor: object) -> None:
 
 
 def raise_layout(key: str, tensor: Tensor) -> None:
-    """`tensor`, the argument `key`, has no plain memory with strides."""
+    """Raise for the argument `key`, which is nested or not strided."""
     if tensor.is_nested:
         how = f"a nested one; use torch.nested.to_padded_tensor({key}, padding) and labels of ignore_index there"
     else:
@@ -139,13 +139,13 @@ def _raise_label_dtype(name: str, labels: Tensor, inputs: Tensor) -> None:
             "class probabilities are not supported; use F.cross_entropy for them"
         )
     raise TypeError(
-        f"labels must be int64 class indices, got {labels.dtype}; where all are whole numbers, labels.long() keeps "
-        "them, else this is a regression and not for a cross-entropy"
+        f"labels must be int64 class indices, got {labels.dtype}; use labels.long() if all are whole numbers, else "
+        "this is a regression, which needs another loss"
     )
 
 
 def _shape_hint(name: str, inputs: torch.Size, labels: torch.Size) -> str:
-    """What is probably meant by these shapes, as the end of a sentence."""
+    """The probable cause of these shapes, as the end of a message."""
     if labels == inputs:
         return "; one-hot labels need labels.argmax(-1)"
     if len(inputs) == 3 and labels == (inputs[0], inputs[2]):
@@ -184,7 +184,7 @@ def _softcap(value: Any) -> float:
 def _check_ids(shape: torch.Size, device: torch.device, sample_ids: Tensor | None, state: SampleState | None) -> None:
     if sample_ids is None:
         if state is not None:
-            raise ValueError("sample_ids must be given with a state: it says whose row each visit updates")
+            raise ValueError("sample_ids must be given with a state: they say which row each visit updates")
         return
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids must be int64, got {sample_ids.dtype}; use sample_ids.long()")
@@ -198,7 +198,7 @@ def _check_ids(shape: torch.Size, device: torch.device, sample_ids: Tensor | Non
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """What Python can see of `weighted_linear_loss`'s own arguments."""
+    """Check the types, shapes and devices of the arguments that only `weighted_linear_loss` has."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -223,11 +223,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be {tuple(weight.shape[:1])} for this weight, got {tuple(bias.shape)}")
     if hidden.is_meta or is_fake(hidden):
         raise NotImplementedError(
-            "weighted_linear_loss needs values, which tensors on the meta device and fake ones do not have: the host "
-            "has to learn how many rows are kept; use weighted_loss of the logits for shapes"
+            "weighted_linear_loss does not run on meta or fake tensors: the number of kept rows depends on values; "
+            "use weighted_loss of the logits for shapes"
         )
     if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("weighted_linear_loss cannot be captured in a CUDA graph: the host needs its row counts")
+        raise RuntimeError(
+            "weighted_linear_loss cannot be captured in a CUDA graph: the host needs its row counts; capture "
+            "weighted_loss of the logits instead"
+        )
 
 
 def chunk_budget(value: Any) -> float | None:
@@ -248,7 +251,7 @@ def check_values(
     ignore_index: int,
     shift: bool,
 ) -> None:
-    """On the CPU, where looking is cheap: raise before anything is counted."""
+    """Raise for a label or an id out of range before anything is counted; for the CPU, where this is cheap."""
     suspect = bool(((labels < 0) & (labels != ignore_index)).any() or (labels >= vocab).any())
     if sample_ids is not None and sample_ids.numel() and state is not None and not suspect:
         suspect = bool(sample_ids.min() < -1 or sample_ids.max() >= state.num_samples)
@@ -263,14 +266,17 @@ def debugging() -> bool:
 
 
 def check_flag(error: Tensor | None, state: SampleState | None, vocab: int) -> None:
-    """With GEKO_DEBUG=1: raise what the ops flagged, at once."""
+    """With GEKO_DEBUG=1: raise at once for what the ops flagged."""
     if error is not None and debugging():
         raise_flagged(error, len(state) if state is not None else -1, vocab)
 
 
 def num_items_tensor(num_items: Any, reduction: str, device: torch.device, eager: bool) -> Tensor | None:
-    """`num_items` as () float32 on `device`; a tensor whose value nobody can see without waiting turns, where it is
-    not a finite number above 0, into float32's smallest number, whose inverse is infinite."""
+    """`num_items` as a () float32 tensor on `device`.
+
+    A tensor's value that cannot be read without waiting for a GPU is not checked: unless it is a finite number above 0
+    it becomes float32's smallest number, whose inverse is infinite.
+    """
     if num_items is None:
         return None
     if reduction not in ("mean", "token_mean"):
@@ -282,7 +288,7 @@ def num_items_tensor(num_items: Any, reduction: str, device: torch.device, eager
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a tensor of one element, got {type(num_items).__name__}")
     _check_items(num_items)
-    return torch.ones((), device=device) * num_items  # torch.full would compile anew for every number
+    return torch.ones((), device=device) * num_items  # torch.full would be compiled again for every number
 
 
 def _items_of(num_items: Tensor, device: torch.device, eager: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses have a first derivative, in reverse mode. Any other is refused, and never silently zero."""
+"""The losses have a first derivative in reverse mode. Any other derivative raises, and is never silently zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`weighted_linear_loss`: the head and the weighted loss in one, paying only for rows that learn."""
+"""`weighted_linear_loss`: head and weighted loss in one; only rows of nonzero weight enter the gradient GEMMs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from geko_kernels.losses.derivatives import check_transforms, check_upstream, li
 from geko_kernels.losses.linear_call import Call, Gradients
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import ForwardResult, SampleStats
+from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
 from geko_kernels.state import SampleState
@@ -83,11 +83,11 @@ class _LinearLoss(torch.autograd.Function):
         )
 
 
-_apply = super(torch.autograd.Function, _LinearLoss).apply  # without its look at torch.func, which is refused
+_apply = super(torch.autograd.Function, _LinearLoss).apply  # without inspecting torch.func, which is refused
 
 
 def _rescaled(ctx: Any, grad_output: Tensor) -> Gradients:
-    """The gradients of the forward times the upstream one, given away unless the graph is kept."""
+    """The forward's gradients times the upstream gradient, in place unless the graph is kept."""
     if ctx.gradients is None:
         raise RuntimeError("weighted_linear_loss: a second backward needs retain_graph=True at the first")
     if torch_private.keeps_graph():
@@ -123,7 +123,7 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
 
 
 def _needed(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[bool, torch.dtype | None, torch.dtype | None]:
-    """For which of hidden, weight and bias gradients are asked, the latter two by dtype."""
+    """Whether hidden needs a gradient, and the gradient dtypes of weight and bias, None for one that needs none."""
     hidden_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
     return (
         hidden_needed,
@@ -133,9 +133,10 @@ def _needed(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[bool, torch.
 
 
 def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    """`hidden` contiguous, weight and bias in its dtype; for a GPU padded to where cuBLAS is fast and rows are aligned.
+    """The head with `hidden` contiguous, and weight and bias in its dtype.
 
-    At V = 50257 it ran at 94 TFLOP/s, at 50304 at 627 (H200, bf16).
+    For a GPU V is padded, since cuBLAS needs aligned rows: it ran at 94 TFLOP/s at V = 50257, at 627 at 50304 (H200,
+    bf16).
     """
     vocab, dtype = weight.shape[0], hidden.dtype
     if vocab % 8 and (weight.is_cuda or ops.backend_name(weight.device, dtype) == "triton"):
@@ -229,36 +230,36 @@ def weighted_linear_loss(
 ) -> Tensor | tuple[Any, ...]:
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
-    Tokens whose label is ignored are left out of every GEMM, rows whose weight is 0 out of those of the gradients, so
-    with a kept share p the three GEMMs cost `(1 + 2 p) / 3` of what they cost else (logits of up to 16 MiB on a CPU:
-    where rows of weight 0 are more than a quarter). The gradient of a frozen
-    `weight` or `hidden` costs nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept
-    rows: its gradients are made in the backward.
+    Tokens whose label is ignored enter no GEMM, and rows whose weight is 0 enter no gradient GEMM. If a share p of the
+    rows is kept, the three GEMMs cost `(1 + 2 p) / 3` of their full cost. (On a CPU with up to 16 MiB of logits, rows
+    of weight 0 are left out only if they are more than a quarter.) The gradient of a frozen `weight` or `hidden` costs
+    nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept rows, because its gradients are
+    computed in the backward.
 
     Args:
         hidden: (B, S, H), or (B, H) where each row is one visit; float32, bfloat16, float16 or float64.
-        weight: (V, H), of the dtype of `hidden`, or, as `bias`, cast to that of autocast.
+        weight: (V, H), of the dtype of `hidden`; under autocast, `weight` and `bias` are cast to autocast's dtype.
         bias: (V,) or None.
-        chunk_mib: memory for logits and their gradients at any time, or less where all take less; by default up to
-            2048 MiB where all fit at once, else 1024. Besides, it takes dX, dW, and where dW is of 2 bytes an element
-            and not all rows fit at once, as much again as dW; V not divisible by 8 takes a padded copy of the weight
-            on a GPU. In float16 dX and dW are held in float32 until the backward, since its range is too small for
-            them before they are multiplied by the upstream gradient.
+        chunk_mib: the most memory in MiB for logits and their gradients at a time. Default: 2048 if all of them fit,
+            else 1024. dX and dW come on top; if dW has 2 bytes an element and not all rows fit at once, so does as much
+            again as dW. On a GPU a V not divisible by 8 takes a padded copy of the weight. In float16, dX and dW are
+            held in float32 until the backward: before the upstream gradient multiplies them, float16's range is too
+            small.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
             update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
         return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
             float32 (float64 for float64), of the labels' shape, without gradient; 0 where a token predicts nothing
             or its label does not count.
 
-    Returns: what `weighted_loss` does, and at the end, if asked for, the entropy: (loss, entropy) or
-        (loss, stats, entropy). Under `torch.compile` it breaks the graph; a CUDA graph cannot capture it,
-        since the host has to learn how many rows are kept.
+    Returns: as `weighted_loss`, with the entropy last if asked for: (loss, entropy) or (loss, stats, entropy). The
+        host has to learn how many rows are kept, so `torch.compile` breaks the graph here, and a CUDA graph cannot
+        capture it.
 
     Raises: as `weighted_loss`; RuntimeError while a CUDA graph is being captured.
 
     Limits: gradients come from `backward` and `torch.autograd.grad` alone. A second derivative, forward mode, every
-        transform of `torch.func` and `is_grads_batched` raise NotImplementedError, and so do tensors on the meta
-        device and fake ones. Gradients are ordinary tensors, also to `resize_`.
+        transform of `torch.func`, `is_grads_batched`, meta tensors and fake tensors raise NotImplementedError.
+        Gradients are ordinary tensors, also to `resize_`.
     """
     check_transforms("weighted_linear_loss", hidden, weight, bias, token_weights, sample_weights)
     ignore_index, cap = check_batch("hidden", hidden, labels, sample_ids, state, reduction, ignore_index, softcap)

@@ -13,14 +13,15 @@ from geko_kernels import ops
 from geko_kernels.losses.arguments import check_flag
 from geko_kernels.losses.linear_chunks import Chunks, Head, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.logits import ForwardResult, state_arguments
+from geko_kernels.losses.results import ForwardResult
+from geko_kernels.losses.state_arguments import state_arguments
 from geko_kernels.reference.rows import row_entropy
 from geko_kernels.state import SampleState
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
-_SCORE_ROWS = 4096  # without gradients a GEMM gains nothing from more
+_SCORE_ROWS = 4096  # a GEMM that only scores is no faster with more
 _AT_ONCE = 2**22  # elements of logits: 16 MiB
-LEFT_OUT = 0.25  # of the rows of a small call: to move the others takes as long as the GEMMs of so many
+LEFT_OUT = 0.25  # share of a small call's rows; leaving out fewer saves less than moving the kept rows costs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Call:
     native: ModuleType | None  # the C++ backend, if it runs: it checks values itself
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
-        """The result; `gradients` take what is to be multiplied by the upstream gradient."""
+        """Compute the loss; `gradients` collects the gradients without the upstream factor."""
         rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
         rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
         chunks = Chunks(head, self.batch, rows, gradients, self._all_kept, self.entropy)
@@ -67,10 +68,10 @@ class Call:
         return self.state is None and self.batch.sample_weights is None
 
     def at_once(self, head: Head, needed: tuple[bool, bool, bool]) -> tuple[ForwardResult, Gradients] | None:
-        """What `score` and its gradients come to, or None where that is not for this call.
+        """The result and gradients of `score` without chunks, or None if the call does not qualify.
 
-        It is for a call on the C++ backend in float32, whose logits fit into the budget and 16 MiB, and that scores
-        every token. It makes 6 calls of ops in place of 15, each of which costs 3 us and more.
+        It qualifies in float32 on the C++ backend, if its logits fit into the budget and 16 MiB and it scores every
+        token. This calls 6 ops instead of 15, each of which costs 3 us or more.
         """
         tokens, native = head.hidden.shape[0], self.native
         if (
@@ -106,14 +107,14 @@ class Call:
 
 
 def _leaves_out(result: ForwardResult, tokens: int) -> bool:
-    """Whether rows of weight 0 should not enter a GEMM: there are enough of them, or one may not be finite."""
+    """Whether rows of weight 0 stay out of the GEMMs: there are enough of them, or one may not be finite."""
     return tokens - int(result.coeff.count_nonzero()) > LEFT_OUT * tokens or not math.isfinite(result.loss)
 
 
 def products(
     gradient: Tensor, hidden: Tensor, head: Head, kept: Tensor | None, needed: tuple[bool, bool, bool]
 ) -> Gradients:
-    """Gradients of the head from those of the logits, (n, V), of the tokens `kept` of (T,), all if None."""
+    """The head's gradients from the logits' gradient (n, V) of the tokens `kept`, of all T if None."""
     of_hidden = of_weight = of_bias = None
     if needed[0]:
         of_hidden = torch.mm(gradient, head.weight)

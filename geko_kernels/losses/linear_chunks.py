@@ -1,9 +1,9 @@
-"""The head in chunks: no more logits at once than a buffer holds, gradients only of rows whose weight is not zero.
+"""The head in chunks: a buffer limits how many logits exist at once, and only rows of nonzero weight get gradients.
 
-The buffer is filled with logits, whose statistics give the visits' weights; the rows with weight turn into gradients
-and stay at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. How many there
-are reaches the host by an asynchronous copy. The weight of a visit that continues in the next fill is estimated from
-the rows that are scored; if the estimate was wrong, the rows of that visit are computed again.
+The buffer is filled with logits, whose statistics give the visits' weights. Rows of nonzero weight are turned into
+gradients and kept at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. An
+asynchronous copy tells the host how many rows are kept. If a visit continues in the next fill, its weight is estimated
+from the rows scored so far; if the estimate was wrong, the rows of that visit are computed again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
-from geko_kernels.losses.logits import ForwardResult
+from geko_kernels.losses.results import ForwardResult
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
-SAMPLE = 1024  # of the first rows say whether most are kept
-FUSED_SHARE = 0.75  # of rows kept: above, one launch for statistics and gradients is faster than two
-WHOLE_MIB = 2048  # by default all rows are held where that takes no more; else a buffer of
-CHUNK_MIB = 1024
+SAMPLE = 1024  # first rows, which show whether most rows are kept
+FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
+WHOLE_MIB = 2048  # by default all rows are held at once if they fit into this,
+CHUNK_MIB = 1024  # else a buffer of this size
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class HostCopy:
 
 
 class Scored:
-    """The tokens of a batch that predict something; how many, the host learns later. See `ops.scored_rows`."""
+    """The tokens of a batch that predict something; the host learns their number later. See `ops.scored_rows`."""
 
     def __init__(self, batch: LabelBatch, vocab: int) -> None:
         self.rows, self.targets, visits = ops.direct.scored_rows(
@@ -90,13 +90,13 @@ class Scored:
 def buffer_rows(head: Head, mib: float | None, narrow: bool) -> int:
     """How many rows of logits to hold within `mib` MiB; by default `WHOLE_MIB` for all rows, or `CHUNK_MIB`.
 
-    Several flushes sum a dW of 2 bytes (`narrow`) in float32, which takes as much again as dW. Where all rows fit into
-    the budget and that memory, they are held: one flush writes dW at once.
+    If dW has 2 bytes an element (`narrow`), several flushes sum it in float32, which takes as much again as dW. If all
+    rows fit into the budget and that memory together, all are held, and a single flush writes dW.
     """
     tokens, columns = head.hidden.shape
     row = head.weight.shape[0] * head.weight.element_size()
     spared = head.weight.numel() * 2 if narrow else 0
-    others = HIDDEN_BYTES + HIDDEN_BYTES // 4  # for the making of dX
+    others = HIDDEN_BYTES + HIDDEN_BYTES // 4  # temporaries of dX
     if tokens * row + others <= (WHOLE_MIB if mib is None else mib) * 2**20 + spared:
         return tokens
     room = int((CHUNK_MIB if mib is None else mib) * 2**20) - others
@@ -110,9 +110,9 @@ class Chunks:
         room: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
         all_kept: every row is known to be kept.
-        entropy: (T,) gets that of each scored token; None: nobody asks.
+        entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
-    Attributes: fused, whether rows get their gradients along with the statistics; None: that is still to be found out.
+    Attributes: fused: whether one launch computes a row's statistics and gradient; None until that is decided.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Chunks:
         self.buffer = torch.empty(room, head.weight.shape[0], dtype=dtype, device=device)
         self.positions = torch.empty(room, dtype=torch.int64, device=device)  # token of each slot of the buffer
         self.sources = torch.empty_like(self.positions)
-        self.used: Tensor | None = None  # (T,) coefficients in what was flushed, once a visit was foreseen
+        self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 
     def run(
         self,
@@ -139,7 +139,7 @@ class Chunks:
         update: Callable[[Tensor, bool], ForwardResult],
         factor: Callable[[ForwardResult], Tensor | float],
     ) -> ForwardResult:
-        """Score all rows, and add up the gradients of those with weight, times `coeff * factor`.
+        """Score all rows, and sum the gradients of those of nonzero weight, times `coeff * factor`.
 
         Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
@@ -182,10 +182,10 @@ class Chunks:
         return result
 
     def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], ForwardResult]) -> int:
-        """Statistics of the scored rows `part`, whose logits go to slots from `held` on; the first `ahead` are there.
+        """Statistics of the scored rows `part`; their logits go to slots from `held` on, where the first `ahead` are.
 
-        Whether that writes the gradients too the host decides, by how many of the first rows are kept; it learns so
-        while the other logits are made. Returns: the slot from which on gradients are written.
+        The host decides by the share of kept rows among the first ones whether the same launch writes the gradients.
+        It learns that share while the other logits are computed. Returns: the first slot that holds a gradient.
         """
         count, sample, done = part.stop - part.start, min(SAMPLE, ahead), 0
         kept: HostCopy | None = None
@@ -214,9 +214,9 @@ class Chunks:
         ops.direct.score_rows_(self.buffer, *where, self.head.vocab, self.batch.softcap, self.entropy)
 
     def _foresee(self, stop: int) -> dict[int, Tensor]:
-        """Where a visit goes on behind scored row `stop`, expect of the rest what its scored rows showed.
+        """If a visit continues after scored row `stop`, estimate its other rows by those that are scored.
 
-        So its weight can be foreseen. Returns: {its first row: its rows}, or {}.
+        That gives an estimate of its weight. Returns: {its first row: its rows}, or {}.
         """
         if self.visit[stop] != self.visit[stop - 1]:
             return {}
@@ -250,7 +250,7 @@ class Chunks:
         self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last)
 
     def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
-        """The last flush, then again the rows of visits whose weight turned out other than foreseen."""
+        """The last flush; then the rows of visits whose weight differs from its estimate, once more."""
         wrong = 0
         if self.used is not None:
             positions = self.positions[:held]
@@ -266,7 +266,7 @@ class Chunks:
     def add_rows(self, statistics: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor) -> None:
         """Add the gradients of the tokens `positions`, of which the statistics (5, T) are known.
 
-        Args: missing (T,) what is to be added of each token's coefficient, coeff (T,) what that makes in all.
+        Args: missing (T,): the part of each token's coefficient to add; coeff (T,): the whole coefficient.
         """
         assert self.gradients is not None
         batch, step = self.batch, max(1, len(self.buffer))

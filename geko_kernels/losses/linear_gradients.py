@@ -18,7 +18,7 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype == torch.float16:  # no GEMM of the CPU widens, and the range of float16 is too small for a product
+    elif a.dtype == torch.float16:  # no CPU GEMM has a wider output, and float16's range is too small for a product
         wide, step = b.to(out.dtype), max(1, _COPIED // a.shape[1])
         for start in range(0, len(out), step):
             multiply_(out[start : start + step], a[start : start + step].to(out.dtype), wide, add)
@@ -30,8 +30,8 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 class WeightGradient:
     """`sum(tile.T @ hidden)` over calls of `add`, (rows, columns) in `dtype`, summed in float32 (float64 for float64).
 
-    A single product goes straight to `dtype`. Else the sum is held in float32; where `dtype` is narrower, its upper
-    half lies in the memory of the result, so that the narrow copy at the end takes no more.
+    A single product is written in `dtype` directly. Otherwise the sum is held in float32. If `dtype` is narrower, the
+    upper half of that sum lies in the memory of the result, so that the conversion at the end needs no more memory.
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class WeightGradient:
 def narrow_(wide: Tensor, memory: Tensor) -> None:
     """`memory[:n] = wide.flatten()`, where `wide` (4 bytes) starts in the same memory as `memory` (2 bytes).
 
-    Element i is read at byte 4i and written at byte 2i: elements [k, 2k) are written where only [k/2, k) was.
+    Element i is read at byte 4i and written at byte 2i: writing elements [k, 2k) overwrites only elements [k/2, k).
     """
     source, count = wide.view(-1), wide.numel()
     start = min(count, 2**16)
@@ -108,8 +108,8 @@ class HeadGradients:
 
     Args:
         hidden, weight: as in the GEMM, of one dtype; the vocabulary may be padded.
-        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None. In place
-            of float16 all are float32: the upstream gradient is still to come, and with it the range they need.
+        hidden_needed, weight_dtype, bias_dtype: whether dX is asked for, and the dtypes of the others or None. All are
+            float32 instead of float16, whose range is too small before the upstream gradient multiplies them.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class HeadGradients:
 
         Args:
             tile (n, V) unscaled, contiguous, overwritten; positions (n or more,) distinct tokens; coeff (T,);
-            missing (T,): what of `coeff` the sums of dW and d(bias) do not hold yet;
+            missing (T,): the part of `coeff` that the sums of dW and d(bias) do not hold yet;
             last: nothing will follow.
         """
         at = positions[: len(tile)]
@@ -160,9 +160,9 @@ class HeadGradients:
         return torch.float32 if dtype == torch.float16 else dtype
 
     def _refit(self, at: Tensor, missing: Tensor) -> Tensor:
-        """What makes the rows `at` of dW's sum just fit into float16, () float32; the sums so far follow it.
+        """The () float32 factor by which the rows `at` of dW's sum just fit into float16; rescales the sums so far.
 
-        The largest coefficient becomes a power of two, so that where all are alike none is rounded.
+        It makes the largest coefficient a power of two, so that equal coefficients are not rounded.
         """
         low, high = self.hidden.index_select(0, at).aminmax()
         exponent = torch.frexp(torch.maximum(-low, high).float().clamp(min=1)).exponent
@@ -175,7 +175,7 @@ class HeadGradients:
         return factor
 
     def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
-        """Rows of `tile` are overwritten once they are done: the next products lie there."""
+        """Write dX to `out`; the rows of `tile` that are done make room for the next products."""
         wide = torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
         wide = torch.float64 if tile.dtype == torch.float64 else wide
         columns, count = self.weight.shape[1], len(tile)

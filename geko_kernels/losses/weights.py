@@ -21,8 +21,8 @@ def prepare_weights(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The labels, with `ignore_index` for tokens of weight 0; the token weights (B, S) and sample weights for the ops.
 
-    Args: labels (B, S) or (B,); real: the dtype in which the ops compute; look: raise for a value that is not a finite
-        number of 0 or more; without it, such a value becomes NaN, and so does the loss.
+    Args: labels (B, S) or (B,); real: the dtype in which the ops compute; look: whether to raise for a negative or
+        non-finite value, which otherwise becomes NaN, as the loss does.
     """
     if token_weights is not None:
         token_weights = _checked("token_weights", token_weights, labels, labels.shape, "one a label")

@@ -18,7 +18,7 @@ from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
 
-# what a visit is judged by, and the state: its columns as `geko_kernels.columns` lists them, none without one
+# rules and state; the columns in the order of `geko_kernels.columns`, or none without a state
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
 _WEIGHTS = "Tensor? token_weights=None, Tensor? sample_weights=None"
 _GRAD = "Tensor labels, Tensor tokens, Tensor coeff, Tensor scale, Tensor token_visit, bool shift, float softcap"
@@ -79,6 +79,11 @@ def backend_name(device: torch.device, dtype: torch.dtype = torch.float32) -> st
     return _override or ("cpp" if device.type == "cpu" else "triton")
 
 
+def _backend_of(tensor: Tensor) -> ModuleType:
+    name = backend_name(tensor.device, tensor.dtype)
+    return _loaded.get(name) or _load(name)
+
+
 def recomputing() -> bool:
     """Whether activation checkpointing repeats a forward that has been counted.
 
@@ -91,8 +96,8 @@ def recomputing() -> bool:
 def counts(update: bool | None) -> bool:
     """Whether a call with this `update` counts its visits, unless it turns out to be `recomputing` without hooks.
 
-    None: where gradients are enabled. True: always, and once: a reentrant checkpoint's first forward, under no_grad,
-    has counted when its repeat runs in the backward.
+    None: where gradients are enabled. True: always, but once: when a reentrant checkpoint repeats its forward in the
+    backward, the first forward, under no_grad, has already counted.
     """
     if update is None:
         return torch.is_grad_enabled()
@@ -100,7 +105,7 @@ def counts(update: bool | None) -> bool:
 
 
 def _implement(op: str) -> Callable[..., Any]:
-    """What the dispatcher runs: the backend's `op`, never counting a visit twice, versions of what it wrote bumped."""
+    """What the dispatcher runs: the backend's `op`. No visit counts twice; versions of written tensors are bumped."""
     arguments = torch_private.arguments_of(getattr(torch.ops.geko, op).default)
     written = [place for place, argument in enumerate(arguments) if argument.is_write]
     names = [argument.name for argument in arguments]
@@ -112,10 +117,9 @@ def _implement(op: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if update is not None and args[update] and recomputing():
             args = (*args[:update], False, *args[update + 1 :])
-        if args[probe] is None:  # the dispatcher takes None for any tensor
+        if args[probe] is None:  # the dispatcher accepts None for any tensor
             raise ValueError(f"{names[probe]} must be a tensor, got None")
-        name = backend_name(args[probe].device, args[probe].dtype)
-        backend = _loaded.get(name) or _load(name)
+        backend = _backend_of(args[probe])
         if op not in getattr(backend, "CHECKED", ()):
             for place in needed:
                 if args[place] is None:
@@ -130,7 +134,7 @@ def _implement(op: str) -> Callable[..., Any]:
 
 
 def _tensors_at(places: list[int], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors there, those of a list one by one."""
+    """The tensors among `arguments` at `places`, lists flattened."""
     tensors: list[Tensor] = []
     for place in places:
         given = arguments[place] if place < len(arguments) else None  # the dispatcher leaves defaults out
@@ -181,45 +185,25 @@ def _fake_loss_forward(logits: Tensor, labels: Tensor, sample_ids: Tensor | None
     return *_fake_sample_update(statistics, labels, sample_ids, *table, logits.shape[-1], *options), statistics
 
 
-def _fake_logits_grad(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _fake_scored_rows(labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     count = labels.numel()
     return labels.new_empty(count), labels.new_empty(count), labels.new_empty(1 + count, dtype=torch.int32)
-
-
-def _fake_kept_rows(coeff: Tensor, *_: Any) -> Tensor:
-    return coeff.new_empty((), dtype=torch.int32)
-
-
-def _fake_gather_rows(hidden: Tensor, _positions: Tensor, _coeff: Tensor, count: int) -> Tensor:
-    return hidden.new_empty((count, hidden.shape[1]))
-
-
-def _fake_column_sums(tile: Tensor, _by_row: Tensor) -> Tensor:
-    return tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device))
-
-
-def _fake_nothing(*_: Any) -> None:
-    return None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "token_stats": _fake_token_stats,
     "sample_update_": _fake_sample_update,
     "loss_forward_": _fake_loss_forward,
-    "logits_grad": _fake_logits_grad,
-    "logits_grad_": _fake_nothing,
+    "logits_grad": lambda _grad_output, logits, *_: logits.new_empty(logits.shape),
+    "logits_grad_": lambda *_: None,
     "scored_rows": _fake_scored_rows,
-    "kept_rows_": _fake_kept_rows,
-    "gradient_rows_": _fake_nothing,
-    "score_rows_": _fake_nothing,
-    "gather_rows": _fake_gather_rows,
-    "scatter_rows_": _fake_nothing,
-    "column_sums": _fake_column_sums,
-    "rescale_": _fake_nothing,
+    "kept_rows_": lambda coeff, *_: coeff.new_empty((), dtype=torch.int32),
+    "gradient_rows_": lambda *_: None,
+    "score_rows_": lambda *_: None,
+    "gather_rows": lambda hidden, _positions, _coeff, count: hidden.new_empty((count, hidden.shape[1])),
+    "scatter_rows_": lambda *_: None,
+    "column_sums": lambda tile, _by_row: tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device)),
+    "rescale_": lambda *_: None,
 }
 
 _library = torch.library.Library("geko", "DEF")
@@ -244,9 +228,9 @@ rescale_ = torch.ops.geko.rescale_.default
 
 
 def _direct(op: str) -> Callable[..., Any]:
-    """`op` of the backend itself, past the dispatcher and the checks: both took a tenth of a small head's host time.
+    """`op` of the backend without dispatcher and checks, which took a tenth of a small head's CPU time.
 
-    For the linear loss, which is never traced, and whose arguments are made here.
+    For the linear loss: it is never traced, and the package itself makes its arguments.
     """
     names = [argument.name for argument in torch_private.arguments_of(getattr(torch.ops.geko, op).default)]
     probe = names.index(next(name for name in _PROBES if name in names))
@@ -282,8 +266,7 @@ def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleTyp
         or torch_private.watched()
     ):
         return None
-    name = backend_name(logits.device, logits.dtype)
-    backend = _loaded.get(name) or _load(name)
+    backend = _backend_of(logits)
     return backend if hasattr(backend, "planned_loss_forward") else None
 
 
@@ -309,7 +292,7 @@ def planned_loss_forward(
     if update and recomputing():
         update, options = False, (*options[:-1], False)
     if _override or torch_private.saves_by_hooks():
-        upstream = None  # a backend asked for by name; or the backward may not get the logits that were there
+        upstream = None  # a backend was asked for by name, or hooks may give the backward other logits
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
     outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
     if inplace and outcome[-1] is not None:
@@ -323,8 +306,7 @@ def native(values: Tensor) -> ModuleType | None:
     """The C++ backend if it is what runs on `values`, else None: its ops need no Python between them and the caller."""
     if values.device.type != "cpu":
         return None
-    name = backend_name(values.device, values.dtype)
-    backend = _loaded.get(name) or _load(name)
+    backend = _backend_of(values)
     return backend if hasattr(backend, "CHECKED") else None
 
 
@@ -333,8 +315,8 @@ def native_update_(
 ) -> tuple[Tensor, ...]:
     """`op`, "loss_forward_" or "sample_update_", of `backend` as one call; statistics are empty without `stats`.
 
-    Args: call: its other arguments, those before `columns` as one tuple, between `error` and `update` as another, and
-        the weights.
+    Args: call: its other arguments: those before `columns` as one tuple, those between `error` and `update` as
+        another, and the weights.
     Raises: RuntimeError where a label or an id is out of range, before anything is counted.
     """
     batch, options, *weights = call

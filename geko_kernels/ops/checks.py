@@ -1,8 +1,8 @@
-"""What the ops refuse: tensors that do not fit each other, and ranges outside of them. Values are not looked at.
+"""Checks of the ops' arguments: tensors must fit each other, and ranges must lie inside them. Values are not checked.
 
-The public functions never pass such arguments; these checks are for who calls `torch.ops.geko` directly, where a kernel
-would read or write memory of others. They take a few microseconds, and the paths past the dispatcher leave them out.
-An index that a tensor holds is checked where it is used: on the CPU it raises, on a GPU its row is left out or NaN.
+The public functions never pass bad arguments; these checks protect callers of `torch.ops.geko`, where a kernel would
+otherwise read or write foreign memory. They take a few microseconds; calls that bypass the dispatcher skip them. An
+index inside a tensor is checked where it is used: on the CPU it raises, on a GPU its row is left out or NaN.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _check_update(
             f"{len(COLUMNS)}"
         )
     for (name, declared), column in zip(COLUMNS.items(), columns, strict=False):
-        if column is None:  # the dispatcher takes it
+        if column is None:  # the dispatcher accepts it
             raise ValueError(f"{name} must be a tensor, got None")
         _check(name, column, (*columns[0].shape[:1], *declared.row), (declared.dtype,), device)
 

@@ -1,7 +1,7 @@
 """The predicted gradient in plain PyTorch: what the kernels of `kernels.one_pass` are tested against.
 
 Shapes as in `reference`. The factor of each token's gradient, `coeff * scale * upstream`, is predicted before the
-logits are read, so that one pass over them does; afterwards, rows of which the prediction was wrong are corrected.
+logits are read, so that they are read only once; afterwards, rows with a wrong prediction are corrected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def predict(
     ignore_index: int,
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `sample_update_` will find if each sample stays in its bucket.
+    """What `sample_update_` will compute if each sample stays in its bucket.
 
     Returns: target (T,) int32, -1 where a token predicts nothing; coeff (T,); count (): what divides the loss.
     """
@@ -51,7 +51,7 @@ def predicted_rows_(
 ) -> tuple[Tensor, Tensor]:
     """Token statistics, and the gradient of those rows whose predicted factor is not 0; other rows stay as they are.
 
-    Args: logits, grad (B, S, V), maybe the same; divisor () of the loss, None for a sum; upstream ().
+    Args: logits, grad (B, S, V), may be one tensor; divisor () of the loss, None for a sum; upstream ().
     Returns: statistics (5, T), see `reference.token_stats`; factor (T,): `coeff / divisor * upstream`.
     """
     vocab = logits.shape[-1]

@@ -1,6 +1,6 @@
 """The row ops of the linear path in plain PyTorch: which rows are scored, which are kept, and their gradient.
 
-Also what a backend without an op of its own runs. Shapes as in `reference`; a *slot* is a row of the logits buffer.
+A backend that lacks one of them runs it from here. Shapes as in `reference`; a *slot* is a row of the logits buffer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from geko_kernels.reference.layout import layout
 from geko_kernels.reference.ops import _cap, token_stats
 from geko_kernels.reference.visits import sum_dtype
 
-SUMMED_ROWS = 64  # that a GEMV adds up, or that are float32 at a time
+SUMMED_ROWS = 64  # rows that one GEMV sums, or that are float32 at a time
 
 
 def scored_rows(
@@ -72,7 +72,7 @@ def score_rows_(
 def row_entropy(logits: Tensor, stats: Tensor, softcap: float) -> Tensor:
     """`-(p * p.log()).sum(-1)` with `p = softmax(logits)` and 0 for p = 0: (n,), of (n, V); stats (5, n)."""
     found = torch.empty_like(stats[0])
-    for start in range(0, len(logits), SUMMED_ROWS):  # in float32 no more at a time
+    for start in range(0, len(logits), SUMMED_ROWS):  # float32 copies of a few rows only
         rows = slice(start, start + SUMMED_ROWS)
         top, log_sum = stats[1:3, rows, None]
         found[rows] = torch.special.entr((_cap(logits[rows].to(stats.dtype), softcap) - top - log_sum).exp()).sum(-1)
@@ -159,7 +159,7 @@ def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor
 def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:
     """`by_row.double() @ tile.double()`: (V,) float64, to float32's precision, from (n, V) and (n,) of float32.
 
-    A GEMV over all rows would add them up one by one. Here it takes a few, and float64 their sums.
+    One GEMV over all rows would sum them one by one in float32. Here a GEMV sums a few, and float64 adds those sums.
     """
     total = torch.zeros(tile.shape[1], dtype=sum_dtype(tile.device), device=tile.device)
     for start in range(0, len(tile), SUMMED_ROWS):

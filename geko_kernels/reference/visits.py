@@ -1,4 +1,4 @@
-"""What a visit makes of its sample's row in the learning state, in plain PyTorch: means, Q-value, quality, bucket."""
+"""How a visit changes its sample's row in the learning state, in plain PyTorch: means, Q-value, quality, bucket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geko_kernels.reference.layout import Layout
 
 
 class Rules(enum.IntEnum):
-    """Where each number of the config stands in the rules tensor."""
+    """The index of each config value in the rules tensor."""
 
     FREEZE_CONFIDENCE = 0
     FREEZE_QUALITY = 1
@@ -35,13 +35,13 @@ class VisitMeans(NamedTuple):
     """Means over the tokens of each visit, (M,) each."""
 
     ids: Tensor
-    row: Tensor  # the id's row in the table, or one of another where it has none
+    row: Tensor  # the id's row in the table; any row for an id outside of it
     in_table: Tensor
-    num_tokens: Tensor  # valid ones
-    items: Tensor  # how many those are, or the sum of their weights
-    divisor: Tensor  # items, 1 where there are none
-    counted: Tensor  # has any
-    finite: Tensor  # and its means are numbers
+    num_tokens: Tensor  # valid tokens
+    items: Tensor  # their number, or the sum of their weights
+    divisor: Tensor  # items, or 1 if there are none
+    counted: Tensor  # has a valid token
+    finite: Tensor  # and finite means
     loss_sum: Tensor
     loss: Tensor
     confidence: Tensor
@@ -49,7 +49,7 @@ class VisitMeans(NamedTuple):
 
 
 class Learnt(NamedTuple):
-    """What each visit makes of its sample's row, (M, ...) each."""
+    """The new values of each visit's row, (M, ...) each."""
 
     q_value: Tensor
     loss_history: Tensor
@@ -60,8 +60,8 @@ class Learnt(NamedTuple):
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """In what to add up many float32: in their own precision a long sum loses what is small beside it."""
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+    """The dtype in which to sum many float32: in float32, a long sum loses small terms."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def visit_means(statistics: Tensor, where: Layout, num_samples: int, by_token: Tensor | None) -> VisitMeans:
@@ -122,7 +122,7 @@ def learn(visits: VisitMeans, table: Table, rules: Tensor) -> Learnt:
 
 
 def write_rows_(visits: VisitMeans, learnt: Learnt, table: Table) -> None:
-    """The rows of finite visits; of a sample visited twice the last one's."""
+    """Write the rows of finite visits; of a sample visited twice, the last visit's."""
     num_samples = len(table["q_value"])
     place = torch.where(visits.finite, visits.ids, num_samples)
     position = torch.arange(len(place), device=place.device)

@@ -14,7 +14,7 @@ class GEKOTrainingArguments(TrainingArguments):
     probe_batch_size: samples per device in a forward-only probe batch; 4 * per_device_train_batch_size by default.
         `GEKOConfig.probe_batch_size`, if set, takes precedence.
     shift_labels: whether position t predicts label t + 1. None: as in the model's own loss, which GEKOTrainer runs to
-        find out; for a module without a loss, True for labels (B, S) and False for labels (B,). True or False: the
+        find out; for a module without a loss, True for labels (B, S) and False for labels (B,). With True or False the
         cross-entropy of the logits is trained, whatever the model's own loss is.
     """
 

@@ -1,4 +1,4 @@
-"""GEKO works through hooks of Trainer. If a subclass or another Transformers bypasses one, training stops."""
+"""GEKO works through Trainer's hooks. If a subclass or another release of Transformers skips one, training stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRAIN_BATCHES = ("compute_loss", "training_step", "_prepare_inputs")
 
 
 def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
-    """The error for `what` went wrong; names those of `hooks` that a subclass replaces, and what each has to do."""
+    """The error that says `what` went wrong; names the replaced ones of `hooks`, and what each has to do."""
     own = [(_replaced_by(type(trainer), hook), hook) for hook in hooks]
     reasons = [f"{cls.__name__}.{hook} {METHODS[hook].advice}" for cls, hook in own if cls is not None]
     if not reasons:
@@ -22,19 +22,19 @@ def bypassed(trainer: Any, what: str, hooks: tuple[str, ...]) -> RuntimeError:
         hooked, them = (f"{hooks[0]} is not", "it") if one else (f"none of {', '.join(hooks)} is", "them")
         reasons = [
             f"{hooked} replaced by a subclass, so this Trainer (Transformers {transformers.__version__}) does not call "
-            f"{them} as geko_kernels knows it: install the release of Transformers that it was tested with"
+            f"{them} as geko_kernels expects: install a release of Transformers that geko_kernels was tested with"
         ]
     return RuntimeError(f"GEKOTrainer: {what}. {'; '.join(reasons)}")
 
 
 def _is_users(cls: type, hook: str) -> bool:
-    """Whether a class of the user's, derived from GEKO's or a base of it, defines `hook`."""
+    """Whether one of the user's classes, below or above GEKO's, defines `hook`."""
     owners = [base for base in cls.__mro__ if hook in vars(base)]
     return any(base.__module__.split(".")[0] not in ("geko_kernels", "transformers", "trl") for base in owners)
 
 
 def _replaced_by(cls: type, hook: str) -> type | None:
-    """The class outside geko_kernels and Transformers whose `hook` runs; None if it is one of theirs."""
+    """The class outside geko_kernels and Transformers whose `hook` runs; None if theirs runs."""
     owner = next((base for base in cls.__mro__ if hook in vars(base)), None)
     if owner is None or owner.__module__.split(".")[0] in ("geko_kernels", "transformers"):
         return None
@@ -42,10 +42,10 @@ def _replaced_by(cls: type, hook: str) -> type | None:
 
 
 class Audit:
-    """Checks during a run that every epoch is planned, and the visits of every training batch are counted.
+    """Checks during a run that every epoch is planned, and that the visits of every training batch are counted.
 
-    Hooks report their calls by `saw`. Code that depends on a hook asks by `need`, as Trainer may no longer call it.
-    `check` finds a skipped hook within a step. Nothing runs on the device.
+    Hooks report their calls with `saw`. Code that depends on a hook calls `need`, as Trainer may no longer call the
+    hook. `check` finds a skipped hook within a step. Nothing runs on the device.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -54,13 +54,13 @@ class Audit:
         self.called: set[str] = set()  # hooks that Trainer has called in this run
 
     def saw(self, *hooks: str) -> None:
-        """Trainer has called `hooks`."""
+        """Record that Trainer has called `hooks`."""
         self.called.update(hooks)
 
     def need(self, hook: str, otherwise: str, caller: str | None = None) -> None:
         """Raise an error that says `otherwise` if `hook` was not called.
 
-        `caller`: the hook that should call it; there is no error if the user replaces `hook` or `caller`.
+        `caller` is the hook that should call it. There is no error if the user replaces `hook` or `caller`.
         """
         if hook in self.called:
             return
@@ -68,15 +68,15 @@ class Audit:
             raise bypassed(self.trainer, otherwise, (hook,))
 
     def planned(self) -> None:
-        """The run is about to start: the loader exists."""
+        """Check at the start of the run, once the loader exists."""
         if self.trainer.sampler is None:
             raise bypassed(self.trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
-        self.need("_inner_training_loop", "the run did not begin by it")
+        self.need("_inner_training_loop", "the run did not begin with it")
         self.need("get_train_dataloader", "training batches are not those of its dataset")
-        self.need("_get_collator_with_removed_columns", "no collator of its own was made: a batch has no 'sample_ids'")
+        self.need("_get_collator_with_removed_columns", "its own collator was not made: a batch has no 'sample_ids'")
 
     def fetch(self, batches: list[Any]) -> None:
-        """`batches` are about to be trained."""
+        """Check `batches` that are about to be trained."""
         trainer, sampler = self.trainer, self.trainer.sampler
         self.fetched += len(batches)
         if trainer.efficiency.open_epoch is None:
@@ -90,14 +90,14 @@ class Audit:
             raise bypassed(trainer, "training batches are not drawn by its sampler", _MAKE_BATCHES)
 
     def check(self) -> None:
-        """Everything fetched so far has been trained."""
+        """Check that everything fetched so far has been trained."""
         counted = self.trainer.efficiency.batches
         if counted < self.fetched:
             what = f"{self.fetched - counted} of {self.fetched} training batches were trained without its loss"
             raise bypassed(self.trainer, what, _TRAIN_BATCHES)
 
     def end(self, steps: int) -> None:
-        """An epoch, or the run, has ended after `steps` optimizer steps of this process; batches may be left over."""
+        """Check an epoch, or the run, that ended after `steps` optimizer steps; batches may be left over."""
         if steps and not self.fetched:
             raise bypassed(
                 self.trainer, "training batches did not pass through it", ("get_batch_samples", "_run_epoch")

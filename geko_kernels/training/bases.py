@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import Trainer
 
-_REPLACED = {  # hooks that GEKO answers without calling super()
-    "compute_loss": "a loss of its own, which GEKO's would replace",
-    "get_train_dataloader": "training batches of its own, which GEKO's plans would replace",
-    "_get_train_sampler": "an order of its own, which GEKO's plans would replace",
+_REPLACED = {  # hooks that GEKO implements without calling super()
+    "compute_loss": "its own loss, which GEKO's would replace",
+    "get_train_dataloader": "its own training batches, which GEKO's plans would replace",
+    "_get_train_sampler": "its own order, which GEKO's plans would replace",
 }
 
 
@@ -30,7 +30,7 @@ def check_bases(cls: type, mixin: type) -> None:
     before = [base for base in order[: order.index(mixin)] if issubclass(base, Trainer) and not issubclass(base, mixin)]
     if before:
         raise TypeError(
-            f"{cls.__name__}: behind {before[0].__name__} the part of {mixin.__name__} never runs; write "
+            f"{cls.__name__}: {mixin.__name__} must come before {before[0].__name__}, or it never runs; write "
             f"class {cls.__name__}({mixin.__name__}, {before[0].__name__})"
         )
     below = trainer_below(cls, mixin)
@@ -41,7 +41,7 @@ def check_bases(cls: type, mixin: type) -> None:
         if owner is not Trainer and not (hook == "compute_loss" and owner is getattr(cls, "_replaces", None)):
             raise TypeError(
                 f"{cls.__name__}: {owner.__name__}.{hook} gives {below.__name__} {why}. GEKO trains cross-entropies "
-                "that a model computes; another loss, or other batches, go with weighted_loss in a loop of your own"
+                "that a model computes; for another loss or other batches, use weighted_loss in a loop of your own"
             )
 
 
@@ -52,7 +52,7 @@ def arguments_of(trainer: type | None, args: tuple[Any, ...], named: dict[str, A
         TypeError: they do not match its parameters, or no trainer follows the mixin.
     """
     if trainer is None:
-        raise TypeError("GEKOMixin needs a trainer behind it: class MyTrainer(GEKOMixin, transformers.Trainer)")
+        raise TypeError("GEKOMixin needs a trainer after it: class MyTrainer(GEKOMixin, transformers.Trainer)")
     made = (vars(base)["__init__"] for base in trainer.__mro__ if "__init__" in vars(base))
     signatures = (inspect.signature(init).parameters.values() for init in made)  # `*args` is passed on to the next one
     parameters = next(own for own in signatures if not any(p.kind is p.VAR_POSITIONAL for p in own))

@@ -1,4 +1,4 @@
-"""The start of a run: with which model, and again at a smaller batch with `auto_find_batch_size`."""
+"""The start of a run: which model it trains, and the restart with a smaller batch by `auto_find_batch_size`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class BeginningMixin(LoadingMixin):
 
     model_wrapped: Any
     sample_state: SampleState | None
-    _snapshot: Snapshot | None  # of the start of the run, if it may have to start again at a smaller batch
+    _snapshot: Snapshot | None  # at the start of a run that may have to restart with a smaller batch
     _saved: Path | None  # the checkpoint of the run's current step
 
     def _forget_model(self) -> None:
-        """Forget what was found out about the model's layers."""
+        """Forget what is known about the model's layers."""
 
     def _follow_model(self) -> None:
-        """Reset the learning state if the model is another one; train a model that was set since."""
+        """Reset the learning state if `trainer.model` is another model than before, and train that one."""
         whole, wrapped = (
             extract_model_from_parallel(m, keep_torch_compile=False) for m in (self.model, self.model_wrapped)
         )
         if self.model_init is None and whole is not wrapped:
             logger.warning(
-                "trainer.model is another model than before: its optimizer and its learning state begin anew."
+                "trainer.model is another model than before: it starts with a new optimizer and a new learning state."
             )
             self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
             if self.place_model_on_device:
@@ -51,12 +51,12 @@ class BeginningMixin(LoadingMixin):
 
     def _remember_model(self) -> None:
         """Remember which model the learning state belongs to."""
-        kept = self.model_init is None  # else a new one is made, and the old one must not keep its memory
+        kept = self.model_init is None  # else a new model is made, and the old one has to be freed
         model = extract_model_from_parallel(self.model, keep_torch_compile=False) if kept else None
         self._known: tuple[nn.Module | None, SampleState | None] = model, self.sample_state
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
-        self._audit.need("train", "the run was not begun by it")
+        self._audit.need("train", "the run did not begin with it")
         assert self.sample_state is not None
         if self.args.auto_find_batch_size:  # called again after running out of memory
             if self._snapshot is None:
@@ -86,7 +86,7 @@ class BeginningMixin(LoadingMixin):
 class Snapshot:
     """Copies of the learning state, the counts and the states of the random number generators.
 
-    As in Trainer, the model keeps what a failed attempt has trained.
+    As in Trainer, the model keeps the training of a failed attempt.
     """
 
     def __init__(self, state: SampleState, counts: Efficiency) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels._files import VERSION, load_tensors, save_tensors
+from geko_kernels._files import VERSION, load_tensors, read_object, save_tensors
 from geko_kernels.state import SampleState
 from geko_kernels.training.report.efficiency import strict, write_json
 
@@ -42,7 +42,7 @@ def save_files(
 def load_files(
     folder: str | os.PathLike[str], num_samples: int, device: torch.device, like: dict[str, Any]
 ) -> tuple[SampleState, dict[str, Any], dict[str, Any]]:
-    """(state, sampler's values, efficiency's values) of a checkpoint; efficiency's have the kinds of those in `like`.
+    """(state, sampler's values, efficiency's values) of a checkpoint; efficiency's have the same types as in `like`.
 
     `GEKOSampler.load_state_dict` checks the sampler's values.
 
@@ -68,8 +68,8 @@ def _load_sampler(path: Path) -> dict[str, Any]:
     columns, metadata = load_tensors(path, _FORMAT, "GEKOTrainer")
     if "version" not in metadata:
         raise ValueError(
-            f"{path} was written by an earlier geko_kernels, whose checkpoints have no version and do not say exactly "
-            f"where the run stood: start the run anew. SampleState.load still reads its {STATE_NAME}"
+            f"{path} was written by an earlier geko_kernels, whose checkpoints have no version and do not record the "
+            f"run's exact position: start a new run. SampleState.load still reads its {STATE_NAME}"
         )
     try:
         return {**json.loads(metadata["rest"]), **columns}
@@ -78,32 +78,22 @@ def _load_sampler(path: Path) -> dict[str, Any]:
 
 
 def _load_efficiency(path: Path, like: dict[str, Any]) -> dict[str, Any]:
-    values = _read_json(path)
+    values = read_object(path)
     version, crc = values.pop("version", None), values.pop("crc32", None)
     if version != int(VERSION):
         raise ValueError(
             f"{path} has version {version}, this geko_kernels reads {VERSION}; resume with the geko_kernels that "
-            "wrote it, or start the run anew"
+            "wrote it, or start a new run"
         )
     if crc != _checksum(values):
-        raise ValueError(f"{path} is damaged: its checksum is of other contents; resume from another checkpoint")
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum; resume from another checkpoint")
     return _of_kind(values, like, str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold an object, got {type(values).__name__}")
-    return values
 
 
 def _check_trainer_state(path: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
-    values = _read_json(path)
+    values = read_object(path)
     try:
         state = TrainerState(**values)
     except (TypeError, ValueError, AttributeError) as error:
@@ -122,7 +112,7 @@ def _check_trainer_state(path: Path) -> None:
 
 
 def _of_kind(value: Any, like: Any, name: str) -> Any:
-    """`value` if it has the keys and kinds of `like`, with NaN for a number that is None; lists hold dicts."""
+    """`value` if it has the keys and types of `like`, with NaN for a number that is None; lists hold dicts."""
     if isinstance(like, dict):
         if not isinstance(value, dict) or value.keys() != like.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -145,7 +135,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def set_aside(folder: Path, final_name: str) -> None:
-    """Rename a checkpoint that is about to be rewritten; it is kept until the new one is whole."""
+    """Rename a checkpoint that is about to be rewritten, and keep it until the new one is whole."""
     kept = folder.with_name(f".{folder.name}.old")
     if _is_whole(folder, final_name):
         shutil.rmtree(kept, ignore_errors=True)
@@ -155,7 +145,7 @@ def set_aside(folder: Path, final_name: str) -> None:
 
 
 def drop_set_aside(output_dir: Path) -> None:
-    """Delete what `set_aside` has kept: the new checkpoint is whole."""
+    """Delete the checkpoint that `set_aside` has kept, once the new one is whole."""
     for kept in output_dir.glob(".checkpoint-*.old"):
         shutil.rmtree(kept, ignore_errors=True)
 
@@ -163,8 +153,8 @@ def drop_set_aside(output_dir: Path) -> None:
 def last_complete(output_dir: str | os.PathLike[str], final_name: str) -> str | None:
     """The newest `checkpoint-N` whose last-written file `final_name` (JSON) is whole; None if there is none.
 
-    A process killed while saving leaves a folder without that file, or with half of it. If that step had been saved
-    before, the copy kept by `set_aside` is used.
+    A process killed while saving leaves a folder without that file, or with half of it. If the same step had been saved
+    before, the checkpoint kept by `set_aside` is used.
     """
     folder = Path(output_dir)
     found = []

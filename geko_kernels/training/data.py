@@ -1,4 +1,4 @@
-"""Carries sample ids through dataset and collator without changing the user's items."""
+"""Passes sample ids through dataset and collator without changing the user's items."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Identified(NamedTuple):
 class IdDataset(Dataset[Identified]):
     """`Identified(i, dataset[i])`; `~i` (negative) is the same item with id -1. For any dataset with `[]` and `len()`.
 
-    For packs, which are lists of indices, a batch has the items of all packs one after the other.
+    For packs, which are lists of indices, a batch contains the items of all packs in order.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -56,8 +56,8 @@ class IdCollator:
     Labels of repeats (id -1) become -100. `prepare` is applied to each item before the collator gets it; the labels
     are the first of `label_names` that the batch has.
 
-    The columns `weights` (`token_weights`, as long as the labels, `sample_weights`, a number, or both) are taken out of
-    the items before `collator` gets them, and added to the batch in the form of `weighted_loss`, 0 for padding.
+    The columns named in `weights` (`token_weights`: as long as the labels; `sample_weights`: a number) are taken out of
+    the items before `collator` gets them, and added to the batch as `weighted_loss` takes them, 0 for padding.
 
     Raises:
         ValueError: the batch has no labels, it is unknown which token belongs to which item, or a weight is not a
@@ -85,18 +85,18 @@ class IdCollator:
         batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
-        batch = copy.copy(batch)  # it may be an item of the dataset itself
+        batch = copy.copy(batch)  # the collator may have returned an item of the dataset
         name = label_of(batch, self.label_names)
         if name is None:
             raise ValueError(
                 f"training needs labels: the data collator returned only {sorted(batch)}, and none of the label "
-                f"names {list(self.label_names)}. For a causal LM labels may be a copy of input_ids; a column of "
-                "another name is named by TrainingArguments(label_names=[...])"
+                f"names {list(self.label_names)}. For a causal LM, labels may be a copy of input_ids. If the column "
+                "has another name, set TrainingArguments(label_names=[...])"
             )
         labels = torch.as_tensor(batch[name])
         if not self.passes_ids:
             if "sample_ids" in batch:
-                raise ValueError("the batch already has 'sample_ids', which is added to it; rename that column")
+                raise ValueError("the batch already has 'sample_ids', a name that GEKO needs; rename that column")
             batch["sample_ids"] = _ids_of(ids, items, labels)
         if weights:
             add_weights(batch, labels, items, ids, weights, self.label_names, self.passes_ids)
@@ -113,7 +113,7 @@ def label_of(batch: Mapping[str, Any], label_names: Sequence[str]) -> str | None
 
 
 def takes_ids(collator: Collator) -> bool:
-    """Does it take a keyword `sample_ids`, and so place the ids itself?"""
+    """Whether it takes a keyword `sample_ids`, and so places the ids itself."""
     try:
         return "sample_ids" in inspect.signature(collator).parameters
     except (TypeError, ValueError):
@@ -173,15 +173,15 @@ class CausalCollator:
         return batch
 
 
-LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transformers' default collator takes for labels
+LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transformers' default collator reads as labels
 
 
 def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(item, Mapping) or item.get("input_ids") is None:
         found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
         raise ValueError(
-            f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise it, or give a "
-            "data_collator that does"
+            f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise the dataset, or give a "
+            "data_collator that does so"
         )
     tokens = _integers(item["input_ids"])
     mask = item.get("attention_mask")
@@ -192,8 +192,8 @@ def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
         if values.shape != tokens.shape:
             raise ValueError(
                 f"an item has {name} of shape {tuple(values.shape)} and input_ids of shape {tuple(tokens.shape)}: a "
-                "causal LM takes one for each token (-100 for labels that do not count); other models need a "
-                "data_collator of their own"
+                "causal LM takes one for each token (-100 for labels that do not count); for another kind of model, "
+                "give a data_collator"
             )
     rest = {k: value for k, value in item.items() if k not in LABEL_KEYS and not isinstance(value, str | None)}
     return {**rest, "input_ids": tokens, "labels": labels, "attention_mask": mask}

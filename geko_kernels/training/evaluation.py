@@ -1,30 +1,45 @@
-"""A trainer's evaluation: the model's own loss, without all logits if nobody needs them."""
+"""`compute_loss`: GEKO's loss in training; in evaluation the model's own, without all logits if they are not needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from geko_kernels.training.data import label_of
-from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss
-from geko_kernels.training.model_loss.loss_call import ModelLoss
+from geko_kernels.training.model_loss.found_loss import computes_loss
 from geko_kernels.training.model_loss.own_loss import find_loss
 from geko_kernels.training.model_loss.untouched import untouched
-from geko_kernels.training.stopping.mixin import StoppingMixin
+from geko_kernels.training.training_loss import LossMixin
 
 
-class EvaluationMixin(StoppingMixin):
-    """`Trainer`'s evaluation. If only the loss is needed and training fuses it with the head, so does evaluation."""
+class EvaluationMixin(LossMixin):
+    """`Trainer`'s evaluation. If it needs only the loss, which training fuses with the head, so does evaluation."""
 
-    model_accepts_loss_kwargs: bool
-    _found: FoundLoss | None
-    _evaluates_itself: bool | None
-    _takes_num_items: bool
-    _only_loss = False  # set during an evaluation that needs no logits
-    _find_loss: Callable[[nn.Module, dict[str, Any]], FoundLoss]
-    _forward_loss: Callable[..., ModelLoss]
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        trains = "sample_ids" in inputs
+        if not trains and isinstance(self._base(), PreTrainedModel):
+            if self._only_loss and self._evaluates_in_head(model, inputs):
+                return self._loss_in_head(model, inputs, return_outputs, num_items_in_batch)
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not trains and self._returns_loss(model, inputs):
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, terms, outputs, *_ = self._forward_loss(model, inputs, num_items_in_batch)
+        factor = 1.0
+        if trains and self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            factor = self.accelerator.num_processes  # DDP and FSDP average the gradients
+        loss = loss * factor
+        if terms is not None:
+            loss = loss + terms.to(loss.device) * self._share_of_terms(factor, num_items_in_batch)
+        outputs = {"logits": outputs} if isinstance(outputs, Tensor) else outputs
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -63,7 +78,7 @@ class EvaluationMixin(StoppingMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _returns_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Does a module from outside Transformers compute a loss? Found out at its first evaluation."""
+        """Whether a module from outside Transformers computes a loss; tested at its first evaluation."""
         if self._evaluates_itself is None:
             name = label_of(inputs, self.label_names)
             takes = name is not None and computes_loss(self._base(), name)

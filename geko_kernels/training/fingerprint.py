@@ -21,8 +21,8 @@ def fingerprint(dataset: Any, in_worker: bool = False, context: Any = None) -> d
     """{"length": len(dataset), "items": a digest, or None, for each of up to 64 rows at fixed positions}.
 
     None stands for an item that cannot be compared: it changes from one read to the next, cannot be read here, or has
-    only values of unknown types. Values of unknown types are ignored, and so are rows between those read.
-    The global random state is restored, and is the same for each read, so random augmentation is no change.
+    only values of unknown types. Values of unknown types are ignored, and so are rows between those read. The global
+    random state is the same for each read and restored afterwards, so random augmentation does not count as a change.
 
     in_worker: read the items in a loader worker, as training does: a dataset may open files that must not be shared
         with a process forked later. `context` is the loader's multiprocessing context.
@@ -57,7 +57,7 @@ def _digest(dataset: Any, row: int) -> str | None:
         try:
             with fixed_random_numbers():
                 known = _feed(hasher, dataset[row])
-        except Exception:  # whatever the user's dataset raises: training will raise it too
+        except Exception:  # any error of the user's dataset: training will raise it too
             return None
         readings.append(hasher.hexdigest()[:16] if known else None)
     return readings[0] if readings[0] == readings[1] else None

@@ -22,15 +22,14 @@ from geko_kernels.training.loop_position import go_on_from, position_of
 from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.processes import check_alike, rank_and_world
-from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.report.facts import loader_facts
 from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, sample_rows, write_rows
 from geko_kernels.training.report.summary import run_summary
 
 _UNCOUNTED = (
     "no visit was counted in {what} of epoch {epoch}: train and probe with "
-    "weighted_loss(logits, labels, batch.ids, loader.state, update=True), and ask for a batch after the one before it. "
-    "If the loop does, no sample has a label that counts, or every loss is NaN or infinite"
+    "weighted_loss(logits, labels, batch.ids, loader.state, update=True), and finish a batch before you fetch the next "
+    "one. If the loop does both, no sample has a label that counts, or every loss is NaN or infinite"
 )
 
 
@@ -53,18 +52,20 @@ class GEKOLoader:
                 optimizer.zero_grad()
         loader.write_report("run")
 
-    A batch counts as consumed when the next one is asked for, and one whose visits have been counted also where the
-    iteration is begun anew and in `state_dict()`. So take that before the batch is trained or after its optimizer step.
+    A batch counts as consumed once the next one is fetched. If its visits have been counted, it also counts as consumed
+    in `state_dict()` and when the iteration starts again. So call `state_dict()` before a batch is trained or after its
+    optimizer step.
 
     Several processes (torchrun, accelerate): make the loader after torch.distributed is initialised, with the same
-    arguments everywhere. Each has its share of the same plan and as many batches as the others; a repeat that fills one
-    up has id -1, counts for nothing, and has no part in the loss. DDP takes the mean of the processes' means, as in any
-    loop. All of them iterate, and call `state_dict`.
+    arguments everywhere. Each process gets its share of the same plan, and all get the same number of batches. A repeat
+    that fills a batch up has id -1 and no part in the loss or the state. DDP takes the mean of the processes' means, as
+    in any loop. All processes have to iterate, and to call `state_dict`.
 
-    Who fetches a batch ahead (Lightning does, but for `dataloader_iter`) asks too soon: no visit would be counted.
+    A loop must not fetch a batch before it has finished the last one (Lightning does, except with `dataloader_iter`):
+    no visit would be counted.
 
     Args:
-        dataset: with `len()` and `[]`; its items are what `collate_fn` takes.
+        dataset: with `len()` and `[]`; `collate_fn` gets its items.
         batch_size: samples in a batch of each process; the last one of an epoch may be smaller.
         num_epochs: passes over the dataset.
         config: `GEKOConfig.recommended()` if left out.
@@ -75,7 +76,7 @@ class GEKOLoader:
 
     Raises:
         TypeError, ValueError: a wrong argument, or one that differs between processes; names it.
-        RuntimeError: while iterating, where a whole epoch, or all of a round of probes, has counted no visit, or
+        RuntimeError: while iterating, if a whole epoch or a whole round of probes has counted no visit, or if
             torch.distributed was initialised after the loader was made.
     """
 
@@ -110,18 +111,18 @@ class GEKOLoader:
         self.sampler = GEKOSampler(self.state, num_epochs, seed=seed)
         several = (dist.all_reduce, partial(dist.all_reduce, op=dist.ReduceOp.MAX)) if self.world > 1 else ()
         self.counts = LoopCounts(self.state, *several)
-        self._items: dict[str, Any] | None = None  # digests of some
-        self._consumed = 0  # samples of the plan at hand
-        self._due: Tensor | None = None  # ids of the round of probes at hand,
+        self._items: dict[str, Any] | None = None  # digests of some items
+        self._consumed = 0  # samples of the current plan
+        self._due: Tensor | None = None  # ids of the current round of probes,
         self._probed = 0  # and how many of them are consumed
-        self._at_hand: tuple[HandedOut, int] | None = None  # and how many samples all processes have of it
+        self._at_hand: tuple[HandedOut, int] | None = None  # the current batch, and its samples in all processes
         config_digest = zlib.crc32(json.dumps(self.state.config.to_dict(), sort_keys=True).encode())
         given = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": seed, "config": config_digest}
         check_alike({"len(dataset)": len(dataset), **given}, self.device)
 
     @property
     def epoch(self) -> int:
-        """The epoch at hand, from 0; `num_epochs` once all are done."""
+        """The current epoch, from 0; `num_epochs` once all are done."""
         return self.sampler.next_epoch
 
     @property
@@ -136,16 +137,16 @@ class GEKOLoader:
             yield from epoch
 
     def epochs(self) -> Iterator[Iterator[Batch]]:
-        """For each epoch left an iterator of its batches, probes first.
+        """For each remaining epoch an iterator of its batches, probes first.
 
-        An epoch that is not iterated to its end comes again, from where it was left.
+        An epoch that is not iterated to its end comes again, and continues where it was left.
 
         Raises:
-            RuntimeError: the next epoch is asked for, and no batch of this one was consumed.
+            RuntimeError: the next epoch is fetched, but no batch of this one was consumed.
         """
         if rank_and_world() != (self.rank, self.world):
             raise RuntimeError(
-                f"GEKOLoader was made as process {self.rank} of {self.world}, and torch.distributed now says (rank, "
+                f"GEKOLoader was made as process {self.rank} of {self.world}, but now torch.distributed says (rank, "
                 f"processes) = {rank_and_world()}: make the loader after torch.distributed is initialised"
             )
         self._settle()
@@ -155,13 +156,13 @@ class GEKOLoader:
             self._settle()
             if self._place() == before:
                 raise RuntimeError(
-                    f"no batch of epoch {self.epoch} was consumed before the next epoch was asked for: iterate each "
+                    f"no batch of epoch {self.epoch} was consumed before the next epoch was fetched: iterate each "
                     "epoch of loader.epochs() to its end"
                 )
         self._end_epoch()
 
     def _place(self) -> tuple[int, int, int]:
-        """What changes with every batch consumed."""
+        """Values that change with every consumed batch."""
         return self.epoch, self._consumed, self._probed
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
@@ -213,7 +214,7 @@ class GEKOLoader:
         self._consume()
 
     def _consume(self) -> None:
-        """The batch at hand is done with: count it."""
+        """Count the current batch as consumed."""
         assert self._at_hand is not None
         batch, size = self._at_hand
         self.counts.add(batch)
@@ -228,7 +229,7 @@ class GEKOLoader:
         return self._at_hand is not None and self._at_hand[0].trains
 
     def _size_visited(self) -> int:
-        """Samples of the batch at hand, if a process has counted a visit of it; else 0. All processes call it."""
+        """Samples of the current batch, or 0 if no process has counted a visit of it. All processes call it."""
         if self._at_hand is None:
             return 0
         batch, size = self._at_hand
@@ -238,13 +239,13 @@ class GEKOLoader:
         return size * int(visited)
 
     def _settle(self) -> None:
-        """The iteration was left at the batch at hand: it is done with if its visits were counted."""
+        """After the iteration was left: the current batch is consumed if its visits were counted."""
         if self._size_visited():
             self._consume()
         self._at_hand = None
 
     def _check_counted(self) -> None:
-        """Raise if no visit of the open epoch's training batches was counted; all processes know the same."""
+        """Raise if no visit of the open epoch's training batches was counted, in all processes alike."""
         counts = self.counts
         counts.collect()
         before = counts.mark["train"]
@@ -253,28 +254,20 @@ class GEKOLoader:
 
     def _end_epoch(self) -> None:
         """Close the record of an epoch whose batches are all consumed, if one is open."""
-        sampler, counts = self.sampler, self.counts
+        counts = self.counts
         if counts.open_epoch is None or counts.open_epoch >= self.epoch:
             return
         self._check_counted()
-        self.state.sync()
-        sampler.note_forgotten_()
-        marks = {
-            "end": float(self.epoch),
-            "buckets": bucket_names(self.state.bucket_counts().tolist()),
-            "quarantined": int(self.state.quarantined.count_nonzero()),
-            "forgotten": int(sampler.lost),
-        }
-        sampler.lost.zero_()
+        marks = {"end": float(self.epoch), **self.sampler.epoch_marks_()}
         counts.samples_standard = self.epoch * len(self.state)
         counts.end_epoch(counts.steps, marks)
 
     def write_report(self, folder: str | Path) -> Path:
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
 
-        Of up to 200,000 samples it begins with `samples.jsonl`, whose lists and texts the page shows.
-        What they hold: `geko_kernels/training/report/efficiency.py`; what a loop does not show is None there and
-        named on the page: `LoopCounts`. Of several processes the first writes, and before the run's end figures of
+        Up to 200,000 samples it also writes `samples.jsonl`, whose lists and texts the page shows. For the contents see
+        `geko_kernels/training/report/efficiency.py`; figures that a loop does not reveal (see `LoopCounts`) are None
+        and are named on the page. Of several processes the first writes. Before the run's end the figures are those of
         the last epoch or `state_dict`.
 
         Raises:
@@ -294,13 +287,13 @@ class GEKOLoader:
         return write_run(folder, {**summary, "run": loader_facts(self)}, counts.not_measured, skipped)
 
     def write_samples(self, path: str | Path) -> None:
-        """Write what the run knows of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
+        """Write the statistics of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
 
         The columns are those of `GEKOTrainer.write_samples`; `hits` is null unless all batches have one label a sample.
-        Of several processes the first writes, and before the run's end what the last epoch or `state_dict` had.
+        Of several processes the first writes. Before the run's end they are those of the last epoch or `state_dict`.
 
         Raises:
-            ValueError, ImportError: another ending; pandas or pyarrow is missing for `.parquet`.
+            ValueError: another ending. ImportError: pandas or pyarrow is missing for `.parquet`.
         """
         if self.rank:
             return
@@ -310,19 +303,19 @@ class GEKOLoader:
         write_rows(path, rows if self.counts.shows_hits else ({**row, "hits": None} for row in rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on; tensors are copies. Of several processes all call it.
+        """All that `load_state_dict` needs to continue; tensors are copies. Of several processes all call it.
 
-        With the batch at hand, or with the next one if visits of that have been counted: take it before the batch is
-        trained, after its optimizer step, or between epochs.
+        The run continues with the current batch, or with the next one if visits of the current batch have been counted.
+        So call it before a batch is trained, after its optimizer step, or between epochs.
         """
         return position_of(self)
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; iterate anew afterwards.
+        """Continue from `state_dict()`; start a new iteration afterwards.
 
         Raises:
-            ValueError: a value is missing or damaged, or of a run with other data, batch_size, num_epochs, seed,
-                config or number of processes; names it.
+            ValueError: a value is missing or damaged, or the run had other data, or another batch_size, num_epochs,
+                seed, config or number of processes; names it.
         """
         go_on_from(self, values)
 

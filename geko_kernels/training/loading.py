@@ -1,4 +1,4 @@
-"""The weights of a checkpoint whose file names them otherwise than the model does."""
+"""Loading the weights of a checkpoint whose file has other names for them than the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geko_kernels.training.progress import ProgressMixin
 
 
 class LoadingMixin(ProgressMixin):
-    """`transformers.Trainer` that also loads what `save_pretrained` has renamed.
+    """`transformers.Trainer` that also loads weights that `save_pretrained` has renamed.
 
     Transformers saves mixtures of experts and vision models under the names of their published checkpoints, and
     `from_pretrained` renames them back. Trainer (5.17) does not: it warns of missing keys, and resumes with whatever
@@ -36,11 +36,11 @@ class LoadingMixin(ProgressMixin):
         if not (renamed and folder and isinstance(base, PreTrainedModel)):
             super()._issue_warnings_after_load(load_result)
             return
-        wide = torch.float64 if base.dtype == torch.float64 else torch.float32  # holds any other dtype exactly
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32  # represents any other dtype exactly
         loaded, about = type(base).from_pretrained(folder, config=base.config, dtype=wide, output_loading_info=True)
         if about["missing_keys"]:
             raise ValueError(
                 f"the checkpoint {folder} lacks weights of {type(base).__name__}: {sorted(about['missing_keys'])}. "
-                "Another model was trained there; resume with that one"
+                "It is of another model; resume with that one"
             )
         base.load_state_dict(loaded.state_dict())

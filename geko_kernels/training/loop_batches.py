@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 class ProcessShares(Sampler[list[int]]):
-    """One process's batches: of each `batch_size * world` of `ids` (n,) every world-th, from `rank` on.
+    """One process's batches: of each `batch_size * world` of `ids` (n,), every world-th id from `rank` on.
 
     All processes have the same number of batches, with the same number of items. If the last ids are too few, a
     repeat is added as `~id`, which `IdDataset` turns into the item with id -1.
@@ -52,7 +52,7 @@ class BatchSource:
         device: where the batches go.
         collate_fn: makes a batch of a list of items.
         num_workers: as of `DataLoader`.
-        rank, world: which of how many processes this one is.
+        rank, world: the number of this process, and of all processes.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BatchSource:
         self.collate = _Collate(collate_fn or default_collate)
 
     def load(self, ids: Tensor, seed: int) -> Iterator[tuple[Any, Tensor, int]]:
-        """Yields (data, ids, how many of `ids` the batches of all processes hold) for each batch."""
+        """Yields (data, ids, the number of `ids` in the batches of all processes) for each batch."""
         loader = DataLoader(
             IdDataset(self.dataset),
             batch_sampler=ProcessShares(ids, self.batch_size, self.rank, self.world),
@@ -109,7 +109,7 @@ def check_int(name: str, value: Any, least: int) -> None:
 def check_dataset(dataset: Any) -> None:
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load it whole"
+            f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load all of it"
         )
     table = hasattr(dataset, "iloc") and hasattr(dataset, "columns")  # a DataFrame
     named = isinstance(dataset, Mapping) and 0 not in dataset  # splits or columns

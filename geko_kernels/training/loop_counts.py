@@ -1,4 +1,4 @@
-"""Counts for the report what a user's own loop has done with its batches, from the learning state."""
+"""Counts of a user's own loop for the report, from the learning state."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from geko_kernels.training.report.visits import VisitLog
 
 _TIE = 1e-5  # nats: the label has the largest logit if loss + log(confidence) is 0 up to rounding
 _UNKNOWN = {
-    "tokens": "tokens (they show in attention_mask and input_ids, or in labels)",
-    "hits": "accuracy (it shows where batches have one label a sample)",
+    "tokens": "tokens (known from attention_mask and input_ids, or from labels)",
+    "hits": "accuracy (known if batches have one label a sample)",
 }
 _BEYOND = "validation and checkpoints (within an epoch they are part of the steps' time)"
 
 
 class HandedOut(NamedTuple):
-    """What is recorded of a batch before the user's loop gets it, which may change its dict."""
+    """The record of a batch, made before the user's loop gets it and perhaps changes its dict."""
 
     ids: Tensor  # (B,)
     trains: bool
-    before: Tensor  # (B,) visits of each
-    tokens: Tensor | None  # () of its own samples, if known
+    before: Tensor  # (B,) visits of each so far
+    tokens: Tensor | None  # () tokens of its own samples, if known
     one_label: bool  # it has one label a sample
 
 
@@ -66,7 +66,7 @@ class LoopCounts(Efficiency):
         return self.state.times_seen[ids.clamp(min=0)]
 
     def visited(self, batch: HandedOut) -> Tensor:
-        """(B,) bool: has a visit been counted since the batch was handed out?"""
+        """(B,) bool: whether a visit has been counted since the batch was handed out."""
         return (self._seen(batch.ids) > batch.before) & (batch.ids >= 0)
 
     def add(self, batch: HandedOut) -> None:

@@ -34,14 +34,14 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
         "sampler": _copied(sampler.state_dict(loader._consumed + size * trained)),
         "due": None if loader._due is None else loader._due.clone(),
         "probed": loader._probed + size * (not trained),
-        "looked": sampler._looked,
+        "looked": sampler.looked,
         "counts": counts,
         "visits": visits,
     }
 
 
 def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
-    """What `GEKOLoader.load_state_dict` does; nothing is changed where it raises."""
+    """`GEKOLoader.load_state_dict`; if it raises, nothing is changed."""
     if not isinstance(values, Mapping):
         raise TypeError(f"state_dict must be what GEKOLoader.state_dict() returned, got {type(values).__name__}")
     missing = sorted(_KEYS - values.keys())
@@ -66,7 +66,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     plan = sampler.plan
     finished = plan is not None and sampler.handed_out
     loader._consumed = len(plan.ids) if plan is not None and finished else sampler.position
-    sampler._looked = values["looked"]
+    sampler.looked = values["looked"]
     loader._at_hand = None
     loader._due = None if values["due"] is None else values["due"].cpu().clone()
     loader._probed = values["probed"]
@@ -84,7 +84,7 @@ def _own(loader: GEKOLoader) -> dict[str, int]:
 
 
 def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The report's counts and visits, with the batch at hand or without it; those of the run stay."""
+    """The report's counts and visits, with or without the current batch; those of the run are unchanged."""
     counts = loader.counts
     counts.collect()
     counts.flush_visits()
@@ -104,12 +104,12 @@ def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any
 def _check_same_run(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     for name, own in _own(loader).items():
         if values[name] != own:
-            raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, and this loader's {name} is {own!r}")
+            raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, but this loader's {name} is {own!r}")
     config = loader.state.config.to_dict()
     for name in sorted({*config, *values["config"]}):
         if values["config"].get(name) != config.get(name):
             raise ValueError(
-                f"state_dict['config'] has {name}={values['config'].get(name)!r}, and this loader's config "
+                f"state_dict['config'] has {name}={values['config'].get(name)!r}, but this loader's config has "
                 f"{config.get(name)!r}"
             )
     changed, compared = changed_items(values["items"], loader._fingerprint())

@@ -15,11 +15,11 @@ def write_run(
 ) -> Path:
     """Write the figures, then `report.html` and its PNGs into `folder`; returns the page's path.
 
-    Args: summary: from `run_summary`; not_measured: named as missing on the page; skipped_rows: rows of the user's data
-        that are not in the dataset, ascending.
+    Args: summary: from `run_summary`; not_measured: figures that the page names as missing; skipped_rows: rows of the
+        user's data that are not in the dataset, ascending.
 
     Raises:
-        ImportError: matplotlib or jinja2 is missing; `geko_report.json` is written nevertheless.
+        ImportError: matplotlib or jinja2 is missing; `geko_report.json` is still written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

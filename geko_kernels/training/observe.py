@@ -1,4 +1,4 @@
-"""`observe`: the learning state of each sample, recorded beside the training of any `transformers.Trainer`."""
+"""`observe`: records the learning state of each sample while any `transformers.Trainer` trains."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _PATCHED = ("_get_dataloader", "compute_loss")
 
 
 def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
-    """Record what `trainer` sees of each sample; its losses and weights stay those of the run without it.
+    """Record the statistics of each sample in `trainer`'s run, without changing its losses and weights.
 
-    A sample is an item of `train_dataset`, or, where that has a column `seq_lengths` (TRL's `packing=True`), one of the
-    sequences in a row. TRL's SFTTrainer makes no logits: of it losses, label probabilities and hits are recorded, and
-    the learning state stays empty, since buckets need the confidence.
+    A sample is an item of `train_dataset`, or, if that has a column `seq_lengths` (TRL's `packing=True`), one of the
+    sequences in a row. TRL's SFTTrainer does not compute logits: only losses, label probabilities and hits are recorded
+    then, and the learning state stays empty, since buckets need the confidence.
 
     Args:
         trainer: a Trainer before `train()`, whose loss is the cross-entropy of the model's logits.
@@ -56,26 +56,26 @@ def observe(trainer: Trainer, config: GEKOConfig | None = None) -> Observation:
     Raises:
         TypeError: no Trainer, a GEKOTrainer (which records already), or a config of another type.
         ValueError: DataParallel, a dataset without length or index, label smoothing, a trainer that is observed
-            already; at the first batch a model without logits, several samples in one row that nothing tells apart, or
-            a loss that is no cross-entropy of the logits.
+            already; at the first batch: a model without logits, several samples in one row that cannot be told apart,
+            or a loss that is not a cross-entropy of the logits.
     """
     check_trainer(trainer, config)
     return Observation(trainer, config)
 
 
 class Observation(TrainerCallback):
-    """What `observe` recorded; row e of each array is the e-th epoch, NaN where a sample was not seen in it.
+    """The records of `observe`; row e of each array is the e-th epoch, NaN if a sample was not seen in it.
 
-    A further `train()` adds its epochs; one that an error has broken off counts as one if a step of it was trained.
+    A further `train()` adds its epochs. An epoch interrupted by an error counts as one if it trained a step.
 
-    Several processes: each records its own samples, and all have everything from the end of each epoch on.
+    Several processes: each records its own samples, and at the end of each epoch all get all records.
 
     Attributes:
         state: the SampleState, one row a sample.
         losses: (epochs, N) float32, mean over the valid tokens, nats.
         label_probabilities: (epochs, N) float32, mean probability of the label over the valid tokens.
         hits: (epochs, N) float32, share of the valid tokens whose label has the largest logit.
-        confidences: (epochs, N) float32, mean of the largest probability; None where the model makes no logits.
+        confidences: (epochs, N) float32, mean of the largest probability; None if the model computes no logits.
         margins: (epochs, N) float32, mean of the label's logit less the largest other one; None likewise.
     """
 
@@ -85,10 +85,10 @@ class Observation(TrainerCallback):
         self.counts = ObservedCounts(self.state, dist.all_reduce if trainer.args.world_size > 1 else None)
         self._trainer, self._records = trainer, list[Tensor]()  # each (5, N)
         self._shift: bool | None = None
-        self._fused: bool | None = None  # has the model a head that makes no logits?
-        self._called = False  # has the trainer asked for a loss of training?
+        self._fused: bool | None = None  # whether the model's head computes no logits
+        self._called = False  # whether the trainer has called compute_loss in training
         self._offset = 0.0  # epochs recorded before this call of train()
-        self._progress: Any = None  # the TrainerState of the latest epoch, which a further train() leaves as it was
+        self._progress: Any = None  # the TrainerState of the latest epoch; a further train() makes its own
         self._loader: Callable[..., Any] = trainer._get_dataloader
         self._loss: Callable[..., Any] = trainer.compute_loss
         self._before = {name: vars(trainer)[name] for name in _PATCHED if name in vars(trainer)}
@@ -116,7 +116,7 @@ class Observation(TrainerCallback):
         return None if self._fused else self._stacked()[:, 4]
 
     def close(self) -> None:
-        """Put the trainer back as it was; the records stay."""
+        """Restore the trainer; the records are kept."""
         if vars(self._trainer).get("compute_loss") != self._compute_loss:
             return
         for name in _PATCHED:
@@ -125,12 +125,12 @@ class Observation(TrainerCallback):
         self._trainer.remove_callback(self)
 
     def write_samples(self, path: str | Path) -> None:
-        """One row a sample, as `.jsonl`, `.csv` or `.parquet`: id, a list each of what was recorded, null where unseen.
+        """Write one row a sample, as `.jsonl`, `.csv` or `.parquet`: id, and a list for each array, null where unseen.
 
-        The lists are named as the arrays are; without logits there are no confidences and margins, and bucket is null.
-        Of packed rows also `row` and `part`: the row of `train_dataset`, and which of its sequences. `record_id`,
-        `text`, `bucket`, `label_error` and `duplicate_group` are as `GEKOTrainer.write_samples` says; there are no
-        suspects, and no texts and groups of packed rows.
+        The lists are named like the arrays; without logits there are no confidences and margins, and bucket is null.
+        Packed rows also have `row` and `part`: the row of `train_dataset`, and the number of the sequence in it.
+        `record_id`, `text`, `bucket`, `label_error` and `duplicate_group` are as in `GEKOTrainer.write_samples`. There
+        are no suspects, and packed rows have no texts and groups.
         """
         write_rows(path, self._sample_rows())
 
@@ -159,9 +159,9 @@ class Observation(TrainerCallback):
     def write_report(self, folder: str | Path) -> Path:
         """Write `geko_report.json`, `report.html` and its PNGs into `folder`; returns the page's path.
 
-        They are those of GEKOTrainer, for a run that trains every sample; what is not measured is named on the page.
-        Of up to 200,000 samples it begins with `samples.jsonl`, whose lists and texts the page shows.
-        Of several processes the first writes.
+        They are those of GEKOTrainer, for a run that trains every sample; figures that are not measured are named on
+        the page. Up to 200,000 samples it also writes `samples.jsonl`, whose lists and texts the page shows. Of several
+        processes the first writes.
 
         Raises:
             ImportError: matplotlib or jinja2 is missing.
@@ -183,7 +183,7 @@ class Observation(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         check_rows(self._trainer.train_dataset, self.samples.rows)
-        if self.counts.open_epoch is not None:  # broken off, by an error or a batch that `auto_find_batch_size` lessens
+        if self.counts.open_epoch is not None:  # interrupted by an error, or by `auto_find_batch_size`
             self._end_broken_off()
         if self.counts.epochs:
             self._offset = max(self.counts.epochs[-1]["end"] - (state.epoch or 0.0), 0.0)
@@ -205,7 +205,7 @@ class Observation(TrainerCallback):
         self.counts.switch("other")
 
     def _end_broken_off(self) -> None:
-        """What was trained of it is an epoch of its own; if nothing was, it is none."""
+        """Record the interrupted epoch as an epoch if it trained a step; else drop it."""
         reached = self._progress
         if reached.global_step > self.counts.mark["step"]:
             self._end_epoch(reached.global_step, reached.epoch)
@@ -219,7 +219,7 @@ class Observation(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         if not self._called:
             raise RuntimeError(
-                f"observe: a step was trained without compute_loss, by which it sees the samples: "
+                f"observe: a step was trained without compute_loss, through which observe sees the samples: "
                 f"{type(self._trainer).__name__}.training_step has to call it (Transformers {transformers.__version__})"
             )
 
@@ -248,14 +248,14 @@ class Observation(TrainerCallback):
         if ids is None:
             if model.training and self._trainer.is_in_train:
                 raise ValueError(
-                    f"observe: the training batch has no sample_ids, since {type(self._trainer).__name__} makes a "
-                    "dataloader of its own: let its get_train_dataloader return super().get_train_dataloader(), and "
-                    "override _get_train_sampler for another order or data_collator for other batches"
+                    f"observe: the training batch has no sample_ids, since {type(self._trainer).__name__} makes its "
+                    "own dataloader: let its get_train_dataloader return super().get_train_dataloader(), and override "
+                    "_get_train_sampler for another order or data_collator for other batches"
                 )
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
         self._called = True
         name = label_of(inputs, self._trainer.label_names or ["labels"])
-        assert name is not None  # IdCollator has seen to it
+        assert name is not None  # checked by IdCollator
         labels, seen = inputs[name], list[Any]()
         hook = model.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs))
         try:
@@ -272,8 +272,8 @@ class Observation(TrainerCallback):
         logits = [found for found in map(_logits_of, seen) if found is not None]
         if not fused and not logits:
             kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
-            hint = "; with return_dict=True the model names them" if "tuple" in kinds else ""
-            raise ValueError(f"observe needs the model's logits, and its outputs ({kinds}) have none{hint}")
+            hint = "; call the model with return_dict=True, so that its outputs have names" if "tuple" in kinds else ""
+            raise ValueError(f"observe needs the model's logits, but its outputs ({kinds}) have none{hint}")
         visits: ObservedVisits | None
         if fused:
             visits = self._of_fused_head(fused[-1], ids, loss, num_items)
@@ -291,8 +291,8 @@ class Observation(TrainerCallback):
             check_fused_loss(outputs, loss, num_items, self._trainer.args.world_size)
             self._fused = True
             logger.warning(
-                "observe: the model's head is fused with its loss and makes no logits. Losses, label probabilities and "
-                "hits are recorded; confidences, margins and buckets are not."
+                "observe: the model's head is fused with its loss and computes no logits. Losses, label probabilities "
+                "and hits are recorded; confidences, margins and buckets are not."
             )
         return of_fused_head(outputs, ids)
 

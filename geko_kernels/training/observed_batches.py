@@ -68,7 +68,7 @@ class ObservingCollator(IdCollator):
 
 
 class _Packed:
-    """The collator, and one id a token of the rows that it is given."""
+    """The collator, with one id for each token of its rows."""
 
     def __init__(self, collator: Collator, first: Tensor, label_names: Sequence[str]) -> None:
         self.collator, self.first, self.label_names = collator, first, label_names
@@ -107,25 +107,25 @@ def _check_positions(batch: MutableMapping[str, Any], labels: Tensor) -> None:
         mask = batch.get("attention_mask")
         if positions is not None and labels.dim() == 2 and _restarts(torch.as_tensor(positions), labels, mask).any():
             raise ValueError(
-                "observe needs to know the samples of a packed row: position_ids start anew within a row, and the "
-                f"dataset has no {LENGTHS} (a list of the lengths of the sequences in each row)"
+                "observe needs to know the samples of a packed row: position_ids restart within a row, but the dataset "
+                f"has no column {LENGTHS}; add it (for each row, a list of the lengths of its sequences)"
             )
         return
     if positions is None:
         raise ValueError(
-            "observe needs one row a sample, or position_ids that start anew with each: the data collator joined "
+            "observe needs one row a sample, or position_ids that restart with each sample: the data collator joined "
             "several samples in one row without them, so they attend to each other"
         )
     begins = (ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] >= 0)
     if bool((torch.as_tensor(positions)[:, 1:][begins] != 0).any()):
         raise ValueError(
-            f"observe: position_ids do not start anew where the next sample begins (by {LENGTHS} or the lengths of "
-            "input_ids), so it is unknown which token belongs to which sample"
+            f"observe: position_ids do not restart where the next sample begins (according to {LENGTHS} or the lengths "
+            "of input_ids), so it is unknown which token belongs to which sample"
         )
 
 
 def _restarts(positions: Tensor, labels: Tensor, mask: Any) -> Tensor:
-    """Where a position is 0 again after another token and labels follow, so not in padding on either side."""
+    """Where a position is 0 again after another token and before a label, so not in padding on either side."""
     if positions.shape != labels.shape:
         return torch.zeros(0, dtype=torch.bool)
     labelled = labels != IGNORED

@@ -1,4 +1,4 @@
-"""What `observe` refuses before and in training: trainers, data and labels that it cannot record."""
+"""Checks of `observe`: it refuses trainers, data and labels that it cannot record."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def check_trainer(trainer: Any, config: Any) -> None:
         raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
     if trainer.args.n_gpu > 1:
         raise ValueError(
-            "observe does not combine with DataParallel: start the script with torchrun or accelerate launch, or make "
-            "one GPU visible"
+            "observe does not work with DataParallel: start the script with torchrun or accelerate launch, or make "
+            "only one GPU visible"
         )
     data = trainer.train_dataset
     if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
         raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")
     if trainer.label_smoother is not None:
-        raise ValueError("observe does not combine with label_smoothing_factor: set it to 0")
+        raise ValueError("observe does not work with label_smoothing_factor: set it to 0")
 
 
 def check_rows(dataset: Any, observed: int) -> None:
     if len(dataset) != observed:
         raise ValueError(
             f"observe: train_dataset had {observed:,} items when observe was called, and has {len(dataset):,} now: "
-            "close() the observation and observe anew"
+            "close() the observation and call observe again"
         )
 
 
 def check_labels(labels: Tensor) -> None:
     if labels.is_floating_point():
         raise ValueError(
-            "observe needs the number of a class as label, for it looks at the cross-entropy of the logits: got "
-            f"labels of {labels.dtype} and shape {tuple(labels.shape)}, for a regression or several classes at once"
+            "observe needs the number of a class as label, since it records the cross-entropy of the logits: got "
+            f"labels of {labels.dtype} and shape {tuple(labels.shape)}, as for regression or multi-label data"
         )

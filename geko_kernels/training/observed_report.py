@@ -21,12 +21,12 @@ from geko_kernels.training.report.summary import run_summary
 
 _MISSED = ["evaluation and checkpoints (within an epoch they are part of the steps' time)"]
 _MISSED_WITHOUT_LOGITS = [
-    "buckets, confidences and margins (the model's head is fused with its loss and makes no logits)"
+    "buckets, confidences and margins (the model's head is fused with its loss and computes no logits)"
 ]
 
 
 class ObservedCounts(Efficiency):
-    """`Efficiency` of a run that trains every sample with weight 1, and so is its own standard run."""
+    """`Efficiency` of a run that trains every sample with weight 1, so that it is its own standard run."""
 
     def __init__(self, state: SampleState, reduce: Callable[[Tensor], None] | None) -> None:
         super().__init__(state.device, reduce)
@@ -68,7 +68,7 @@ class ObservedCounts(Efficiency):
         self.end_epoch(step, marks)
 
     def drop_epoch(self) -> None:
-        """The open epoch is none; its forwards stay counted. All processes call it."""
+        """Drop the open epoch; its forwards stay counted. All processes call it."""
         self.collect()
         self.open_epoch = None
 
@@ -99,7 +99,7 @@ def summary_of(
 
 
 def merged(record: Tensor) -> Tensor:
-    """(K, N) with the samples of all processes; of one that several saw the highest rank's."""
+    """(K, N) with the samples of all processes; if several saw a sample, the highest rank's."""
     rank, world = rank_and_world()
     if world == 1:
         return record

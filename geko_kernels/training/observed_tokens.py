@@ -1,4 +1,4 @@
-"""Each sample's figures in a forward pass, from the logits or from TRL's fused head, which makes none."""
+"""Each sample's statistics in a forward pass, from the logits or from TRL's fused head, which computes none."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def of_fused_head(outputs: Any, ids: Tensor) -> ObservedVisits:
     if ids.dim() == 2 and ids[:, 1:].shape != mask.shape:
         raise ValueError(
             f"observe: the model's outputs have shape {tuple(mask.shape)}, and the batch's tokens {tuple(ids.shape)}: "
-            "a model that adds tokens of its own (prompt learning) cannot be observed on packed rows"
+            "a model that adds tokens (prompt learning) cannot be observed on packed rows; set packing=False"
         )
     logs = outputs.log_probs.detach()[mask].float()
     unknown = torch.full_like(logs, torch.nan)
@@ -84,7 +84,7 @@ def _means(values: Tensor, valid: Tensor, ids: Tensor) -> ObservedVisits:
 
 
 def find_shift(logits: Tensor, labels: Tensor, loss: Tensor, num_items: Any, processes: int = 1) -> tuple[bool, bool]:
-    """(Is the trainer's loss the cross-entropy of shifted labels? Is that certain, or do both fit this batch?)"""
+    """(whether the trainer's loss is the cross-entropy of shifted labels, whether only one of both fits this batch)"""
     found = {}
     for shift in (False, True) if logits.dim() == 3 else (False,):
         means = [float(weighted_loss(logits, labels, reduction="token_mean", shift=shift))]

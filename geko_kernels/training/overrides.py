@@ -32,7 +32,7 @@ REPLACED = {
     ),
     "_inner_training_loop": Method(
         ("batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
-        "begins again at a smaller batch",
+        "restarts with a smaller batch",
         "has to call super()._inner_training_loop()",
     ),
     "get_train_dataloader": Method(
@@ -53,7 +53,7 @@ REPLACED = {
     ),
     "_init_training_state": Method(
         ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
-        "goes on from a checkpoint",
+        "resumes from a checkpoint",
         "has to call super()._init_training_state()",
     ),
     "create_scheduler": Method(
@@ -82,7 +82,7 @@ REPLACED = {
     ),
     "training_step": Method(
         ("model", "inputs", "num_items_in_batch"),
-        "explains a model that was given ids",
+        "explains the error of a model that was given ids",
         "has to call super().training_step()",
     ),
     "compute_loss": Method(
@@ -91,7 +91,7 @@ REPLACED = {
         "has to call super().compute_loss(model, inputs, ...) with the batch as it came, and may add to it",
     ),
     "prediction_step": Method(
-        ("model", "inputs", "prediction_loss_only", "ignore_keys"), "evaluates without all logits where none are wanted"
+        ("model", "inputs", "prediction_loss_only", "ignore_keys"), "evaluates without all logits if none are needed"
     ),
     "_evaluate": Method(("trial", "ignore_keys_for_eval", "skip_scheduler"), "times it, and keeps its random numbers"),
     "log": Method(("logs", "start_time"), "adds GEKO's figures", "has to call super().log()"),
@@ -107,7 +107,7 @@ REPLACED = {
             *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
             "learning_rate",
         ),
-        "looks at the samples held back, and logs, saves and evaluates after an empty epoch",
+        "evaluates the held-back samples, and logs, saves and evaluates after an empty epoch",
     ),
     "_finalize_training": Method(("trial", "num_train_samples", "start_time"), "ends with the kept weights"),
     "_load_from_checkpoint": Method(("resume_from_checkpoint", "model"), "knows which checkpoint is loaded"),
@@ -123,12 +123,12 @@ CALLED = {
         "makes the loaders of training and of probes",
         "has to call super()._get_dataloader()",
     ),
-    "_remove_unused_columns": Method(("dataset", "description"), "drops the columns that nobody reads"),
+    "_remove_unused_columns": Method(("dataset", "description"), "drops the columns that are not read"),
     "_set_signature_columns_if_needed": Method((), "learns which columns the model reads"),
     "_prepare_inputs": Method(("inputs",), "puts a batch on the device", "has to leave 'sample_ids' in the batch"),
     "_load_rng_state": Method(("checkpoint",), "sets the random numbers before the probes of a resumed epoch"),
     "_get_output_dir": Method(("trial",), "finds the folder of checkpoints and report"),
-    "_move_model_to_device": Method(("model", "device"), "moves a model that was set since"),
+    "_move_model_to_device": Method(("model", "device"), "moves a model that was set later"),
 }
 READ = {  # attributes that Trainer's own methods set or read
     "_train_batch_size": "samples in one process's batch",
@@ -164,14 +164,14 @@ def missing_methods(trainer: type, methods: Iterable[str]) -> list[str]:
 
 
 def check_trainer(trainer: type = transformers.Trainer) -> None:
-    """Raise if Transformers has dropped or renamed a method in the table: its loop would run on without GEKO.
+    """Raise if Transformers has dropped or renamed a method in the table, since its loop would run without GEKO.
 
     Raises:
         RuntimeError: names each such method and its purpose.
     """
     gone = missing_methods(trainer, (*REPLACED, *CALLED))
     if gone:
-        said = "; ".join(f"{name}, by which GEKO {METHODS[name].why}" for name in gone)
+        said = "; ".join(f"{name}, with which GEKO {METHODS[name].why}" for name in gone)
         raise RuntimeError(
             f"GEKOTrainer: the Trainer of Transformers {transformers.__version__} has no {said}. Install a release of "
             "Transformers that geko_kernels was tested with"
@@ -184,7 +184,7 @@ def changes(trainer: type, methods: dict[str, Method], read: dict[str, str]) -> 
     names = names_in(trainer)
     for name, method in methods.items():
         if name in missing_methods(trainer, methods):
-            found.append(f"{trainer.__name__} has no method {name} any more: GEKO {method.why} by it")
+            found.append(f"{trainer.__name__} no longer has a method {name}, with which GEKO {method.why}")
             continue
         have = tuple(inspect.signature(getattr(trainer, name)).parameters)[1:]
         fits = have == method.parameters
@@ -196,9 +196,9 @@ def changes(trainer: type, methods: dict[str, Method], read: dict[str, str]) -> 
                 f"({', '.join(method.parameters)})"
             )
         elif name not in names and not name.startswith("__") and name not in ("train", "predict"):  # called by users
-            found.append(f"no method of {trainer.__name__} calls {name} any more: GEKO {method.why} by it")
+            found.append(f"no method of {trainer.__name__} calls {name} any longer, with which GEKO {method.why}")
     found += [
-        f"{trainer.__name__} has no attribute {name} any more: GEKO takes it for {why}"
+        f"{trainer.__name__} no longer has an attribute {name}, from which GEKO reads {why}"
         for name, why in read.items()
         if name not in names
     ]

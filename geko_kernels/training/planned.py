@@ -26,7 +26,6 @@ from geko_kernels.training.checkpoint import (
 from geko_kernels.training.fingerprint import fingerprint
 from geko_kernels.training.overrides import check_trainer
 from geko_kernels.training.planning.schedule import read_progress_
-from geko_kernels.training.report.efficiency import bucket_names
 from geko_kernels.training.report.visits import VISITS_NAME
 from geko_kernels.training.resumed import check_data, differences, holds_only_the_model, run_settings
 
@@ -43,26 +42,26 @@ class PlannedMixin(BeginningMixin):
     _probe: Callable[[nn.Module, Tensor], None]
     _write_report: Callable[[], None]
     _resume: dict[str, Any] | None  # the sampler's values in the checkpoint to resume from
-    _seeds_anew: bool  # persistent workers restart, whose seed the interrupted run drew in its first epoch,
-    _evaluates_anew: bool  # and those of the evaluation, whose seed it drew before its first one
-    _rng_to_keep: Tensor | None  # torch's generator before those workers drew their seed
+    _seeds_anew: bool  # persistent workers restart; the interrupted run drew their seed in its first epoch
+    _evaluates_anew: bool  # the same for the evaluation's workers, whose seed it drew before its first evaluation
+    _rng_to_keep: Tensor | None  # the state of torch's generator before those workers' seed is drawn
     _counts_at_sync: Tensor  # (4,) samples per bucket at the last sync
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest complete checkpoint.
 
         Called again, it keeps the model and the learning state, and starts a new plan, new counts and a new report. If
-        `model_init` makes the model, or `trainer.model` is another one than before, the learning state is new, too.
+        `model_init` makes the model, or `trainer.model` has been replaced, the learning state is new as well.
 
-        A resumed run equals the uninterrupted one bit for bit, if items and batches do not depend on random numbers:
-        Trainer restores neither those of loader workers, nor those a collator has drawn for batches fetched ahead.
+        A resumed run equals the uninterrupted one bit for bit if items and batches do not depend on random numbers:
+        Trainer restores neither those of loader workers nor those that a collator has drawn for prefetched batches.
         """
         check_trainer()
         if self.sample_state is None or len(self.sample_state) != len(self.train_dataset):
             if self.sample_state is not None:
                 raise ValueError(
-                    f"train_dataset has {len(self.train_dataset)} items, the learning state {len(self.sample_state)}: "
-                    "another dataset needs a new GEKOTrainer"
+                    f"train_dataset has {len(self.train_dataset)} items, but the learning state has "
+                    f"{len(self.sample_state)}: make a new GEKOTrainer for another dataset"
                 )
             raise ValueError("GEKOTrainer: training needs a train_dataset")
         if resume_from_checkpoint is True:
@@ -98,7 +97,7 @@ class PlannedMixin(BeginningMixin):
         check_data(checkpoint, self._resume.get("data"), self._data())
         if holds_only_the_model(checkpoint):
             logger.warning(
-                f"{checkpoint} holds no optimizer and no random numbers (save_only_model=True): the run goes on with a "
+                f"{checkpoint} has no optimizer and no random numbers (save_only_model=True): the run continues with a "
                 "new optimizer, so it will differ from an uninterrupted one."
             )
         self._resume["run"] = {**self._resume.get("run", {}), "GEKOConfig": state.config.to_dict()}
@@ -106,8 +105,8 @@ class PlannedMixin(BeginningMixin):
         self.efficiency.load_state_dict(counts)
         if self.efficiency.visits is not None and not self.efficiency.visits.load(checkpoint):
             logger.warning(
-                f"{checkpoint} has no {VISITS_NAME}: an earlier geko_kernels wrote it. The losses of each sample are "
-                "recorded from here on."
+                f"{checkpoint} has no {VISITS_NAME}, as an earlier geko_kernels wrote it. The losses of each sample "
+                "are recorded from now on."
             )
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
@@ -154,7 +153,7 @@ class PlannedMixin(BeginningMixin):
         if changed:
             sampler.relocate_(self._first_step / self._run_steps if self.counts_steps else None)
             logger.warning(
-                "The run goes on with other settings than its checkpoint was written with, so it will differ from an "
+                "The run continues with other settings than its checkpoint has, so it will differ from an "
                 "uninterrupted one. " + ". ".join(changed) + "."
             )
         epoch = sampler.epoch + finished
@@ -165,7 +164,7 @@ class PlannedMixin(BeginningMixin):
 
     def _run_epoch(self, *, model: nn.Module, epoch: int, **given: Any) -> None:
         self._audit.saw("_run_epoch")
-        self._audit.need("_init_training_state", "it is not known where the run begins")
+        self._audit.need("_init_training_state", "the start of the run is not known")
         self._audit.need("create_scheduler", "the learning rate does not follow its epochs")
         checkpoint = given["resume_from_checkpoint"]
         resumed = checkpoint is not None and epoch == given["epochs_trained"]
@@ -194,14 +193,14 @@ class PlannedMixin(BeginningMixin):
         with self.efficiency.timed("steps"):
             lengths = {"steps_in_epoch": self._epoch_batches, "num_update_steps_per_epoch": self._epoch_steps}
             super()._run_epoch(model=model, epoch=epoch, **{**given, **lengths})
-            self.efficiency.collect()  # waits for the device, so that the time counts for the steps
+            self.efficiency.collect()  # waits for the device, so that its time counts as that of the steps
         if not (self.control.should_epoch_stop or self.control.should_training_stop):
             self._audit.check()
         self._audit.end(self.state.global_step - self._begun_at[0])
 
     def _pass_empty_epoch(self, model: nn.Module, epoch: int, given: dict[str, Any]) -> None:
-        """An epoch without a batch: log, evaluate and save nevertheless."""
-        if self.counts_steps:  # the next ones would be empty, too
+        """Log, evaluate and save after an epoch without a batch."""
+        if self.counts_steps:  # the next epochs would also be empty
             self.control.should_training_stop = True
             logger.warning(self._why_nothing())
         args, step, last = self.args, self.state.global_step, self.state.global_step >= self.state.max_steps
@@ -235,9 +234,9 @@ class PlannedMixin(BeginningMixin):
             self._fill_up(epoch, start, falls)
 
     def _fill_up(self, epoch: int, start: float | None, falls: bool) -> None:
-        """Fill up a plan too small to train, if the run could not end or its learning rate not fall without it.
+        """Fill up a plan that is too small to train, if the run could otherwise not end or its rate not fall.
 
-        If the last epoch of a run counted in epochs is empty, it gets the average length of the epochs.
+        If the last epoch of a run counted in epochs is empty, it gets the epochs' average length.
         """
         sampler, counts = self._planned(), self.efficiency
         assert sampler.plan is not None
@@ -266,16 +265,7 @@ class PlannedMixin(BeginningMixin):
         )
 
     def _end_epoch(self) -> None:
-        sampler = self._planned()
-        sampler.state.sync()
-        sampler.note_forgotten_()
-        marks = {
-            "end": self._epoch(),
-            "buckets": bucket_names(sampler.state.bucket_counts().tolist()),
-            "quarantined": int(sampler.state.quarantined.count_nonzero()),
-            "forgotten": int(sampler.lost),
-        }
-        sampler.lost.zero_()
+        marks = {"end": self._epoch(), **self._planned().epoch_marks_()}
         self.efficiency.samples_standard = self._samples_standard()
         self.efficiency.end_epoch(self.state.global_step, marks)
 
@@ -283,7 +273,7 @@ class PlannedMixin(BeginningMixin):
         self._audit.check()
         self._planned().advance(self._consumed())
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        told = "the labels of the batches were not counted as its loss counts them"
+        told = "the labels of the batches were not counted the way its loss counts them"
         self._audit.need("_get_num_items_in_batch", told, caller="get_batch_samples")
         if self._rng_to_keep is not None:
             torch.set_rng_state(self._rng_to_keep)
@@ -305,7 +295,7 @@ class PlannedMixin(BeginningMixin):
         sampler = self._planned()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self._epoch_batches == 0 and self._saved == folder.resolve():
-            return  # only empty epochs since, which a run resumed from it repeats with the same result
+            return  # only empty epochs since then, which a resumed run repeats with the same result
         with self.efficiency.timed("checkpoints"):
             sampler.state.sync()
             self._counts_at_sync = sampler.state.bucket_counts()

@@ -25,7 +25,7 @@ def check_alike(values: Mapping[str, int], device: torch.device) -> None:
         dist.all_reduce(least, dist.ReduceOp.MIN)
     except RuntimeError as error:
         raise ValueError(
-            f"device must be one whose tensors torch.distributed ({dist.get_backend()}) takes, got {device}: {error}"
+            f"device must be one that torch.distributed's backend {dist.get_backend()} supports, got {device}: {error}"
         ) from error
     dist.all_reduce(most, dist.ReduceOp.MAX)
     for name, low, high in zip(values, least.tolist(), most.tolist(), strict=True):

@@ -25,10 +25,10 @@ else:
 
 
 class ProgressMixin(_Base):
-    """A `transformers.Trainer` that counts by plans: each epoch is a share of the run, however many steps it takes.
+    """A `transformers.Trainer` that counts in plans: each epoch is a share of the run, whatever its number of steps.
 
-    A subclass makes the sampler in `_get_train_sampler`, and sets `_micro_batch`: how many samples, or packs, one batch
-    of all processes has.
+    A subclass makes the sampler in `_get_train_sampler`, and sets `_micro_batch`: the number of samples, or packs, in
+    one batch of all processes.
     """
 
     config: GEKOConfig
@@ -48,7 +48,7 @@ class ProgressMixin(_Base):
 
     @property
     def counts_steps(self) -> bool:
-        """Is the run's length given in steps, with as many planned epochs as they take?"""
+        """Whether the run's length is given in steps, with as many planned epochs as they take."""
         return self.args.max_steps > 0 or self.config.spend_saved
 
     def _planned(self) -> GEKOSampler:
@@ -70,8 +70,8 @@ class ProgressMixin(_Base):
             items = "items" if sampler.packer is None else "packs"
             raise ValueError(
                 f"train_dataset has {sampler.all_units} {items}, fewer than the {self._micro_batch} of one batch, "
-                "and dataloader_drop_last=True drops such a batch: nothing can be trained. Take a smaller batch or set "
-                "it to False"
+                "and dataloader_drop_last=True drops such a batch: nothing can be trained. Use a smaller batch, or set "
+                "dataloader_drop_last=False"
             )
         values = super().set_initial_training_values(args, dataloader)
         self._num_epochs, self._run_steps = values[0], values[-1]
@@ -109,7 +109,7 @@ class ProgressMixin(_Base):
         return self.sampler.progress(len(self.sampler.plan.ids) * self._share())
 
     def _epoch(self) -> float:
-        """`epoch` as Trainer logs it; in a run counted in steps, the passes over the data that they could have made."""
+        """`epoch` as Trainer logs it; in a run counted in steps, the passes over the data that they could make."""
         if self.counts_steps:
             return self._standard.epoch(self.state.global_step)
         epoch = self._planned().epoch

@@ -1,4 +1,4 @@
-"""The states of the random number generators that a training step uses: kept, and restored."""
+"""Saves and restores the states of the random number generators that a training step uses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RandomNumbers:
     """The current states of the generators of Python, NumPy and torch.
 
     Args:
-        device: the GPU whose generator is kept besides the CPU's, or the CPU; None for all GPUs.
-        model: its modules' attributes that are generators are kept, too.
+        device: the GPU whose generator is saved besides the CPU's, or the CPU; None for all GPUs.
+        model: generators among its modules' attributes are saved as well.
     """
 
     def __init__(self, device: torch.device | None = None, model: nn.Module | None = None) -> None:

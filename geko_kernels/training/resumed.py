@@ -1,4 +1,4 @@
-"""Resuming with other settings than the checkpoint was written with: an error, or a warning that names them."""
+"""Resuming with other settings than those of the checkpoint: an error, or a warning that names them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class ResumeError(ValueError):
     """The checkpoint cannot be resumed by this run."""
 
 
-_LENGTH = "the learning rate goes on from where the run stands in its new length"
-_BATCH = "samples of the epoch at hand that do not fill a step of the new size are trained again"
+_LENGTH = "the learning rate continues from the run's position in its new length"
+_BATCH = "samples of the current epoch that do not fill a step of the new size are trained again"
 _EFFECTS = {
     "num_train_epochs": _LENGTH,
     "max_steps": _LENGTH,
     "samples in a batch of all processes": _BATCH,
-    "tokens in a packed row": "what is left of the epoch at hand keeps its packs",
+    "tokens in a packed row": "the rest of the current epoch keeps its packs",
     "gradient_accumulation_steps": _BATCH,
     "processes": "each has other random numbers",
-    "seed of the order": "the epochs to come are drawn in another order",
-    "GEKOConfig": "what is left of the epoch at hand keeps its plan, all else follows the new one",
+    "seed of the order": "later epochs are drawn in another order",
+    "GEKOConfig": "the rest of the current epoch keeps its plan, all else follows the new config",
 }
 
 
@@ -42,7 +42,7 @@ def run_settings(trainer: Any) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each setting that has changed, with what that means for the run.
+    """One line for each setting that has changed, with its effect on the run.
 
     Raises:
         ResumeError: one run is counted in steps, the other in epochs.
@@ -50,8 +50,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before.get("counted in", now["counted in"]) != now["counted in"]:
         raise ResumeError(
             f"the checkpoint's run was counted in {before['counted in']}, this one is in {now['counted in']}: resume "
-            "with max_steps (or config.spend_saved) as the run was started. To go on in another way, load the model "
-            "from the checkpoint and start a new run"
+            "with the same max_steps (or config.spend_saved) as the run was started with. To count differently, load "
+            "the model from the checkpoint and start a new run"
         )
     ignored = {"counted in", "num_train_epochs" if now["max_steps"] > 0 else "max_steps"}
     lines = []
@@ -82,7 +82,7 @@ def check_data(checkpoint: str, before: dict[str, Any] | None, now: dict[str, An
     """Refuse a training set other than that of the checkpoint's learning state.
 
     Raises:
-        ResumeError: items differ; says how many, and how to train on the new data nevertheless.
+        ResumeError: items differ; says how many, and how to train on the new data.
     """
     if before is None or len(before["items"]) != len(
         now["items"]
@@ -91,13 +91,13 @@ def check_data(checkpoint: str, before: dict[str, Any] | None, now: dict[str, An
     changed, compared = changed_items(before, now)
     if changed:
         raise ResumeError(
-            f"{checkpoint} was written with another train_dataset: of {compared} items compared {changed} are not what "
-            "they were, and the learning state is kept by position. Resume with the dataset that the run was started "
+            f"{checkpoint} was written with another train_dataset: of {compared} items compared, {changed} have "
+            "changed, and the learning state is kept by position. Resume with the dataset that the run was started "
             "with, in the same order. To train on this one, load the model from the checkpoint and start a new run, "
             "without resume_from_checkpoint"
         )
 
 
 def holds_only_the_model(checkpoint: str) -> bool:
-    """Was it written with `save_only_model=True`?"""
+    """Whether it was written with `save_only_model=True`."""
     return not any(Path(checkpoint).glob("rng_state*.pth"))

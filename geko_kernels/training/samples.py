@@ -15,7 +15,7 @@ class SamplesMixin(PlannedMixin):
     def write_samples(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics of each sample, one row a sample, as `.jsonl`, `.csv` or `.parquet`.
 
-        At its end a run of up to 200,000 samples writes `samples.jsonl` into `output_dir`. The columns:
+        A run of up to 200,000 samples writes `samples.jsonl` into `output_dir` at its end. The columns:
 
             id                  the row of the user's data
             record_id, text     the data's own `id`, and the first 200 characters of their `text`, `prompt`,
@@ -24,13 +24,13 @@ class SamplesMixin(PlannedMixin):
             epochs, losses      lists, one entry a visit since `train` was called: its planned epoch, from 0, and the
                                 mean loss of its tokens, nats, before weighting. Probes are visits of the epoch that
                                 they precede; visits without a label or a finite loss are left out
-            label_probabilities of each visit exp(-loss), the geometric mean over the tokens
-            hits                of each visit the share of its tokens predicted right
-            bucket, times_seen  at the end
+            label_probabilities exp(-loss) of each visit, the geometric mean of the label's probability over its tokens
+            hits                for each visit, the share of its tokens predicted right
+            bucket, times_seen  at the end of the run
             times_forgotten     how often the sample was found wrong after it had been right
             quarantined         whether the noise guard holds it back at the end
-            suspected           whether it does, or would if there were more like it; null if the guard did not judge:
-                                it was off, the run had one epoch, or its model did not generalise
+            suspected           whether it does, or would if there were more suspects; null if the guard did not judge
+                                labels: it was off, the run had one epoch, or the model did not generalise
             label_error         in [0, 1], higher if a wrong label is more likely, see `label_error_scores`; null
                                 without a visit
             duplicate_group     the `id` of the first sample with the same `input_ids`; null if no other has them, or

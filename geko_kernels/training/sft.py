@@ -1,4 +1,4 @@
-"""`GEKOSFTTrainer`: `trl.SFTTrainer` that trains what still has something to teach."""
+"""`GEKOSFTTrainer`: `trl.SFTTrainer` on the samples that still have something to teach."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     """`trl.SFTTrainer` with GEKO's loss and plans; `GEKOConfig.uniform()` trains as SFTTrainer does.
 
     Dataset preparation, collator, evaluation and metrics are SFTTrainer's, and so is the auxiliary loss of a mixture of
-    experts (`router_aux_loss_coef`). Training computes the loss and the entropy together with the model's head, without
-    all logits, where GEKOTrainer does. A sample id is a row of `train_dataset` as it was given; a row that SFT drops,
-    because no token of it counts, is never drawn. `shuffle_dataset` changes nothing: each epoch's plan is shuffled.
+    experts (`router_aux_loss_coef`). Where GEKOTrainer fuses the loss with the model's head, so does this trainer, and
+    computes the entropy in the same pass. A sample id is a row of `train_dataset` as it was given. A row that SFT
+    drops, because no token of it counts, is never drawn. `shuffle_dataset` has no effect: each plan is shuffled.
 
-    `packing=True` packs the documents of each epoch's plan anew by best-fit decreasing into rows of `max_length`
-    tokens, so that none is cut and no padding is paid; SFTTrainer packs once. Documents are truncated to `max_length`
-    as without packing, by `truncation_mode`. A batch is `per_device_train_batch_size` such rows, or, with
-    `GEKOConfig(batch_tokens=...)`, one of so many tokens. `packing_strategy` "wrapped" and "bfd_split" cut documents:
-    SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
+    `packing=True` packs the documents of each epoch's plan by best-fit decreasing into rows of `max_length` tokens, so
+    that none is cut and hardly any padding is computed; SFTTrainer packs once, before training. Documents are truncated
+    to `max_length` by `truncation_mode`, as without packing. A batch has `per_device_train_batch_size` such rows, or,
+    with `GEKOConfig(batch_tokens=...)`, up to that many tokens. `packing_strategy` "wrapped" and "bfd_split" cut
+    documents: SFTTrainer packs them, and with `GEKOConfig.uniform()` each of its packs is a sample.
 
-    Vision models are trained as SFTTrainer does, whose collator prepares the rows; such rows take no `batch_tokens`.
+    Vision models are trained as by SFTTrainer, whose collator prepares the rows; `batch_tokens` is not for them.
 
-    The columns `sample_weights` and, beside `input_ids`, `token_weights` weigh as in GEKOTrainer; truncation cuts the
-    latter along with the tokens, and mean_token_accuracy is then weighted by them.
+    The columns `sample_weights` and, beside `input_ids`, `token_weights` work as in GEKOTrainer. Truncation cuts the
+    token weights along with the tokens, and mean_token_accuracy is weighted by them.
 
     Args: those of SFTTrainer, and
         config: a GEKOConfig (default: `recommended()`).
 
     Raises:
-        ValueError: a packing strategy that cuts documents where GEKO chooses or weights them or the data have weights,
-            token_weights of text, a loss other than "nll", Liger kernels, iterable datasets; at the first
+        ValueError: a packing strategy that cuts documents, if GEKO chooses or weights documents or the data have
+            weights; token_weights of text; a loss other than "nll"; Liger kernels; iterable datasets; at the first
             training batch, prompt tuning with packed rows.
     """
 
@@ -61,21 +61,21 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
             self._row_tokens = own.max_length
         self._given_rows: Any = given.get("train_dataset")
         super().__init__(**given, config=config)
-        prepares = prepares and not self._is_vision_dataset  # whose rows the collator prepares
+        prepares = prepares and not self._is_vision_dataset  # there the collator prepares the rows
         if self._given_rows is not None and prepares:
             raise bypassed(self, "the rows of train_dataset were not kept as they were given", ("_prepare_dataset",))
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **named: Any
     ) -> Any:
-        trains, self._given_rows = dataset is self._given_rows, None  # that one comes first
-        if not trains or (packing and self._row_tokens is None):  # of evaluation, or packs are the samples
+        trains, self._given_rows = dataset is self._given_rows, None  # the training data come first
+        if not trains or (packing and self._row_tokens is None):  # evaluation data, or packs are the samples
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **named)
         marked = dataset.add_column(_ROW, list(range(len(dataset))))
         prepared = super()._prepare_dataset(marked, processing_class, args, False, *rest, **named)
         columns = [name for name in WEIGHT_COLUMNS if name in dataset.column_names]
         if packing:
-            prepared = prepared.select_columns(["input_ids", "labels", _ROW, *columns])  # as SFT does, but for ours
+            prepared = prepared.select_columns(["input_ids", "labels", _ROW, *columns])  # as SFT does, with our columns
         if "token_weights" in columns:
             prepared = _with_cut_weights(prepared, dataset, args.truncation_mode == "keep_end")
         rows, every = torch.tensor(prepared[_ROW][:], dtype=torch.long), torch.arange(len(dataset))
@@ -84,10 +84,11 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
         return prepared.remove_columns(_ROW)
 
     def _places(self, rows: Tensor, number: int) -> Tensor:
-        """(number,) where each of the user's rows is in the prepared dataset; those that SFT drops are never drawn."""
+        """(number,) the place of each of the user's rows in the prepared dataset; dropped rows are never drawn."""
         if len(rows) == 0:
             raise ValueError(
-                f"SFTTrainer drops all {number} rows of train_dataset: max_length leaves no token that counts. Raise it"
+                f"SFTTrainer drops all {number} rows of train_dataset: max_length leaves no token that counts. Raise "
+                "max_length"
             )
         places = torch.full((number,), -1)
         places[rows] = torch.arange(len(rows))
@@ -99,7 +100,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
                 "never drawn."
             )
             self._present = there.nonzero()[:, 0].int()
-        return places.clamp(min=0)  # row 0 holds the place of a dropped one
+        return places.clamp(min=0)  # a dropped row points to row 0
 
     def compute_loss(
         self,
@@ -139,8 +140,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
     def _aux_loss(self, outputs: Any) -> Tensor:
         if getattr(outputs, "aux_loss", None) is None:
             raise ValueError(
-                f"{type(self._base()).__name__} returns no aux_loss, which router_aux_loss_coef="
-                f"{self.router_aux_loss_coef} weighs: set it to 0.0 in SFTConfig"
+                f"{type(self._base()).__name__} returns no aux_loss for router_aux_loss_coef="
+                f"{self.router_aux_loss_coef}: set it to 0.0 in SFTConfig"
             )
         return outputs.aux_loss
 
@@ -170,7 +171,7 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
     columns = getattr(data, "column_names", None) or ()
     if getattr(args, "use_liger_kernel", False):
-        raise ValueError("GEKOSFTTrainer does not combine with use_liger_kernel=True: set it to False")
+        raise ValueError("GEKOSFTTrainer does not work with use_liger_kernel=True: set it to False")
     if getattr(args, "packing", False):
         _check_packing(args, config or GEKOConfig.recommended(), columns)
     kind = getattr(args, "loss_type", "nll")
@@ -178,8 +179,8 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
         raise ValueError(f"GEKOSFTTrainer trains loss_type='nll', got {kind!r}: set it to 'nll'")
     if "token_weights" in columns and "input_ids" not in columns:
         raise ValueError(
-            "GEKOSFTTrainer does not take token_weights of text, as SFTTrainer makes its tokens itself: give the rows "
-            "of train_dataset input_ids (and labels) as long as them, or sample_weights, one number a row"
+            "GEKOSFTTrainer does not take token_weights with text, as SFTTrainer tokenises it: give the rows of "
+            "train_dataset input_ids (and labels) of the same length, or sample_weights, one number a row"
         )
     if data is not None and not isinstance(data, Dataset):
         raise ValueError(
@@ -189,7 +190,7 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
 
 
 def _with_cut_weights(prepared: Any, given: Any, from_the_end: bool) -> Any:
-    """`prepared`, its token_weights cut as SFT has cut the tokens of the rows `given`."""
+    """`prepared` with its token_weights cut like the tokens of the rows `given`, which SFT has cut."""
     lengths = [len(tokens) for tokens in given["input_ids"]]
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
@@ -209,14 +210,14 @@ def _check_packing(args: Any, config: GEKOConfig, columns: Any) -> None:
     if args.packing_strategy != "bfd" and not _treats_all_alike(config):
         raise ValueError(
             f"GEKOSFTTrainer chooses and weights whole documents, and packing_strategy={args.packing_strategy!r} cuts "
-            "them: set packing_strategy='bfd', which is packed anew in each epoch, or config=GEKOConfig.uniform(), "
+            "them: set packing_strategy='bfd', which is packed again in each epoch, or config=GEKOConfig.uniform(), "
             "which trains all of it"
         )
     weights = [name for name in WEIGHT_COLUMNS if name in columns]
     if args.packing_strategy != "bfd" and weights:
         raise ValueError(
-            f"packing_strategy={args.packing_strategy!r} makes rows of parts of documents, and train_dataset has "
-            f"{weights} of whole ones: set packing_strategy='bfd', or drop them"
+            f"packing_strategy={args.packing_strategy!r} makes rows of parts of documents, but train_dataset has "
+            f"{weights} of whole documents: set packing_strategy='bfd', or drop that column"
         )
     if args.max_length is None:
         raise ValueError("packing=True needs max_length, the tokens of a packed row: got max_length=None")

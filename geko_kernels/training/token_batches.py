@@ -24,17 +24,20 @@ def check_token_batches(args: TrainingArguments, batch_tokens: int | None) -> No
     if batch_tokens is not None:
         others |= {"auto_find_batch_size": args.auto_find_batch_size, "split_batches": config.split_batches}
         if getattr(args, "probe_batch_size", None) is not None:
-            raise ValueError("probe_batch_size counts samples, and batch_tokens sizes probe batches too: leave out one")
+            raise ValueError(
+                "probe_batch_size cannot be combined with batch_tokens, which also sets the size of probe batches: "
+                "leave out one of them"
+            )
     for other, given in others.items():
         if given:
-            raise ValueError(f"{name} does not combine with {other}={given!r}: leave it out")
+            raise ValueError(f"{name} cannot be combined with {other}={given!r}: leave one of them out")
 
 
 def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_tokens: int | None) -> Packer | None:
-    """How plans are cut: into rows by best fit with `row_tokens`, else into batches; None if batches count samples.
+    """The packer of plans: into rows by best fit with `row_tokens`, else into batches; None if batches count samples.
 
-    With both, packs are batches. A collator is assumed to pad unless it says that it joins rows, so that a batch has at
-    most `batch_tokens` tokens either way.
+    With both, packs are batches. A collator is assumed to pad unless it says that it joins rows; in either case a batch
+    has at most `batch_tokens` tokens.
 
     Raises:
         ValueError: a sample is longer than a pack.
@@ -54,8 +57,8 @@ def packer_of(lengths: Tensor, collator: Any, batch_tokens: int | None, row_toke
 def sample_lengths(dataset: Any, length_column: str = "length") -> Tensor:
     """(N,) int64 tokens of each item: of its `input_ids`, or else from `length_column`.
 
-    A datasets.Dataset is read by its Arrow columns, unless it has a transform, which makes the items on access. Any
-    other dataset is read item by item.
+    A datasets.Dataset is read from its Arrow columns, unless it has a transform, which makes items when they are read.
+    Any other dataset is read item by item.
 
     Raises:
         ValueError: an item has neither; names it.
@@ -78,7 +81,7 @@ def _arrow_lengths(dataset: Any) -> Tensor:
     parts = [pc.fill_null(pc.list_value_length(table.column("input_ids")), -1).to_numpy() for table in rows]
     lengths = torch.from_numpy(np.concatenate(parts).astype(np.int64))
     if int(lengths.min()) < 0:
-        raise ValueError(f"train_dataset[{int(lengths.argmin())}] has no input_ids, whose tokens size the batches")
+        raise ValueError(f"train_dataset[{int(lengths.argmin())}] has no input_ids, which batch_tokens counts")
     return lengths
 
 
@@ -90,7 +93,7 @@ def _length(dataset: Any, row: int, length_column: str) -> int:
     if tokens is None:
         found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
         raise ValueError(
-            f"batch_tokens counts the input_ids of each item, and train_dataset[{row}] has {found}: tokenise it, give "
-            f"it its {length_column!r}, or leave batch_tokens out"
+            f"batch_tokens counts the input_ids of each item, but train_dataset[{row}] has {found}: tokenise the "
+            f"dataset, add a column {length_column!r}, or leave batch_tokens out"
         )
     return len(tokens)

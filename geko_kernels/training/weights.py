@@ -20,9 +20,9 @@ def columns_beside(model: nn.Module) -> tuple[str, ...]:
 
 
 def drawable(dataset: Any, columns: Sequence[str], present: Tensor | None) -> Tensor | None:
-    """Ids (P,) int32 of `present`, None for all, without items whose `sample_weights` is 0: those change nothing.
+    """Ids (P,) int32 of `present` (None: all) without items whose `sample_weights` is 0, which would change nothing.
 
-    Of a datasets.Dataset, or a list or tuple of mappings. Items of others are not read beforehand: they may open files.
+    For a datasets.Dataset, or a list or tuple of mappings. Other datasets are not read, as that may open files.
 
     Raises:
         ValueError: nothing is left.
@@ -41,7 +41,7 @@ def drawable(dataset: Any, columns: Sequence[str], present: Tensor | None) -> Te
     if present is not None:
         counts &= torch.zeros_like(counts).index_fill_(0, present.long(), True)
     if not bool(counts.any()):
-        raise ValueError("sample_weights of all items of train_dataset are 0: there is nothing to train")
+        raise ValueError("sample_weights must be above 0 in an item of train_dataset, got 0 in all: nothing to train")
     return counts.nonzero()[:, 0].int()
 
 
@@ -60,8 +60,8 @@ def split_weights(
             continue
         if not all(has):
             raise ValueError(
-                f"{name} must be in every item of train_dataset or in none: sample {ids[has.index(True)]} has some, "
-                f"sample {ids[has.index(False)]} none"
+                f"{name} must be in every item of train_dataset or in none: sample {ids[has.index(True)]} has it, "
+                f"sample {ids[has.index(False)]} does not"
             )
         weights[name] = [item[name] for item in items]
     bare = [
@@ -84,14 +84,14 @@ def add_weights(
 ) -> None:
     """Add `weights` to a batch with sample_ids, as `weighted_loss` takes them: token weights padded with 0.
 
-    Args: labels: the batch's, as the collator made them; items, ids: what the collator was given; packed_by_collator:
-        it joined rows in its own way.
+    Args: labels: the batch's labels, as the collator made them; items, ids: the collator's input; packed_by_collator:
+        whether it joined rows in its own way.
     Raises:
         ValueError: a value is not a finite number of 0 or more, or it is unknown which token a weight belongs to.
     """
     taken = [name for name in weights if name in batch]
     if taken:
-        raise ValueError(f"the data collator returns {taken}, which the items have as well: give them once")
+        raise ValueError(f"the data collator returns {taken}, which the items also have: remove them from one of both")
     sample_ids = batch["sample_ids"]
     if "sample_weights" in weights:
         values = torch.tensor([_number(value, i) for value, i in zip(weights["sample_weights"], ids, strict=True)])
@@ -101,10 +101,10 @@ def add_weights(
     if "token_weights" in weights:
         rows = [_numbers(row, i) for row, i in zip(weights["token_weights"], ids, strict=True)]
         if labels.dim() != 2 or packed_by_collator:
-            why = "packs rows in a way of its own" if packed_by_collator else f"made labels {tuple(labels.shape)}"
+            why = "packs rows in its own way" if packed_by_collator else f"made labels {tuple(labels.shape)}"
             raise ValueError(
-                f"token_weights weigh labels of one a token, (B, S), and the data collator {why}: give sample_weights, "
-                "one number a sample"
+                f"token_weights need one label a token, (B, S), but the data collator {why}: give sample_weights, one "
+                "number a sample"
             )
         batch["token_weights"] = _placed(rows, batch, labels, items, ids, label_names)
 
@@ -154,7 +154,7 @@ def _placed(
     name = next((name for name in label_names if items[0].get(name) is not None and not joined), "input_ids")
     lacking = next((i for item, i in zip(items, ids, strict=True) if item.get(name) is None), None)
     if lacking is not None:
-        raise ValueError(f"token_weights must be as long as {name}, which sample {lacking} has not")
+        raise ValueError(f"token_weights must be as long as {name}, which sample {lacking} lacks")
     own = [torch.as_tensor(item[name]) for item in items]
     for row, tokens, i in zip(rows, own, ids, strict=True):
         if row.shape != tokens.shape:
@@ -178,7 +178,7 @@ def _placed(
             return placed
     raise ValueError(
         f"the data collator made {name} of shape {tuple(made.shape)} that are not the items' own with padding on one "
-        "side, so it is unknown which token a weight of token_weights belongs to: let it leave them as they are"
+        "side, so it is unknown which token a weight of token_weights belongs to: let it only pad them"
     )
 
 

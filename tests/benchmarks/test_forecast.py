@@ -1,4 +1,4 @@
-"""The table of forecasts in docs/evidence.md comes from the recorded runs."""
+"""The table of forecasts in benchmarks/end_to_end/LOG.md comes from the recorded runs."""
 
 from benchmarks.end_to_end.report import EVIDENCE, LARGE, SMALL
 from benchmarks.results import read

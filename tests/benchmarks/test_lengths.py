@@ -49,4 +49,4 @@ def test_the_trainer_runs_both_and_says_what_it_took(tmp_path, monkeypatch, rows
     product.main()
     auto, uniform = map(json.loads, out.read_text().splitlines())
     assert uniform["samples_backward"] == 44 and uniform["stopping"] == {} and auto["seconds"]["total"] > 0
-    assert auto["test_loss"] == pytest.approx(8.3, abs=0.5) and "nothing to look at" in auto["stopping"]["why"]
+    assert auto["test_loss"] == pytest.approx(8.3, abs=0.5) and "nothing to evaluate" in auto["stopping"]["why"]

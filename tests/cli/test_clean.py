@@ -169,13 +169,15 @@ def test_out(run, data, tmp_path, capsys):
 def test_no_run_no_samples_or_other_data(run, tmp_path, capsys):
     out = tmp_path / "better.jsonl"
     assert refusal(capsys, tmp_path, out) == (
-        f"{tmp_path} has no geko_data.json: give the --output-dir of a `geko train` run that has ended; after a script "
-        'of your own leave out of its data what write_samples calls "suspected"'
+        f"{tmp_path} has no geko_data.json: give the --output-dir of a `geko train` run that has ended; after your own "
+        'script, remove from its data the rows that write_samples marks as "suspected"'
     )
     changed = write_jsonl(tmp_path / "words.jsonl", [*ROWS[:20], {**ROWS[20], "ü": "e"}, *ROWS[21:]])
     known = json.loads((run / "geko_data.json").read_text())
     (run / "geko_data.json").write_text(json.dumps({**known, "data": changed}))
-    assert refusal(capsys, run, out).startswith(f"{changed} is not what {run} was trained on, so that its rows are")
+    assert refusal(capsys, run, out).startswith(
+        f"{changed} has changed since {run} was trained on it, so its rows are others now"
+    )
     (tmp_path / "words.jsonl").unlink()
     assert "cannot read the file (No such file or directory)" in refusal(capsys, run, out)
     (run / "samples.jsonl").unlink()
@@ -208,8 +210,8 @@ def test_a_class_of_which_nothing_is_left_is_named(run, tmp_path, capsys):
     first, *more = capsys.readouterr().out.splitlines()
     assert f"{48 - len(trees)} of 48 rows" in first
     assert more == [
-        f"Warning: no row is left of the class 'tree' ({len(trees)}), which a model trained on these data cannot "
-        f"learn. Look at the rows; in {run / 'samples.jsonl'} set "
+        f"Warning: no row is left of the class 'tree' ({len(trees)}), so a model trained on these data cannot "
+        f"learn it. Look at the rows; in {run / 'samples.jsonl'} set "
         '"suspected" and "quarantined" to false for those that are right, and give the command again with --overwrite'
     ]
     suspect(run, trees - {min(trees)})
@@ -230,5 +232,6 @@ def test_samples_of_another_run(run, tmp_path, data, capsys):
     rows = [*read_samples(run), {"id": 48, "suspected": True}]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert refusal(capsys, run, tmp_path / "b.jsonl") == (
-        f"{run / 'samples.jsonl'} is of another run: it suspects row 48, and {data} has 48 rows, counted from 0"
+        f"{run / 'samples.jsonl'} is of another run: it suspects row 48, but {data} has 48 rows, counted from "
+        "0; train again"
     )

@@ -132,8 +132,8 @@ class TestTrain:
         assert train(model, prompts, output, "--loss", first, "--epochs", "1") == 0
         command = ("train", "--model", str(model), "--data", prompts, "--output-dir", str(output), "--resume")
         text = refused(capsys, *command, "--loss", other)
-        assert f"checkpoint-3 was written with --loss {first}, and --loss {other} would go on" in text
-        assert f"Give --loss {first}, or start a run of its own with another --output-dir" in text
+        assert f"checkpoint-3 was written with --loss {first}, but this run has --loss {other}." in text
+        assert f"Give --loss {first}, or start a new run with another --output-dir" in text
         capsys.readouterr()
         assert train(model, prompts, output, "--loss", first, "--epochs", "1", "--resume") == 0
 
@@ -199,7 +199,7 @@ class TestWrongInput:
             ("a: [", "is not valid YAML"),
             ("geko:\n  freeze: 1", "unknown freeze; GEKOConfig has freeze_confidence"),
             ("geko:\n  freeze_confidence: 2", "freeze_confidence must be in (0, 1]"),
-            ("training_arguments:\n  seed: 1", "seed has an option of its own"),
+            ("training_arguments:\n  seed: 1", "seed has its own option"),
             ("training_arguments:\n  warm_up: 1", "has no 'warm_up'"),
             ("batch_size: 0", "batch_size must be at least 1"),
             ("loss: standard\npreset: balanced", "need --loss geko"),

@@ -50,8 +50,8 @@ class TestLines:
                 '{"text": ' + "9" * 5000 + "}",
                 "line 1 is not JSON (a number of 5,000 digits; at most 4,300 can be read)",
             ),
-            ('{"text": "\\ud800"}', "line 1: `text` holds a lone surrogate (\\ud800 to \\udfff)"),
-            ('{"text": "a", "label": "\\udfff"}', "line 1: `label` holds a lone surrogate"),
+            ('{"text": "\\ud800"}', "line 1: `text` has a lone surrogate (\\ud800 to \\udfff)"),
+            ('{"text": "a", "label": "\\udfff"}', "line 1: `label` has a lone surrogate"),
             ('{"text": "a", "label": NaN}', "`label` must be a number or a name, and numbers must be whole, got nan"),
             ('{"text": "a", "label": [1]}', "`label` must be a number or a name, got [1]"),
         ],
@@ -79,7 +79,7 @@ class TestLines:
         os.mkfifo(tmp_path / "pipe.jsonl")
         (tmp_path / "null.jsonl").symlink_to("/dev/null")
         (tmp_path / "data.jsonl.gz").write_bytes(b"\x1f\x8b")
-        assert "(it is a directory); give" in refusal(capsys, tmp_path, data=tmp_path / "folder.jsonl")
+        assert "(it is a directory); rename it" in refusal(capsys, tmp_path, data=tmp_path / "folder.jsonl")
         assert "(it is a pipe or a device); give" in refusal(capsys, tmp_path, data=tmp_path / "pipe.jsonl")
         assert "(it is a pipe or a device); give" in refusal(capsys, tmp_path, data=tmp_path / "null.jsonl")
         (tmp_path / "data.jsonl.xz").write_bytes(b"\xfd7zXZ")

@@ -36,7 +36,7 @@ def test_version(capsys):
     "command, told",
     [
         (["env"], "geko_kernels env: interrupted\n"),
-        (["train"], "geko_kernels train: interrupted; nothing had begun, so the same command starts anew\n"),
+        (["train"], "geko_kernels train: interrupted; nothing had begun, so give the same command again\n"),
     ],
 )
 def test_interrupted_while_it_is_still_loading(monkeypatch, capsys, command, told):
@@ -73,7 +73,10 @@ class TestYaml:
             (b"epochs: \xff", "is not UTF-8 text (byte 8); convert it first"),
             (b"epochs: 1\nseed: 2\nepochs: 3", "the key 'epochs' is there twice (line 3, column 1)"),
             (b"geko: {probes: true, probes: false}", "the key 'probes' is there twice"),
-            (b"a: &a [x, x]\nb: &b [*a, *a]", "the reference *a is not read: write the value out (line 2, column 8)"),
+            (
+                b"a: &a [x, x]\nb: &b [*a, *a]",
+                "the reference *a is not allowed: write the value out (line 2, column 8)",
+            ),
             (b"a: " + b"[" * 50_000, "nests too deeply"),
             (b"seed: " + b"9" * 5000, "is not valid YAML: Exceeds the limit"),
             (b"data: 2020-99-99", "is not valid YAML: month must be in 1..12"),
@@ -115,7 +118,7 @@ class TestYaml:
         "settings, message",
         [
             ("eval_strategy: epoch", "didn't pass an `eval_dataset`"),
-            ("label_smoothing_factor: 0.1", "GEKOTrainer does not combine with label_smoothing_factor: set it to 0"),
+            ("label_smoothing_factor: 0.1", "GEKOTrainer does not work with label_smoothing_factor: set it to 0"),
             ("optim: adamw_bnb_8bit", "You need to install `bitsandbytes`"),
             ("dataloader_num_workers: -1", "num_workers option should be non-negative"),
             ("adam_beta1: 2", "Invalid beta parameter at index 0: 2"),
@@ -186,7 +189,7 @@ class TestOutput:
         (tmp_path / "link").symlink_to(model)
         for output in (model, f"{model}/../{model.name}", tmp_path / "link"):
             told = refusal(capsys, tmp_path, model=model, data=data, output=output)
-            assert "is the directory of --model, which the run would write over; give another --output-dir" in told
+            assert "is the directory of --model, which the run would overwrite; give another --output-dir" in told
 
     def test_inside_the_model_is_its_own(self, tmp_path):
         folder = save_tiny_model(tmp_path / "tiny")

@@ -63,14 +63,14 @@ class TestInterrupt:
 
     def test_before_a_checkpoint(self, model, data, tmp_path, monkeypatch, capsys):
         told = self.interrupted_at(monkeypatch, capsys, 1, model, data, tmp_path / "run")
-        no_checkpoint = "no checkpoint has been written, so the same command begins anew"
+        no_checkpoint = "no checkpoint has been written, so the same command starts from the beginning"
         assert told == f"geko_kernels train: interrupted; {no_checkpoint}"
         assert train(model, data, tmp_path / "run") == 0
 
     def test_after_a_checkpoint(self, model, data, finished, tmp_path, monkeypatch, capsys):
         output = tmp_path / "run"
         told = self.interrupted_at(monkeypatch, capsys, 4, model, data, output)
-        go_on = f"the same command with --resume goes on from {output}/checkpoint-2"
+        go_on = f"the same command with --resume continues from {output}/checkpoint-2"
         assert told == f"geko_kernels train: interrupted; {go_on}"
         assert train(model, data, output, "--resume") == 0
         assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -97,7 +97,7 @@ class TestInterrupt:
             finally:
                 process.kill()
         lines = (tmp_path / "told").read_text().splitlines()
-        assert "interrupted; the same command with --resume goes on from" in lines[-1]
+        assert "interrupted; the same command with --resume continues from" in lines[-1]
         assert "Traceback" not in "\n".join(lines)
 
 
@@ -112,7 +112,9 @@ class TestDisk:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert f"cannot write to {tmp_path}/run (" in told and ("File too large" in told or room == 200_000)
-        assert told.endswith("make room there; no checkpoint has been written, so the same command begins anew")
+        assert told.endswith(
+            "free some space; no checkpoint has been written, so the same command starts from the beginning"
+        )
 
     def test_no_memory(self, model, data, tmp_path, monkeypatch, capsys):
         def full(*args, **kwargs):
@@ -186,7 +188,7 @@ class TestResume:
 class TestReport:
     def test_of_the_newest_checkpoint(self, finished, unfinished, capsys):
         assert main(["report", str(unfinished)]) == 0
-        assert "the run has not ended: the figures are those of checkpoint-2\n" in capsys.readouterr().out
+        assert "the run has not ended; the figures are those of checkpoint-2\n" in capsys.readouterr().out
         page = (unfinished / "report.html").read_text()
         assert "these are the figures of its newest checkpoint, checkpoint-2" in page and "16 training samples" in page
         assert "16</b><span>samples trained, of 16 in the standard run" in page
@@ -220,7 +222,11 @@ class TestReport:
         assert told == f"geko_kernels report: {tmp_path}/geko_report.json is damaged: {message}\n"
 
     def test_nothing_to_report(self, tmp_path, capsys):
-        for text, message in (("[" * 100_000, "it is not JSON"), ("[1]", "holds no JSON object"), ("\0", "not JSON")):
+        for text, message in (
+            ("[" * 100_000, "not JSON"),
+            ("[1]", "must hold an object, got list"),
+            ("\0", "not JSON"),
+        ):
             (tmp_path / "geko_report.json").write_text(text)
             assert message in refused(capsys, "report", str(tmp_path))
         told = refused(capsys, "report", str(tmp_path / "geko_report.json"))

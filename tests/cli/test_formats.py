@@ -100,7 +100,7 @@ class TestChats:
         assert f"{path}, line 2: the chat template does not render the turns up to the assistant's (turn 1)" in str(
             told.value
         )
-        assert "mark them in the template by {% generation %} and {% endgeneration %}" in str(told.value)
+        assert "mark them in the template with {% generation %} and {% endgeneration %}" in str(told.value)
         one = written(tmp_path / "b.jsonl", [{"messages": turns("a", "b")}])
         assert items(gk.load_dataset(one, tokenizer(UNSTABLE))) == [
             ([USER, A, EOS, BOT, THINK, B, EOS], [X, X, X, X, THINK, B, EOS])
@@ -117,7 +117,7 @@ class TestChats:
                 {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
                 "`messages`[0]: `content` must be text, got",
             ),
-            ({"messages": [{"role": "user", "content": "\ud800"}]}, "`content` holds a lone surrogate"),
+            ({"messages": [{"role": "user", "content": "\ud800"}]}, "`content` has a lone surrogate"),
             (
                 {"conversations": [{"from": "bing", "value": "a"}]},
                 "`from` must be human, gpt, system or tool, got 'bing'",
@@ -134,7 +134,7 @@ class TestChats:
 
     def test_chat_that_the_assistant_begins(self, tmp_path):
         path = written(tmp_path / "a.jsonl", [{"messages": turns("a", "b", "c")[1:]}])
-        with pytest.raises(DataError, match="line 1: the conversation begins with a turn of the assistant, and"):
+        with pytest.raises(DataError, match="line 1: the conversation begins with a turn of the assistant, but"):
             gk.load_dataset(path, tokenizer(PLAIN))
         assert items(gk.load_dataset(path, tokenizer(MARKED))) == [([BOT, B, EOS, USER, C, EOS], [X, B, X, X, X, X])]
 
@@ -145,7 +145,7 @@ class TestChats:
 
     def test_several_templates_without_a_default(self, tmp_path):
         path = written(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}])
-        with pytest.raises(DataError, match="holds conversations, and .* does not say by which template: "):
+        with pytest.raises(DataError, match="holds conversations, but .* does not say which template to use: "):
             gk.load_dataset(path, tokenizer({"tools": PLAIN, "rag": PLAIN}))
         assert len(gk.load_dataset(path, tokenizer({"tools": MARKED, "default": PLAIN}))) == 1
 
@@ -254,9 +254,7 @@ class TestFiles:
 
     def test_folder_of_splits(self, tmp_path):
         written(tmp_path / "test.jsonl", [{"text": "c"}])
-        with pytest.raises(
-            DataError, match="holds only test.jsonl, and none for training; give the file that you want"
-        ):
+        with pytest.raises(DataError, match="holds only test.jsonl, none for training; give the file that you want"):
             gk.load_dataset(tmp_path, tokenizer())
         written(tmp_path / "more.jsonl", [{"text": "d"}])
         assert texts(gk.load_dataset(tmp_path, tokenizer())) == [[D]]
@@ -271,9 +269,9 @@ class TestFiles:
     @pytest.mark.parametrize(
         "content, message",
         [
-            ("text,label\na,b,c\n", "line 2: 3 fields where line 1 names 2 columns"),
-            ("text,label\na\n", "line 2: 1 fields where line 1 names 2 columns"),
-            ("text,text\na,b\n", "line 1: every column needs a name of its own, got ['text', 'text']"),
+            ("text,label\na,b,c\n", "line 2: 3 fields, but line 1 names 2 columns"),
+            ("text,label\na\n", "line 2: 1 fields, but line 1 names 2 columns"),
+            ("text,text\na,b\n", "line 1: every column needs a different name, got ['text', 'text']"),
             ('text\n"a\n', "line 2: unexpected end of data"),
             (
                 "a;b\nc;d\n",
@@ -316,7 +314,7 @@ class TestPlaces:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "here").mkdir()
         with pytest.raises(
-            DataError, match="there is no such file or folder; |No such file or directory|there is none"
+            DataError, match="there is no such file or folder; |No such file or directory|does not exist"
         ):
             gk.load_dataset(path, tokenizer())
         assert self.asked == []
@@ -332,7 +330,7 @@ class TestPlaces:
             raise ConnectionError("offline")
 
         monkeypatch.setattr("datasets.load_dataset", fail)
-        with pytest.raises(DataError, match="cannot load org/none: there is no .*HF_HUB_OFFLINE is set, so that only"):
+        with pytest.raises(DataError, match="cannot load org/none: there is no .* HF_HUB_OFFLINE is set, only"):
             gk.load_dataset("org/none", tokenizer())
 
 
@@ -376,7 +374,7 @@ class TestLabels:
         data = gk.load_dataset(path, tokenizer(), label_column="mood")
         assert items(data) == [([A], 0), ([B], 1)] and data.class_names == ["x", "y"]
         assert f"{path}: columns that are not used: label" in data.notes
-        with pytest.raises(DataError, match=r"has no `moods`, only \['label', 'mood', 'text'\]; a label column stands"):
+        with pytest.raises(DataError, match=r"has no `moods`, only \['label', 'mood', 'text'\]; a label column needs"):
             gk.load_dataset(path, tokenizer(), label_column="moods")
 
 
@@ -393,7 +391,7 @@ class TestLength:
         assert data.notes == [
             f"{path}: 2 of 4 records are longer than max_length=6 and lose their end",
             f"{path}: 2 of 4 records have no token to train within max_length=6 and are skipped: row 1 (line 2), "
-            "2 (line 3); rows are counted from 0, and the report calls the others by theirs",
+            "2 (line 3); rows are counted from 0, and the other rows keep their numbers in the report",
         ]
 
     def test_nothing_left(self, tmp_path):

@@ -75,7 +75,7 @@ def test_command_takes_tables_and_a_label_column(model, tmp_path, capsys):
 def test_command_seeks_no_local_path_on_the_hub(tmp_path, capsys):
     told = refusal(capsys, tmp_path, data="./org/none")
     assert told.startswith("cannot load ./org/none: there is no such file or folder; a dataset on the hub is written")
-    assert "HF_HUB_OFFLINE is set, so that only what the hub's" in refusal(capsys, tmp_path, data="org/none")
+    assert "as HF_HUB_OFFLINE is set, only the hub's cache" in refusal(capsys, tmp_path, data="org/none")
 
 
 class _Quarantine(TrainerCallback):

@@ -89,7 +89,7 @@ def call(**changes):
         ),
         ({"sample_ids": IDS.to_sparse()}, TypeError, "sample_ids must be a dense tensor, got one of layout"),
         ({"labels": LABELS.bool()}, TypeError, "labels must be int64, got torch.bool; use labels.long()"),
-        ({"labels": LABELS.float()}, TypeError, "labels must be int64 class indices, got torch.float32; where all are"),
+        ({"labels": LABELS.float()}, TypeError, "labels must be int64 class indices, got torch.float32; use labels"),
     ],
 )
 def test_what_python_can_see(changes, error, message):

@@ -233,7 +233,7 @@ def test_any_flip_or_cut_is_refused_by_name_or_harmless(checkpoint):
 def test_a_flipped_bit_in_a_version_does_not_pass_for_the_first_layout(checkpoint):
     path = checkpoint / STATE_NAME
     path.write_bytes(path.read_bytes().replace(b'"version"', b'"versiom"'))
-    with pytest.raises(ValueError, match="geko_state.safetensors is damaged: it has metadata"):
+    with pytest.raises(ValueError, match="geko_state.safetensors is damaged: it has a checksum but no version"):
         gk.SampleState.load(path)
 
 
@@ -262,7 +262,7 @@ def load(checkpoint: Path) -> tuple:
         ({"plan": torch.arange(1, 13).int()}, r"'plan'\]\[11\] must be a sample from 0 to 11, got 12"),
         ({"plan": torch.arange(-1, 11).int()}, r"'plan'\]\[0\] must be a sample from 0 to 11, got -1"),
         ({"plan": torch.zeros(12).int()}, r"'plan'\] draws samples twice: 12 ids of 1"),
-        ({"plan": None}, "has no plan, yet a place in it"),
+        ({"plan": None}, "has no plan, but a position in one"),
         ({"spans": [7, 0.5, 0.7, 1.5]}, r"'spans'\] must be \[head, start, turn, end\].* got \[7, 0.5, 0.7, 1.5\]"),
         ({"spans": [7, float("nan"), 0.7, 0.8]}, r"'spans'\] must be"),
         ({"spans": [13, 0.5, 0.7, 0.8]}, r"'spans'\] must be \[head, start, turn, end\] with head from 0 to 7"),
@@ -302,7 +302,7 @@ def test_a_sampler_file_without_version_is_refused_by_a_sentence(checkpoint):
         ("[" * 100_000, "geko_efficiency.json is truncated or not JSON"),
         ("[]", "geko_efficiency.json is damaged: it must hold an object, got list"),
         ("{}", "geko_efficiency.json has version None, this geko_kernels reads 2; resume with the geko_kernels that"),
-        ('{"version": 2, "crc32": "0"}', "geko_efficiency.json is damaged: its checksum is of other contents"),
+        ('{"version": 2, "crc32": "0"}', "geko_efficiency.json is damaged: its contents do not match its checksum"),
         (json.dumps({"version": 2, "crc32": _checksum({})}), r"geko_efficiency.json must hold \['epochs', 'mark', "),
     ],
 )

@@ -103,7 +103,7 @@ WRONG = [
         OwnSchedule,
         r"rate does not follow its epochs. OwnSchedule.create_scheduler has to call super\(\).create_scheduler",
     ),
-    (OwnState, r"it is not known where the run begins. OwnState._init_training_state has to call super\(\)._init"),
+    (OwnState, r"the start of the run is not known. OwnState._init_training_state has to call super\(\)._init"),
     (OwnLoss, r"1 of 1 training batches were trained without its loss. OwnLoss.compute_loss has to call super\(\)"),
     (WholeBatch, r"trained without its loss. WholeBatch.compute_loss has to call super\(\).compute_loss"),
     (OwnStep, r"trained without its loss. OwnStep.training_step has to call super\(\).training_step"),

@@ -61,7 +61,7 @@ def test_it_stops_where_the_held_out_loss_rises_with_the_averaged_weights_of_the
     assert not torch.allclose(weights(trainer.model).double(), raw.averaged(trainer.state.global_step), atol=1e-4)
     assert report["why"] == (
         f"The run ended because the held-back samples were best after {report['curve'][kept]['epoch']:.2f} epochs "
-        f"(loss {losses[kept]:.4f}), and for 0.5 epochs not better."
+        f"(loss {losses[kept]:.4f}), and did not improve for 0.5 epochs."
     )
     assert not list(Path(trainer.args.output_dir).glob("geko_kept*"))
 
@@ -192,7 +192,7 @@ def test_evaluation_sees_the_averaged_weights_and_the_best_is_loaded(tmp_path):
     step = trainer.state.best_global_step
     torch.testing.assert_close(weights(trainer.model).double(), raw.averaged(step), rtol=1e-4, atol=1e-5)
     report = report_of(trainer)["stopping"]
-    assert report["kept"] is None and "load_best_model_at_end put the best checkpoint's weights" in report["why"]
+    assert report["kept"] is None and "load_best_model_at_end loaded the best checkpoint's weights" in report["why"]
     assert trainer.evaluate(held)["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_a_scheduler_of_ones_own_is_kept(tmp_path, caplog):
     trainer.optimizer, trainer.lr_scheduler = optimizer, LambdaLR(optimizer, lambda step: 0.9**step)
     trainer.train()
     assert curve(trainer, "learning_rate") == pytest.approx([0.5 * 0.9**k for k in range(36)])
-    assert "auto_stop: the LambdaLR that was given is kept. A rate that falls by a horizon ends with" in caplog.text
+    assert "auto_stop: your LambdaLR is kept. If its rate falls over the longest possible run" in caplog.text
 
 
 # Few samples, and tasks whose held-back samples say nothing
@@ -238,10 +238,10 @@ def test_few_samples_without_evaluation_data_train_to_the_end(tmp_path, caplog):
     assert trainer.state.global_step == 18 and report["kept"] is report["looked_at"] is None
     torch.testing.assert_close(weights(trainer.model).double(), raw.averaged(18), rtol=1e-4, atol=1e-5)
     assert report["why"] == (
-        "There was nothing to look at, so the run went to its end; the weights are its average there."
+        "There was nothing to evaluate, so the run went to its end; the weights are the final average."
     )
-    told = "auto_stop: of the 90 samples of train_dataset none is held back (that takes 2,000, in groups of less than "
-    assert caplog.text.count(told + "a twentieth), and there is no eval_dataset with a length to look at: the run") == 1
+    told = "auto_stop: none of the 90 samples of train_dataset is held back (that needs 2,000 samples, in groups of "
+    assert caplog.text.count(told + "less than a twentieth), and there is no suitable eval_dataset: the run") == 1
 
 
 def test_what_is_learnt_by_heart_is_trained_to_its_end_and_cooled_down(tmp_path):
@@ -278,7 +278,7 @@ def test_a_classifier_is_judged_with_the_labels_of_others(tmp_path):
 def test_settings_that_need_the_length_are_refused():
     assert gk.GEKOConfig.auto(light_interval=3) == gk.GEKOConfig.recommended(auto_stop=True, light_interval=3)
     for name in ("use_curriculum", "spend_saved"):
-        with pytest.raises(ValueError, match=f"{name} must be False with auto_stop=True, got True: it goes by the run"):
+        with pytest.raises(ValueError, match=f"{name} must be False with auto_stop=True, got True: it depends on the"):
             gk.GEKOConfig.auto(**{name: True})
     with pytest.raises(ValueError, match=r"auto_measure must be one of \('loss', 'accuracy'\), got 'f1'"):
         gk.GEKOConfig.auto(auto_measure="f1")
@@ -289,7 +289,9 @@ def test_settings_that_need_the_length_are_refused():
 def test_deepspeed_and_fsdp1_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gk.GEKOTrainer, "_check_arguments", lambda self: setattr(self, "is_deepspeed_enabled", True))
     trainer = trainer_of(tmp_path, config=AUTO)
-    with pytest.raises(ValueError, match="auto_stop averages weights, which DeepSpeed keeps to itself: use DDP or FS"):
+    with pytest.raises(
+        ValueError, match="auto_stop averages weights, to which DeepSpeed gives no access: use DDP or FS"
+    ):
         trainer._check_stopping()
     plugin = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled, trainer.accelerator = False, True, plugin

@@ -30,7 +30,9 @@ def test_a_handful_of_evaluation_samples_decides_nothing(tmp_path, caplog):
     )
     trainer.train()
     assert report_of(trainer)["stopping"]["looked_at"] is None
-    assert "ends with the averaged weights. An eval_dataset needs at least 10 samples, with labels where" in caplog.text
+    assert (
+        "ends with the averaged weights. An eval_dataset needs a length, at least 10 samples, and labels" in caplog.text
+    )
 
 
 def test_evaluation_data_without_labels_are_not_looked_at(tmp_path, caplog):
@@ -40,7 +42,7 @@ def test_evaluation_data_without_labels_are_not_looked_at(tmp_path, caplog):
         trainer = auto_trainer(tmp_path, noisy(90), eval_dataset=eval_dataset, num_train_epochs=2)
         trainer.train()
         assert report_of(trainer)["stopping"]["looked_at"] is None and trainer.state.global_step == 18
-    assert caplog.text.count("with labels where those of train_dataset have them.") == 2
+    assert caplog.text.count("and labels if those of train_dataset have them.") == 2
 
 
 def test_samples_without_labels_do_not_end_the_run(tmp_path):
@@ -54,8 +56,8 @@ def test_samples_without_labels_do_not_end_the_run(tmp_path):
     torch.testing.assert_close(weights(trainer.model).double(), raw.averaged(27), rtol=1e-4, atol=1e-5)
     assert [point["loss"] for point in report["curve"]] == [None] * 12
     assert report["why"] == (
-        "At no look was the mean loss of the samples of eval_dataset a number: none of them has a label, or one had a "
-        "loss that was NaN or infinite. The run went to its end. The weights are its average there."
+        "The mean loss of the samples of eval_dataset was never a number: none of them has a label, or one had a loss "
+        "that was NaN or infinite. The run went to its end. The weights are the final average."
     )
 
 
@@ -66,7 +68,7 @@ def test_a_run_that_a_callback_ends_is_not_said_to_have_gone_to_its_end(tmp_path
 
     trainer = auto_trainer(tmp_path, noisy(90), eval_dataset=noisy(50, seed=1), callbacks=[Ends()])
     trainer.train()
-    told = "Something else than auto_stop (a callback, too few samples) ended the run"
+    told = "Something other than auto_stop (a callback, too few samples) ended the run"
     assert trainer.state.global_step == 20 and told in report_of(trainer)["stopping"]["why"]
 
 
@@ -79,8 +81,8 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_sentence(tmp_path):
     values["rule"] = {name: values["rule"][name] for name in ("measure", "armed", "by_heart")}
     save_tensors(path, files._FORMAT, columns, {"rest": json.dumps(values)})
     told = (
-        "the checkpoint was written by another version of geko_kernels, the rule's epochs, losses, accuracies, "
-        "mislabelled, kept are missing: resume it with that version, or load the model from the checkpoint and start a"
+        "the checkpoint was written by another version of geko_kernels \\(the rule's epochs, losses, accuracies, "
+        "mislabelled, kept are missing\\): resume with that version, or load the model from the checkpoint and start a"
     )
     with pytest.raises(ResumeError, match=told):
         auto_trainer(tmp_path).train(resume_from_checkpoint=str(folder))

@@ -214,14 +214,14 @@ def test_refuses_wrong_arguments(named, error, message):
 
 def test_refuses_the_state_of_another_run():
     saved = gk.GEKOLoader(Toy(), batch_size=8, device="cpu").state_dict()
-    with pytest.raises(ValueError, match=r"state_dict\['batch_size'\] is 8, and this loader's batch_size is 4"):
+    with pytest.raises(ValueError, match=r"state_dict\['batch_size'\] is 8, but this loader's batch_size is 4"):
         gk.GEKOLoader(Toy(), batch_size=4, device="cpu").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state_dict\['num_samples'\] is 96"):
         gk.GEKOLoader(Toy(90), batch_size=8, device="cpu").load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"state_dict\['num_epochs'\] is 10, and this loader's num_epochs is 3"):
+    with pytest.raises(ValueError, match=r"state_dict\['num_epochs'\] is 10, but this loader's num_epochs is 3"):
         gk.GEKOLoader(Toy(), batch_size=8, num_epochs=3, device="cpu").load_state_dict(saved)
     config = gk.GEKOConfig.recommended(light_interval=3)
-    with pytest.raises(ValueError, match=r"has light_interval=2, and this loader's config 3"):
+    with pytest.raises(ValueError, match=r"has light_interval=2, but this loader's config has 3"):
         gk.GEKOLoader(Toy(), batch_size=8, config=config, device="cpu").load_state_dict(saved)
     other = Toy()
     other.inputs = other.inputs + 1
@@ -278,7 +278,7 @@ def test_comes_without_transformers():
 
 
 def test_refuses_epochs_that_are_not_iterated():
-    with pytest.raises(RuntimeError, match="no batch of epoch 0 was consumed before the next epoch was asked for"):
+    with pytest.raises(RuntimeError, match="no batch of epoch 0 was consumed before the next epoch was fetched"):
         list(gk.GEKOLoader(Toy(), device="cpu").epochs())
 
 

@@ -212,8 +212,8 @@ def test_report_says_that_it_has_not_seen_labels(tmp_path):
     assert work["tokens_forward"] is None and work["tokens_backward"] is None
     assert [epoch["accuracy"] for epoch in work["epochs"]] == [None, None]
     assert work["epochs"][0]["loss"] > 0
-    assert "tokens (they show in attention_mask and input_ids, or in labels)" in text
-    assert "accuracy (it shows where batches have one label a sample)" in text
+    assert "tokens (known from attention_mask and input_ids, or from labels)" in text
+    assert "accuracy (known if batches have one label a sample)" in text
 
 
 def test_tokens_are_those_of_the_mask(tmp_path):
@@ -279,8 +279,8 @@ def test_an_epoch_without_a_counted_visit_is_an_error(wrong):
     loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
     message = (
         r"no visit was counted in the batches of epoch 0: train and probe with weighted_loss\(logits, labels, "
-        r"batch.ids, loader.state, update=True\), and ask for a batch after the one before it. If the loop does, no "
-        "sample has a label that counts, or every loss is NaN or infinite"
+        r"batch.ids, loader.state, update=True\), and finish a batch before you fetch the next one. If the loop does "
+        "both, no sample has a label that counts, or every loss is NaN or infinite"
     )
     logits = torch.full((8, 3), float("nan") if wrong == "NaN" else 0.0)
     seen = 0
@@ -299,7 +299,7 @@ def test_fetching_ahead_is_an_error():
     loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")
     batches = iter(loader)
     at_hand = next(batches)
-    with pytest.raises(RuntimeError, match="ask for a batch after the one before it"):
+    with pytest.raises(RuntimeError, match="finish a batch before you fetch the next one"):
         for ahead in batches:
             ids = at_hand.ids
             gk.weighted_loss(torch.zeros(len(ids), 3), at_hand.data[1], ids, loader.state, update=True)
@@ -322,7 +322,7 @@ def test_a_process_group_made_later_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"made as process 0 of 1, and torch.distributed now says .* \(1, 2\)"):
+    with pytest.raises(RuntimeError, match=r"made as process 0 of 1, but now torch.distributed says .* \(1, 2\)"):
         next(iter(loader))
 
 
@@ -357,5 +357,5 @@ def test_a_device_that_the_processes_cannot_share_is_named(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
-    with pytest.raises(ValueError, match=r"device must be one whose tensors torch.distributed \(nccl\) takes, got cpu"):
+    with pytest.raises(ValueError, match=r"device must be one that torch.distributed's backend nccl supports, got cpu"):
         gk.GEKOLoader(Items(), device="cpu")

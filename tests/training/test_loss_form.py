@@ -293,7 +293,7 @@ def test_labels_of_another_length_are_refused(tmp_path, labels):
 def test_a_copy_of_the_inputs_needs_a_shift(tmp_path):
     data = [{"input_ids": item["input_ids"]} for item in sentences(8)]
     model = T.BartForCausalLM(T.BartConfig(**BART))
-    with pytest.raises(ValueError, match="would teach it to repeat its input"):
+    with pytest.raises(ValueError, match="would learn to repeat its input"):
         gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=data).train()
 
 

@@ -173,7 +173,7 @@ def test_labels_under_the_mask_count_where_the_model_counts_them(tmp_path):
 
 
 def test_another_mark_of_labels_that_do_not_count_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"mark labels that do not count by -100, torch's default `ignore_index`"):
+    with pytest.raises(ValueError, match=r"mark ignored labels by -100, torch's default `ignore_index`"):
         gk.GEKOTrainer(Tagger(pads_by_zero), arguments(tmp_path), train_dataset=sentences(8)).train()
 
 

@@ -122,7 +122,7 @@ def test_seq2seq_trainer_with_generation(tmp_path, kind):
 def test_trainers_of_trl_with_losses_of_their_own():
     trl = pytest.importorskip("trl")
     for base in (trl.RewardTrainer, trl.DPOTrainer, trl.KTOTrainer):
-        why = rf"{base.__name__} a loss of its own, .* another loss, or other batches, go with weighted_loss"
+        why = rf"{base.__name__} its own loss, .* for another loss or other batches, use weighted_loss"
         with pytest.raises(TypeError, match=why):
             type("Mine", (gk.GEKOMixin, base), {})
 
@@ -137,12 +137,12 @@ def test_the_trainer_comes_last():
 @pytest.mark.parametrize("hook", ["compute_loss", "get_train_dataloader", "_get_train_sampler"])
 def test_a_trainer_with_a_loss_or_batches_of_its_own_is_refused(hook):
     own = type("Own", (Trainer,), {hook: lambda self, *args, **named: None})
-    with pytest.raises(TypeError, match=f"Own.{hook} gives Own .* of its own, which GEKO's"):
+    with pytest.raises(TypeError, match=f"Own.{hook} gives Own its own .*, which GEKO's"):
         type("Mine", (gk.GEKOMixin, own), {})
 
 
 def test_arguments_that_do_not_fit(tmp_path):
-    with pytest.raises(TypeError, match="needs a trainer behind it"):
+    with pytest.raises(TypeError, match="needs a trainer after it"):
         gk.GEKOMixin(tiny_llama())
     with pytest.raises(TypeError, match="config must be a GEKOConfig, got dict"):
         Mixed(tiny_llama(), arguments(tmp_path), config={})

@@ -148,12 +148,12 @@ def test_what_is_no_class_index_or_names_no_logits_is_refused(tmp_path):
     trainer = _trainer(tmp_path, False)
     trainer.model.config.return_dict = False
     gk.observe(trainer)
-    with pytest.raises(ValueError, match=r"outputs \(tuple\) have none; with return_dict=True the model names them"):
+    with pytest.raises(ValueError, match=r"outputs \(tuple\) have none; call the model with return_dict=True"):
         trainer.train()
     trainer = _trainer(tmp_path, False)
     gk.observe(trainer)
     trainer.get_train_dataloader = lambda: DataLoader(trainer.train_dataset, 3)
-    with pytest.raises(ValueError, match="Trainer makes a dataloader of its own: let its get_train_dataloader return"):
+    with pytest.raises(ValueError, match="Trainer makes its own dataloader: let its get_train_dataloader return"):
         trainer.train()
 
 

@@ -109,7 +109,7 @@ def test_report_of_an_observed_run(tmp_path):
 def test_data_parallel_is_refused(tmp_path, monkeypatch):
     trainer = standard(tiny_llama(), arguments(tmp_path), sentences(4))
     trainer.args._n_gpu = 2
-    with pytest.raises(ValueError, match="does not combine with DataParallel: start the script with torchrun"):
+    with pytest.raises(ValueError, match="does not work with DataParallel: start the script with torchrun"):
         gk.observe(trainer)
 
 
@@ -228,7 +228,7 @@ def test_other_data_than_those_observed_are_refused(tmp_path, number):
     gk.observe(trainer)
     trainer.train_dataset = classified(number)
     message = (
-        f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and observe anew"
+        f"had 12 items when observe was called, and has {number} now: close\\(\\) the observation and call observe"
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()

@@ -1,4 +1,4 @@
-"""`observe` on TRL's SFTTrainer, whose head makes no logits, and on packed rows."""
+"""`observe` on TRL's SFTTrainer, whose head computes no logits, and on packed rows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_fused_head_gives_losses_label_probabilities_and_hits(tmp_path, kind
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert observation.confidences is None and observation.margins is None
     assert observation.state.times_seen.tolist() == [0] * 12
-    assert "makes no logits. Losses, label probabilities and hits are recorded; confidences" in caplog.text
+    assert "computes no logits. Losses, label probabilities and hits are recorded; confidences" in caplog.text
     observation.write_samples(tmp_path / "samples.jsonl")
     row = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[3])
     assert row.pop("duplicate_group") is None and 0 <= row.pop("label_error") <= 0.5
@@ -81,7 +81,9 @@ def test_the_fused_head_gives_losses_label_probabilities_and_hits(tmp_path, kind
 def test_the_report_of_sft_says_what_is_missing(tmp_path):
     trainer, observation = sft(tmp_path / "run", True, max_steps=-1, num_train_epochs=3, learning_rate=0.5)
     text = observation.write_report(tmp_path / "report").read_text()
-    assert "buckets, confidences and margins (the model&#39;s head is fused with its loss and makes no logits)" in text
+    assert (
+        "buckets, confidences and margins (the model&#39;s head is fused with its loss and computes no logits)" in text
+    )
     figures = json.loads((tmp_path / "report" / "geko_report.json").read_text())
     work = figures["efficiency"]
     assert [epoch["samples"] for epoch in work["epochs"]] == [12] * 3
@@ -155,7 +157,9 @@ def test_packed_rows_without_seq_lengths_are_refused(tmp_path):
     ]
     trainer = flattened(tmp_path, items, None)
     gk.observe(trainer)
-    with pytest.raises(ValueError, match="position_ids start anew within a row, and the dataset has no seq_lengths"):
+    with pytest.raises(
+        ValueError, match="position_ids restart within a row, but the dataset has no column seq_lengths"
+    ):
         trainer.train()
 
 
@@ -170,5 +174,5 @@ def test_lengths_that_do_not_fit_the_positions_are_refused(tmp_path):
 
     trainer = flattened(tmp_path, items, collate)
     gk.observe(trainer)
-    with pytest.raises(ValueError, match="position_ids do not start anew where the next sample begins"):
+    with pytest.raises(ValueError, match="position_ids do not restart where the next sample begins"):
         trainer.train()

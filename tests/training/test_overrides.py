@@ -105,9 +105,9 @@ def test_each_difference_is_one_sentence():
     }
     assert overrides.changes(Other, methods, {"_attribute": "one", "_other": "another"}) == [
         "Other.called takes (model, more) now, and GEKO, which calls, expects (model)",
-        "no method of Other calls left any more: GEKO leaves by it",
-        "Other has no method gone any more: GEKO goes by it",
-        "Other has no attribute _other any more: GEKO takes it for another",
+        "no method of Other calls left any longer, with which GEKO leaves",
+        "Other no longer has a method gone, with which GEKO goes",
+        "Other no longer has an attribute _other, from which GEKO reads another",
     ]
     assert overrides.changes(Other, {"called": Method(("model", MORE), "calls")}, {}) == []
 
@@ -118,7 +118,7 @@ def test_a_method_that_transformers_dropped_is_told_before_training(tmp_path, mo
     before = weights(trainer.model)
     monkeypatch.delattr(Trainer, name)
     with pytest.raises(
-        RuntimeError, match=rf"the Trainer of Transformers \d\S* has no {name}, by which GEKO .*\. Install"
+        RuntimeError, match=rf"the Trainer of Transformers \d\S* has no {name}, with which GEKO .*\. Install"
     ):
         trainer.train()
     assert torch.equal(before, weights(trainer.model))
@@ -182,7 +182,9 @@ def test_a_run_that_should_find_its_length_is_not_trained_without_a_hook(tmp_pat
 
 def test_a_run_that_transformers_begins_by_another_name_than_train(tmp_path):
     trainer = two_epochs(tmp_path)
-    with pytest.raises(RuntimeError, match="the run was not begun by it. train is not replaced by a subclass, so this"):
+    with pytest.raises(
+        RuntimeError, match="the run did not begin with it. train is not replaced by a subclass, so this"
+    ):
         Trainer.train(trainer)
 
 
@@ -193,6 +195,8 @@ def test_observe_sees_that_no_loss_is_asked_for(tmp_path, monkeypatch):
         Trainer, "_prepare_inputs", lambda self, inputs: {k: v for k, v in inputs.items() if k != "sample_ids"}
     )
     gk.observe(trainer)
-    with pytest.raises(RuntimeError, match="a step was trained without compute_loss, by which it sees the samples"):
+    with pytest.raises(
+        RuntimeError, match="a step was trained without compute_loss, through which observe sees the samples"
+    ):
         trainer.train()
     assert trainer.state.global_step == 1

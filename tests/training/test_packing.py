@@ -125,5 +125,5 @@ def test_a_sampler_goes_on_behind_the_packs_it_has_handed_out():
     damaged = {**first.state_dict(done), "packs": torch.tensor([3, 2, 40])}
     with pytest.raises(ValueError, match=r"state_dict\['packs'\] must ascend to the 40 samples of the plan"):
         sampler().load_state_dict(damaged)
-    with pytest.raises(ValueError, match="planned in packs, and this run plans single samples"):
+    with pytest.raises(ValueError, match="planned in packs, but this run plans single samples"):
         gk.GEKOSampler(gk.SampleState(40), 2).load_state_dict(first.state_dict(done))

@@ -88,4 +88,4 @@ def test_a_resumed_run_does_not_probe_all_once_more_in_the_same_pass():
         state.times_seen[others] += 1
         each.probed(others, 2, start=0.12)
         assert len(each.due_probes(2, start=0.12)) == 0
-        assert each._hurried == 1
+        assert each.hurried == 1

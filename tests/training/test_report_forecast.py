@@ -28,9 +28,9 @@ def test_first_epoch_is_taken_to_stay_as_it_is():
     assert saved(told)[10] == pytest.approx(1 - (1 + 9 * (0.6 + 0.2)) / 10) and max(saved(told)) == LONGEST
     assert told["pays_from"] == 2 and saved(told)[2] == pytest.approx(0.1)
     assert told["text"] == (
-        "After epoch 1, 40% of the samples are right (loss below 0.5). Were that to stay so, a run of 10 epochs with "
-        "GEKOConfig.recommended() would do 18% less work than uniform training, one of 2 epochs 10%. Take uniform "
-        "training if you mean to train one epoch. Mostly more is saved: after a second epoch it can be told better."
+        "After epoch 1, 40% of the samples are right (loss below 0.5). If that does not change, a run of 10 epochs "
+        "with GEKOConfig.recommended() would do 18% less work than uniform training, one of 2 epochs 10%. Use uniform "
+        "training if you plan one epoch. Usually more is saved; after a second epoch the forecast is better."
     )
 
 
@@ -41,7 +41,7 @@ def test_wrong_ones_shrink_and_light_ones_freeze_at_the_rate_of_two_epochs():
     fourth = 0.15 + 0.6 / 2 + 0.25 / 24  # 0.1 + 0.25 * 0.6 are frozen, 0.15 wrong, the rest LIGHT
     assert saved(told)[2] == pytest.approx(1 - (1 + 0.8 + 0.01) / 2)
     assert saved(told)[4] == pytest.approx(1 - (1 + 0.81 + third + fourth) / 4)
-    assert told["enough"] == 5 and "wrong after epoch 5: uniform training of 5 epochs may do as well" in told["text"]
+    assert told["enough"] == 5 and "wrong after epoch 5: uniform training of 5 epochs may be as good" in told["text"]
 
 
 def test_held_back_samples_stay_out():
@@ -49,7 +49,7 @@ def test_held_back_samples_stay_out():
     told = forecast([FIRST, second], RECOMMENDED)
     assert (told["wrong"], told["held"], told["wrong_factor"]) == (0.3, 0.3, 0.5)
     assert "after epoch 1 40%; 30% are held back as probably mislabelled" in told["text"]
-    assert "may do as well" not in told["text"]  # uniform training would learn the wrong labels
+    assert "may be as good" not in told["text"]  # uniform training would learn the wrong labels
 
 
 def test_observed_run_is_forecast_for_the_recommended_settings():
@@ -57,7 +57,7 @@ def test_observed_run_is_forecast_for_the_recommended_settings():
     told = forecast(epochs, GEKOConfig(), observed=True)
     assert told["freeze_rate"] == 0.0 and "with GEKOConfig.recommended()" in told["text"]
     assert saved(told)[3] == pytest.approx(1 - (1 + (0.6 + 0.2) + (0.3 + 0.35)) / 3)
-    assert told["text"].endswith("hold back as probably wrong are not counted: they save more.")
+    assert told["text"].endswith("hold back as probably mislabelled are not counted; they save more.")
     assert forecast(epochs, GEKOConfig.uniform()) == told
     own = forecast(epochs, GEKOConfig.recommended(light_interval=1), observed=True)
     assert own["freeze_rate"] == 1.0 and "with these settings" in own["text"]
@@ -74,21 +74,21 @@ def test_uniform_training_where_little_is_left_out():
     slow = [epoch(0, 0, 110, 890, 0), epoch(1, 0, 112, 888, 0)]
     told = forecast(slow, RECOMMENDED)
     assert told["pays_from"] is None and told["enough"] is None
-    assert "Up to 20 epochs that is less than 10%: take uniform training." in told["text"]
+    assert "Up to 20 epochs that is less than 10%: use uniform training." in told["text"]
     none_right = forecast([epoch(0, 0, 20, 980, 0)], RECOMMENDED)
     assert none_right["runs"] == [] and none_right["text"] == (
-        "After epoch 1, 2% of the samples are right (loss below 0.5). That is too few to tell what a longer run would "
-        "leave out: look again when a tenth is right."
+        "After epoch 1, 2% of the samples are right (loss below 0.5). That is too few for a forecast of longer runs: "
+        "look again when a tenth is right."
     )
     accurate = forecast([epoch(0, 0, 20, 980, 0)], GEKOConfig(correctness="accuracy", correct_accuracy=0.9))
     assert "2% of the samples are right (accuracy of at least 0.9)." in accurate["text"]
     one_epoch = forecast([epoch(0, 0, 120, 880, 0)], RECOMMENDED)["text"]
-    assert "That does not pay. Mostly more is saved" in one_epoch
+    assert "That is not worth it. Usually more is saved" in one_epoch
 
 
 def test_saved_work_that_is_spent():
     told = forecast([FIRST, SECOND], GEKOConfig.recommended(spend_saved=True))
-    assert "with these settings" in told["text"] and "spend_saved spends that on training on." in told["text"]
+    assert "with these settings" in told["text"] and "spend_saved uses that work for more training." in told["text"]
 
 
 @pytest.mark.parametrize(

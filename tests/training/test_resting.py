@@ -9,7 +9,7 @@ from sampling import FOCUS, FREEZE, HARD, LIGHT, plan_of, state_of
 from training import MapDataset, sentences, tiny_llama, trainer_of
 
 import geko_kernels as gk
-from geko_kernels.training import trainer as trainer_module
+from geko_kernels.training import training_loss
 
 ONES = {"bucket_weights": (1, 1, 1)}
 
@@ -76,8 +76,8 @@ def test_the_trainer_sends_the_weights_with_those_of_the_data(tmp_path, monkeypa
             seen.append((args[6].tolist(), named["weights"]["sample_weights"].tolist()))
         return forward_loss(*args, **named)
 
-    forward_loss = trainer_module.forward_loss
-    monkeypatch.setattr(trainer_module, "forward_loss", watched)
+    forward_loss = training_loss.forward_loss
+    monkeypatch.setattr(training_loss, "forward_loss", watched)
     items = [{**item, "sample_weights": 1.0 + i % 2} for i, item in enumerate(sentences(24))]
     config = gk.GEKOConfig.recommended(probes=False, noise_guard=False)
     trainer = trainer_of(tmp_path, MapDataset(items), config, num_train_epochs=1, learning_rate=0.0)

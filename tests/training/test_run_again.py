@@ -116,7 +116,7 @@ def test_another_model_is_trained_from_its_beginning(tmp_path, wrapped, caplog):
     fresh.train()
     assert weights(first).equal(after) and weights(trainer.model).equal(weights(fresh.model))
     assert trainer.sample_state is not old and (trainer.sample_state.times_seen == 1).all()
-    assert ("its optimizer and its learning state begin anew" in caplog.text) == (not wrapped)
+    assert ("it starts with a new optimizer and a new learning state" in caplog.text) == (not wrapped)
 
 
 def test_model_init_gives_the_same_run_each_time(tmp_path):

@@ -16,7 +16,7 @@ from geko_kernels.training.fingerprint import changed_items, fingerprint
 
 PLAIN = {"use_curriculum": False, "uniform_finish": 0.0, "noise_guard": False}
 SAVED = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}
-OTHER = "goes on with other settings than its checkpoint was written with"
+OTHER = "continues with other settings than its checkpoint has"
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_another_number_of_epochs(saved, tmp_path, caplog, epochs):
     assert rates[6 * epochs] == pytest.approx(1e-2 / (6 * epochs))
     report = trainer.get_efficiency_report()
     assert report["samples_standard"] == report["samples_backward"] == 24 * epochs
-    assert f"num_train_epochs was 3, is {epochs}: the learning rate goes on from where the run stands" in caplog.text
+    assert f"num_train_epochs was 3, is {epochs}: the learning rate continues from the run's position" in caplog.text
 
 
 @pytest.mark.parametrize(("step", "done"), [(12, 2), (16, 2)])
@@ -83,7 +83,9 @@ def test_another_number_of_steps(tmp_path, caplog):
         assert f"max_steps was 16, is {steps}" in caplog.text
         assert trainer.get_efficiency_report()["samples_standard"] == 4 * max(steps, 8)
     assert "nothing is trained" in caplog.text
-    with pytest.raises(ValueError, match="run was counted in steps, this one is in epochs: resume with max_steps"):
+    with pytest.raises(
+        ValueError, match="run was counted in steps, this one is in epochs: resume with the same max_steps"
+    ):
         resume(folder, 8, tmp_path)
 
 
@@ -113,7 +115,7 @@ def test_another_batch_skips_no_sample(saved, tmp_path, caplog, options, message
 
 def test_another_seed(saved, tmp_path, caplog):
     trainer = resume(saved, 8, tmp_path, seed=7)
-    assert "seed of the order was 42, is 7: the epochs to come are drawn in another order" in caplog.text
+    assert "seed of the order was 42, is 7: later epochs are drawn in another order" in caplog.text
     assert (trainer.sample_state.times_seen == 3).all()
 
 
@@ -127,7 +129,7 @@ def test_only_the_model_was_saved(tmp_path, caplog):
     options = {**SAVED, "save_only_model": True}
     trainer_of(tmp_path, config=gk.GEKOConfig(**PLAIN), **options).train()
     trainer = resume(tmp_path, 8, tmp_path)
-    assert "checkpoint-8 holds no optimizer and no random numbers (save_only_model=True)" in caplog.text
+    assert "checkpoint-8 has no optimizer and no random numbers (save_only_model=True)" in caplog.text
     assert trainer.state.global_step == 18 and (trainer.sample_state.times_seen == 3).all()
     assert curve(trainer, "learning_rate")[-1] == pytest.approx(1e-2 / 18)
 
@@ -137,9 +139,9 @@ def test_only_the_model_was_saved(tmp_path, caplog):
 
 def test_another_dataset_of_the_same_size_is_refused(saved, tmp_path):
     shifted = [{**item, "input_ids": item["input_ids"][::-1][:-1] + [5]} for item in sentences(24)]
-    with pytest.raises(ValueError, match=r"another train_dataset: of 24 items compared 23 .* start a new run"):
+    with pytest.raises(ValueError, match=r"another train_dataset: of 24 items compared, 23 .* start a new run"):
         resume(saved, 8, tmp_path, data=shifted)
-    with pytest.raises(ValueError, match="another train_dataset: of 24 items compared 2 are not what they were"):
+    with pytest.raises(ValueError, match="another train_dataset: of 24 items compared, 2 have changed"):
         items = sentences(24)
         items[3], items[4] = items[4], items[3]
         resume(saved, 8, tmp_path, data=items)

@@ -191,7 +191,7 @@ def test_documents_are_truncated_as_without_packing(tmp_path):
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 def test_what_cuts_documents_is_refused_under_selection(tmp_path, strategy):
     fields = {**PACKED, "packing_strategy": strategy}
-    words = rf"packing_strategy='{strategy}' cuts them: set packing_strategy='bfd', which is packed anew in each"
+    words = rf"packing_strategy='{strategy}' cuts them: set packing_strategy='bfd', which is packed again in each"
     for config in (None, learnable(), gk.GEKOConfig(), UNIFORM(noise_guard=True), UNIFORM(bucket_weights=(3, 1, 1))):
         with pytest.raises(ValueError, match=words + r" epoch, or config=GEKOConfig\.uniform\(\)"):
             trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=config, **fields)
@@ -248,7 +248,9 @@ def test_a_batch_is_padded_to_a_multiple_and_a_row_is_not(tmp_path):
 
 def test_dispatched_batches_are_refused(tmp_path):
     fields = {**PACKED, "accelerator_config": {"dispatch_batches": True}}
-    with pytest.raises(ValueError, match="packing does not combine with dispatch_batches=True: leave it out"):
+    with pytest.raises(
+        ValueError, match="packing cannot be combined with dispatch_batches=True: leave one of them out"
+    ):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), config=UNIFORM(), **fields)
 
 

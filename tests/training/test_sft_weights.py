@@ -96,5 +96,7 @@ def test_rows_that_are_shuffled_or_dropped_keep_their_weights(tmp_path):
 def test_weights_of_documents_that_are_cut_into_packs_are_refused(tmp_path):
     fields = {"packing": True, "max_length": 8, "packing_strategy": "wrapped", "config": UNIFORM}
     data = rows("text").add_column("sample_weights", [1.0] * 12)
-    with pytest.raises(ValueError, match=r"'wrapped' makes rows of parts .* has \['sample_weights'\] of whole ones"):
+    with pytest.raises(
+        ValueError, match=r"'wrapped' makes rows of parts .* has \['sample_weights'\] of whole documents"
+    ):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, data, **fields)

@@ -54,9 +54,11 @@ def test_only_what_is_trained_is_averaged_and_saved_under_its_name():
     other = WeightAverage(model)
     other.load_state_dict(average.state_dict())
     assert other.step == 1 and all(a.equal(b) for a, b in zip(other.values, average.values, strict=True))
-    with pytest.raises(ValueError, match="of other parameters than the model's, the first is '1.bias'"):
+    with pytest.raises(ValueError, match="has other parameters than the model, the first is '1.bias'"):
         average.load_state_dict({"step": torch.tensor(1), "1.weight": torch.zeros(1, 2)})
-    with pytest.raises(ValueError, match=r"the average of '1.weight' has the shape \(1, 3\), the model's \(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"the average of '1.weight' has the shape \(1, 3\), but the model's is \(1, 2\)"
+    ):
         average.load_state_dict({**other.state_dict(), "1.weight": torch.zeros(1, 3)})
 
 
@@ -86,7 +88,7 @@ def test_its_patience_is_a_quarter_of_the_kept_epoch_where_that_is_more():
     rule = StopRule()
     for quarter, loss in enumerate([*falling, 2.0, 2.0, 2.0, 2.0], 1):
         rule.add(look(quarter / 4, loss))
-    assert rule.patience == 1.0 and "and for 1 epochs not better." in rule.why()
+    assert rule.patience == 1.0 and "and did not improve for 1 epochs." in rule.why()
 
 
 def test_it_does_not_stop_before_an_epoch_and_a_quarter():
@@ -130,8 +132,8 @@ def test_looks_without_a_number_are_never_kept_nor_end_the_run(losses, measure):
         assert not rule.add(Look(quarter / 4, losses, losses, seen, seen + 1, accuracy))
         assert rule.kept is None and not rule.stops()
     assert rule.why("samples of eval_dataset") == (
-        "At no look was the mean loss of the samples of eval_dataset a number: none of them has a label, or one had a "
-        "loss that was NaN or infinite. The run went to its end."
+        "The mean loss of the samples of eval_dataset was never a number: none of them has a label, or one had a loss "
+        "that was NaN or infinite. The run went to its end."
     )
     fresh = StopRule(measure)
     fresh.add(Look(0.25, losses, losses, seen, seen + 1, accuracy))
@@ -165,7 +167,7 @@ def test_what_the_report_says_of_a_run_that_the_rule_did_not_end():
     longer = "A longer run may be better: raise num_train_epochs or max_steps."
     assert rule.why() == f"The run went to its end; {best} {longer}"
     assert rule.why(idle=True) == f"The run went to its end; {best}"
-    assert rule.why(cut=True) == f"Something else than auto_stop (a callback, too few samples) ended the run; {best}"
+    assert rule.why(cut=True) == f"Something other than auto_stop (a callback, too few samples) ended the run; {best}"
     rule.add(look(0.75, 1.95))
     assert rule.why() == f"The run went to its end; {best}"
 
@@ -177,8 +179,8 @@ def test_it_says_that_a_look_given_up_would_be_better_by_the_share_of_today():
         held = torch.cat([torch.full((70,), right), wrong + surer])
         rule.add(Look(epoch, held, held + 1, held, held + 1, 0.0), share)
     assert rule.kept == 2 and rule.why().endswith(
-        "Without the share that looks mislabelled now, 1.25 epochs were better; the weights of then are gone, since "
-        "less looked mislabelled at the time."
+        "Without the share that looks mislabelled now, 1.25 epochs were better; those weights were not kept, since "
+        "fewer samples looked mislabelled at the time."
     )
 
 
@@ -266,7 +268,7 @@ def test_held_back_samples_that_look_mislabelled_do_not_end_the_run():
     assert [add(rule, *each) for each in looks] == [True] * 4 and rule.kept == 3 and not rule.stops()
     assert [add(blind, *each[:3], 0.0) for each in looks] == [True, False, False, False] and blind.stops()
     assert [loss for _, loss, _ in rule.curve] == pytest.approx([0.55, 0.495, 0.44, 0.385])  # all by the same measure
-    assert "without the highest 30%, as many as look mislabelled in training" in rule.why()
+    assert "without the highest 30%, the share that looks mislabelled in training" in rule.why()
 
 
 def test_mislabelled_held_back_samples_do_not_make_a_task_one_that_is_learnt_by_heart():

@@ -150,7 +150,9 @@ def test_resuming_another_kind_of_batch_is_refused(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer_of(tmp_path, sentences(12), UNIFORM(batch_tokens=24), **fields).train()
     again = trainer_of(tmp_path, sentences(12), UNIFORM(), **fields)
-    with pytest.raises(ValueError, match=r"planned in packs, and this run plans single samples: resume with packing"):
+    with pytest.raises(
+        ValueError, match=r"planned in packs, but this run plans single samples: resume with the same packing"
+    ):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -161,7 +163,7 @@ def test_resuming_with_other_batch_tokens_is_told(tmp_path, caplog):
     again = trainer_of(tmp_path, sentences(12), UNIFORM(batch_tokens=48), **fields)
     with caplog.at_level("WARNING"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "batch_tokens was 24, is 48: what is left of the epoch at hand keeps its plan" in caplog.text
+    assert "batch_tokens was 24, is 48: the rest of the current epoch keeps its plan" in caplog.text
     assert [epoch["steps"] for epoch in again.get_efficiency_report()["epochs"]] == [4, 2]
     assert again.sample_state.times_seen.tolist() == [2] * 12
 
@@ -234,13 +236,13 @@ def test_padding_to_a_multiple_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"auto_find_batch_size": True}, "batch_tokens does not combine with auto_find_batch_size=True"),
-        ({"accelerator_config": {"split_batches": True}}, "batch_tokens does not combine with split_batches=True"),
+        ({"auto_find_batch_size": True}, "batch_tokens cannot be combined with auto_find_batch_size=True"),
+        ({"accelerator_config": {"split_batches": True}}, "batch_tokens cannot be combined with split_batches=True"),
         (
             {"accelerator_config": {"dispatch_batches": True}},
-            "batch_tokens does not combine with dispatch_batches",
+            "batch_tokens cannot be combined with dispatch_batches",
         ),
-        ({"probe_batch_size": 3}, "probe_batch_size counts samples, and batch_tokens sizes probe batches too"),
+        ({"probe_batch_size": 3}, "probe_batch_size cannot be combined with batch_tokens"),
     ],
 )
 def test_refused_by_name(tmp_path, fields, words):
@@ -274,7 +276,7 @@ def test_lengths_of_every_kind_of_dataset():
     told = datasets.Dataset.from_dict({"text": ["a", "b"], "length": [3, 5]})
     assert sample_lengths(told).tolist() == [3, 5]
     assert sample_lengths([{"text": "a", "tokens": 3}], "tokens").tolist() == [3]
-    words = r"train_dataset\[0\] has the keys \['pixels'\]: tokenise it, give it its 'length', or leave"
+    words = r"train_dataset\[0\] has the keys \['pixels'\]: tokenise the dataset, add a column 'length', or leave"
     with pytest.raises(ValueError, match=words):
         sample_lengths([{"pixels": 1}])
     with pytest.raises(ValueError, match=r"train_dataset\[1\] has no input_ids"):

@@ -226,7 +226,7 @@ def test_wrong_use_is_named(tmp_path):
         trainer_of(tmp_path, regression, model=tiny_classifier(1), data_collator=default_data_collator).train()
     trainer = trainer_of(tmp_path)
     trainer.train_dataset = sentences(5)
-    with pytest.raises(ValueError, match="another dataset needs a new GEKOTrainer"):
+    with pytest.raises(ValueError, match="make a new GEKOTrainer for another dataset"):
         trainer.train()
     with pytest.raises(IndexError, match="labels: 99"):
         trainer_of(tmp_path, [{"input_ids": [1, 2, 3], "labels": [1, 99, 3]}] * 4).train()

@@ -136,7 +136,7 @@ def test_a_sample_of_weight_zero_of_another_dataset_is_trained_with_weight_zero(
 
 def test_without_any_weight_there_is_nothing_to_train(tmp_path):
     items = [{**item, "sample_weights": 0} for item in sentences(8)]
-    with pytest.raises(ValueError, match="sample_weights of all items of train_dataset are 0: there is nothing to tr"):
+    with pytest.raises(ValueError, match="sample_weights must be above 0 in an item of train_dataset, got 0 in all"):
         trainer_of(tmp_path, items, UNIFORM).train()
 
 
@@ -153,7 +153,7 @@ def test_one_label_a_row_takes_sample_weights_alone(tmp_path):
     v = torch.tensor([item["sample_weights"] for item in items])
     assert curve(trainer)[0] == pytest.approx(float((v * token).mean()), rel=1e-5)
     bad = [{**item, "token_weights": [1.0]} for item in classified(8)]
-    with pytest.raises(ValueError, match="token_weights weigh labels of one a token, .* give sample_weights"):
+    with pytest.raises(ValueError, match="token_weights need one label a token, .* give sample_weights"):
         trainer_of(tmp_path, bad, UNIFORM, tiny_classifier(), data_collator=stack).train()
 
 
@@ -207,7 +207,7 @@ def test_weights_are_padded_as_the_labels_are():
 
     packed = collate(packs, without(items, "token_weights"))
     assert packed["sample_weights"].tolist() == [[0, 3, 3], [0, 0, 0]]
-    with pytest.raises(ValueError, match="the data collator packs rows in a way of its own: give sample_weights"):
+    with pytest.raises(ValueError, match="the data collator packs rows in its own way: give sample_weights"):
         collate(packs, items)
 
 
@@ -231,7 +231,7 @@ def test_a_collator_for_other_loops_leaves_the_columns_alone():
         ({"sample_weights": [1.0, 2.0]}, "sample_weights must be one number an item, sample 1 has [1.0, 2.0]"),
         (
             {"sample_weights": None},
-            "sample_weights must be in every item of train_dataset or in none: sample 0 has some",
+            "sample_weights must be in every item of train_dataset or in none: sample 0 has it",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-// Which row kernels this CPU runs, and on how many threads.
+// Which row kernels this CPU runs, and the number of threads.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

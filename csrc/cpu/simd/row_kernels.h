@@ -16,16 +16,16 @@ struct Row {
   float softcap;  // 0: none
 };
 
-// What the gradient needs beyond the row: `scale * (exp(z - top) * confidence - onehot)`.
+// Further arguments of the gradient, `scale * (exp(z - top) * confidence - onehot)`.
 struct RowGrad {
   void* out;
   int64_t stride;
   float top, confidence, scale;
 };
 
-constexpr int64_t kGroup = 16;  // rows at a time, at most: of a small vocabulary, each takes one lane of a vector
+constexpr int64_t kGroup = 16;  // the most rows at a time; with a small vocabulary each takes one lane of a vector
 
-// Of one vocabulary, strides and softcap; none is written that is read as another.
+// The rows share vocabulary, strides and softcap; no row that is written is read as another.
 using StatsKernel = void (*)(const Row* rows, int64_t count, TokenStats* out);
 using GradKernel = void (*)(const Row* rows, const RowGrad* to, int64_t count);
 
@@ -43,8 +43,8 @@ extern const RowKernels kPortableKernels;
 extern const RowKernels kAvx2Kernels, kAvx512Kernels;
 #endif
 
-// The widest that this CPU runs, or the one that GEKO_CPU_CAPABILITY (avx512, avx2, portable) names; chosen once.
-// Throws std::runtime_error where that one is unknown or this CPU can't run it.
+// The widest kernels that this CPU runs, or those named by GEKO_CPU_CAPABILITY (avx512, avx2, portable); chosen once.
+// Throws std::runtime_error if that name is unknown or this CPU can't run them.
 const RowKernels& row_kernels();
 
 // Threads that the ops use.

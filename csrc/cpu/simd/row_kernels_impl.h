@@ -4,7 +4,7 @@
 namespace geko::GEKO_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // elements between two looks at the running maximum: 16 KiB of float32 stay in L1
+constexpr int64_t kBlock = 4096;  // elements between updates of the running maximum: 16 KiB of float32 stay in L1
 
 // exp(x) for x <= 88, within 1 ulp; 0 below -104 (-87 without AVX-512), NaN for NaN.
 inline Floats exp(Floats x) {
@@ -36,7 +36,7 @@ inline Floats cap(Floats x, Floats softcap) {
   return x;
 }
 
-// The `F` are templates only to come second to a capability's own function.
+// These are templates over `F` only so that a capability's own function is preferred.
 template <class F>
 float lane0(F x) {
   float lanes[Floats::size];
@@ -77,7 +77,7 @@ void store_part(F x, T* to, int64_t count) {
   std::memcpy(to, part, count * sizeof(T));
 }
 
-// The elements [start, start + count) of a row, gathered into `room` unless they lie side by side.
+// The elements [start, start + count) of a row, copied to `room` unless they are contiguous.
 template <class T>
 inline const T* block_of(const T* row, int64_t stride, int64_t start, int64_t count, T* room) {
   if (stride == 1) return row + start;
@@ -126,7 +126,7 @@ bool any_nan(const T* row, int64_t stride, int64_t vocab) {
   return false;
 }
 
-// What follows from the maximum, -inf where no logit is finite, and the sum of a row.
+// The statistics from a row's maximum (-inf if no logit is finite) and sum.
 template <class T, bool kCap>
 TokenStats stats_from(const Row& row, float top, float total) {
   const T* logits = static_cast<const T*>(row.logits);
@@ -138,7 +138,7 @@ TokenStats stats_from(const Row& row, float top, float total) {
   return {loss, top, log_sum, 1.f / total, target == top && !std::isnan(loss) ? 1.f : 0.f};
 }
 
-// Of a row in blocks that lie side by side, or are gathered into `room` (kBlock elements).
+// The statistics of a row, read in contiguous blocks, or in blocks copied to `room` (kBlock elements).
 template <class T, bool kCap>
 TokenStats row_stats(const Row& row, T* room) {
   const T* logits = static_cast<const T*>(row.logits);
@@ -221,7 +221,7 @@ void strided_grad(const Row* rows, const RowGrad* to, int64_t count) {
 namespace geko::GEKO_CAPABILITY {
 namespace {
 
-// The rows in groups of a vector's lanes, where that pays, else row by row.
+// The rows in groups, one row a vector lane, where that is faster; else row by row.
 template <class T, bool kCap>
 void stats(const Row* rows, int64_t count, TokenStats* out) {
   if (rows->vocab > kTurnedStats) {

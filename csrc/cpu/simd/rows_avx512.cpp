@@ -1,5 +1,5 @@
-// The row kernels for CPUs with AVX-512. Everything shared with other files is included before the target is raised, so
-// that no function of theirs is compiled for it.
+// The row kernels for CPUs with AVX-512. Headers shared with other files are included before the target changes, so
+// that none of their functions is compiled for it.
 #include "csrc/cpu/simd/row_kernels.h"
 
 #ifdef GEKO_X86

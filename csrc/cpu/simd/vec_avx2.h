@@ -35,7 +35,7 @@ struct Floats {
   }
 };
 
-// What row_kernels_impl.h has for any `Floats`, in registers.
+// Faster versions of functions in row_kernels_impl.h.
 inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

@@ -34,7 +34,7 @@ struct Floats {
   }
 };
 
-// What row_kernels_impl.h has for any `Floats`, in registers; `count` is below 16 in parts.
+// Faster versions of functions in row_kernels_impl.h; those with a `count` take parts of fewer than 16 elements.
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Floats load_part(const float* from, int64_t count) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(from[0]), first_lanes(count), from);

@@ -23,7 +23,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 227 * 1024  # most shared memory of a block, of 228 KiB on a multiprocessor
 _HALF_BYTES = 113 * 1024  # the same with two blocks on a multiprocessor
 _STEP = 4  # vectors that a thread loads at once
-_SLICE_BYTES = 160 * 1024  # most of a row for one block: the rest of its memory prefetches the next row
+_SLICE_BYTES = 160 * 1024  # the most that one block holds of a row: its other memory prefetches the next row
 
 
 class _Shape(ctypes.Structure):
@@ -50,7 +50,7 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(vocab: int, itemsize: int) -> Tiling | None:
-    """The fastest of those tried on an H200 for rows of this size; None if no cluster can hold one."""
+    """The fastest tiling of those tried on an H200 for rows of this size; None if no cluster can hold a row."""
     per = 16 // itemsize
     vectors = (vocab + 2 * per - 2) // per  # of a row that does not start at a vector's boundary
     if 16 * vectors <= _HALF_BYTES - 1024:

@@ -1,7 +1,7 @@
 """Calls whose forward reads the logits once and also writes the gradient, scaled by a predicted factor.
 
-Where the prediction is right, three passes over the logits (read; read, write) become two (read, write). The launches
-are prediction, rows (CUDA, csrc/hopper) and sample update, and in the backward the correction.
+Where the prediction is right, three passes over the logits (read; read, write) become two (read, write). The forward
+launches prediction, rows (CUDA, csrc/hopper) and sample update; the backward launches the correction.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from geko_kernels.kernels.plan import Plan, starts
 from geko_kernels.kernels.table import QUARANTINED, prepared_of
 from geko_kernels.reference.ops import Reduction
 
-# bytes of logits, and of a row, from which on it is faster, measured on an H200: below, the additional launch costs the
-# host more, or the exchange between the warps costs the device more
+# bytes of logits, and of a row, from which on this is faster on an H200: below, either the extra launch costs too much
+# CPU time or the exchange between warps too much GPU time
 SMALLEST = 2**27
 SMALLEST_ROW = 2**15
 

@@ -1,7 +1,7 @@
 """Prediction: the target of each token and the coefficient of its gradient, before the logits are read.
 
-A visit's coefficient follows from its labels and its sample's bucket at the last visit; nearly always `sample_update_`
-finds the same one. The launch also prepares the visits, see `sample_update.prepare`.
+A visit's coefficient is predicted from its labels and its sample's bucket after the last visit. `sample_update_` nearly
+always finds the same one. The launch also prepares the visits, see `sample_update.prepare`.
 """
 
 from __future__ import annotations

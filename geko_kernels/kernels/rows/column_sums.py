@@ -1,4 +1,4 @@
-"""d(bias): the weighted sum of the rows of a tile of gradients, without loss of digits."""
+"""d(bias): the weighted sum of the rows of a tile of gradients, without loss of precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _column_sums_kernel(
     STEP: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Program (block, part) adds up PART rows of BLOCK columns: STEP at a time as a tree, the results exactly."""
+    """Program (block, part) sums PART rows of BLOCK columns: STEP rows at a time as a tree, those sums exactly."""
     part = tl.program_id(0) // blocks
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     width = tl.full([], columns, tl.int64)

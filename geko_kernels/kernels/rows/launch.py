@@ -1,4 +1,4 @@
-"""Launches of the linear path: the numbers differ from call to call, the binary rarely."""
+"""Launches of the linear path, where numbers differ from call to call and the binary rarely does."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ FREEZE, LIGHT, FOCUS, HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), 
 def _quality(history, seen, rules_ptr):
     """See `reference.visits.quality_of`; history: a tuple of five (ROWS,) losses, newest last.
 
-    Uses comparisons instead of `tl.minimum` and `tl.maximum` for values that may be NaN, which those do not define.
+    Compares values that may be NaN instead of using `tl.minimum` and `tl.maximum`, which do not define NaN.
     """
     count = tl.maximum(tl.minimum(seen, HISTORY), 0)
     divisor = tl.maximum(count, 1).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Segment means: loss, confidence and accuracy of each visit, summed in a fixed order without loss of digits."""
+"""Segment means: loss, confidence and accuracy of each visit, summed in a fixed order without loss of precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def scored_tokens(batch, t, live, vocab, SHIFT: tl.constexpr, PACKED: tl.constex
 
 @triton.jit
 def add_exactly(total, lost, x):
-    """`total + x`, and `lost` plus its rounding error (two-sum); `joined` adds both up."""
+    """`total + x`, and `lost` plus the rounding error of that sum (two-sum); `joined` adds both."""
     new = total + x
     back = new - total
     return new, lost + ((total - (new - back)) + (x - back))
@@ -32,7 +32,7 @@ def joined(total, lost):
 
 @triton.jit
 def token_weight(token_weights_ptr, t, scored, SHIFT: tl.constexpr):
-    """The weight of what token(s) t predict, at the position of its label; 0 where nothing is scored."""
+    """The weight of the label that token(s) t predict; 0 where nothing is scored."""
     at = t + 1 if SHIFT else t
     return tl.load(token_weights_ptr + at, mask=scored, other=0.0)
 
@@ -52,7 +52,7 @@ def visit_means(
 ):
     """Loss sum, valid tokens, divisor of the means, and the means of loss, confidence and hit of ROWS visits.
 
-    Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False if its id is bad, which leaves it out.
+    Args: first, lengths (ROWS,): tokens of the visits; known (ROWS,): False leaves out a visit with a bad id.
     """
     statistics_ptr, token_count, vocab, token_weights_ptr = token_stats
     loss = tl.zeros([ROWS, BLOCK], tl.float32)

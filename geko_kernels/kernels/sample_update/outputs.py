@@ -48,7 +48,7 @@ def store_coefficients(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each token the visit's coefficient if it has a loss, else 0; packed also its entry."""
+    """Writes each token's coefficient, 0 without a loss, and, packed, its visit's entry."""
     _, _, vocab, token_weights_ptr = token_stats
     _, _, _, _, coeff_ptr, token_visit_ptr = outputs
     for start in range(0, longest, BLOCK):
@@ -90,7 +90,7 @@ def _total(
     REDUCTION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The last program to arrive adds up all partial sums in a fixed order, and divides."""
+    """The last program to arrive adds all partial sums in a fixed order, and divides."""
     loss = tl.zeros([1024], tl.float32)
     lost = tl.zeros([1024], tl.float32)
     items = tl.zeros([1024], tl.int32)
@@ -133,7 +133,7 @@ def finish(
     REDUCTION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Write this program's part of the loss and of the divisor (int32 if WHOLE); the last program adds all up."""
+    """Write this program's part of the loss and of the divisor (int32 if WHOLE); the last program adds all parts."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     if REDUCTION == NONE:

@@ -40,13 +40,13 @@ def load_dataset(
         data: a file, a folder, a directory written by `Dataset.save_to_disk` or a hub name `owner/name`; or an iterable
             of records, each a mapping, such as a `datasets.Dataset`.
         tokenizer: of Transformers; conversations use its chat template.
-        max_length: most tokens of an item, at least 2.
-        label_column: the column with the class, next to `text`, if it is not `label`.
+        max_length: the most tokens of an item, at least 2.
+        label_column: the column with the class, beside `text`, if it is not `label`.
         class_names: `model.config.id2label` of a model that already has classes, whose order is kept.
 
     Raises:
-        TypeError, ValueError: `data` or `max_length` is none of these.
-        DataError: a ValueError; the data do not exist or have none of the formats; names the record.
+        TypeError, ValueError: `data` or `max_length` is of another kind.
+        DataError (a ValueError): the data do not exist or have none of the formats; names the record.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
@@ -63,7 +63,7 @@ def load_dataset(
 def encode_records(
     records: Records, tokenizer: Any, max_length: int, labels: list[int] | None, limit: str
 ) -> EncodedDataset:
-    """`encode`, with `notes`, which call `max_length` `limit`.
+    """`encode`, with `notes`, in which `limit` is the name of `max_length`.
 
     Raises:
         DataError: no record has a token to train.
@@ -73,7 +73,7 @@ def encode_records(
     if not len(encoded):
         raise DataError(
             f"{records.source}: none of the {len(records.rows):,} records has a token to train within {limit}: raise "
-            "it, and look whether conversations have turns of the assistant"
+            "it, and check that conversations have turns of the assistant"
         )
     left_out = set(encoded.skipped_rows)
     encoded.excerpts = [told for row, told in enumerate(excerpts_of(records)) if row not in left_out]

@@ -15,8 +15,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatEncoder:
     """Encodes conversations with the tokenizer's chat template; every assistant turn is trained.
 
-    If the template marks what the assistant generates, that is trained. Otherwise a turn begins after the rendering of
-    the turns before it, generation prompt included, and ends with the rendering of the turns up to it.
+    If the template marks what the assistant generates, that is trained. Otherwise an assistant's turn begins after the
+    rendering of the turns before it, generation prompt included, and ends where the rendering of it and those ends.
 
     Raises:
         DataError: the tokenizer has no chat template, or is a slow one.
@@ -33,14 +33,14 @@ class ChatEncoder:
             )
         if not tokenizer.is_fast:
             raise DataError(
-                f"{source} holds conversations, for which the tokenizer {name} must be a fast one, which knows the "
-                "place of each token in the text"
+                f"{source} holds conversations, for which the tokenizer {name} must be a fast one, which knows each "
+                "token's position in the text: load it with use_fast=True"
             )
         try:
             self.marks = _GENERATION.search(tokenizer.get_chat_template()) is not None
         except ValueError as error:  # several templates, and none of them the default
             raise DataError(
-                f"{source} holds conversations, and the tokenizer {name} does not say by which template: {error}"
+                f"{source} holds conversations, but the tokenizer {name} does not say which template to use: {error}"
             ) from error
 
     def encode(self, where: str, turns: list[Turn], given: int = 0) -> tuple[list[int], list[int]]:
@@ -64,30 +64,30 @@ class ChatEncoder:
         return ids, [token if counts else IGNORED for token, counts in zip(ids, trained, strict=True)]
 
     def _end(self, where: str, turns: list[Turn], given: int, text: str) -> int:
-        """Where the first `given` turns end in the `text` of all."""
+        """The end of the first `given` turns in the `text` of all turns."""
         before = self._apply(where, turns[:given], tokenize=False) if given else ""
         if not text.startswith(before):
             raise DataError(
-                f"{where}: the chat template does not render the prompt as a beginning of the whole conversation, so "
+                f"{where}: the chat template does not render the prompt as the beginning of the whole conversation, so "
                 "it is unknown which tokens are the completion's: give the turns as `messages`"
             )
         return len(before)
 
     def _span(self, where: str, turns: list[Turn], index: int, text: str) -> tuple[int, int]:
-        """Where the assistant's turn `index` stands in the `text` of all turns."""
+        """The position of the assistant's turn `index` in the `text` of all turns."""
         if not index:
             raise DataError(
-                f"{where}: the conversation begins with a turn of the assistant, and the chat template shows what "
-                "leads to a turn only behind another one: put a turn of the user before it, or remove it"
+                f"{where}: the conversation begins with a turn of the assistant, but the chat template has a "
+                "generation prompt only after another turn: put a turn of the user before it, or remove it"
             )
         before = self._apply(where, turns[:index], tokenize=False, add_generation_prompt=True)
         whole = self._apply(where, turns[: index + 1], tokenize=False)
         if not (whole.startswith(before) and text.startswith(whole)):
             raise DataError(
-                f"{where}: the chat template does not render the turns up to the assistant's (turn {index}) as a "
+                f"{where}: the chat template does not render the turns up to the assistant's (turn {index}) as the "
                 "beginning of the whole conversation, so it is unknown which tokens are the assistant's: mark them in "
-                "the template by {% generation %} and {% endgeneration %}, or split the conversation so that each has "
-                "one assistant turn, its last"
+                "the template with {% generation %} and {% endgeneration %}, or split the conversation so that each "
+                "part has one assistant turn, the last"
             )
         return len(before), len(whole)
 

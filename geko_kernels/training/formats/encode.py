@@ -19,10 +19,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     Attributes:
         skipped_rows: rows of the data, from 0 and ascending, that have no token to train. They are not items, but
             GEKOTrainer's report counts them, so that its ids are rows of the data.
-        num_cut: how many records were longer than `max_length` and were cut.
+        num_cut: the number of records that were longer than `max_length` and were cut.
         class_names: for classification, by number; else empty.
         notes: lines that say how the data were read.
-        excerpts: for each item the start of its text, and its own id if it has one, for `samples.jsonl`.
+        excerpts: for `samples.jsonl`, the start of each item's text, and its own id if it has one.
     """
 
     def __init__(self, items: list[dict[str, Any]], skipped_rows: list[int], num_cut: int) -> None:
@@ -46,10 +46,10 @@ class _Item(NamedTuple):
 
 
 def encode(records: Records, tokenizer: Any, max_length: int, labels: list[int] | None) -> EncodedDataset:
-    """`labels` are the numbers of the records' classes, None for language modelling.
+    """The records as token ids; `labels` are the numbers of their classes, None for language modelling.
 
     A text or conversation that is too long loses its end. A prompt that is too long loses its start, so that the
-    completion is kept. Records without a token to train are then left out.
+    completion is kept. Records that then have no token to train are left out.
     """
     if labels is not None:
         items = _classified(records, tokenizer, max_length, labels)
@@ -82,13 +82,13 @@ def encoding_notes(records: Records, encoded: EncodedDataset, limit: str) -> lis
         more = f" and {len(skipped) - _SHOWN:,} more" if len(skipped) > _SHOWN else ""
         notes.append(
             f"{records.source}: {len(skipped):,} of {total:,} records have no token to train within {limit} and are "
-            f"skipped: row {rows}{more}; rows are counted from 0, and the report calls the others by theirs"
+            f"skipped: row {rows}{more}; rows are counted from 0, and the other rows keep their numbers in the report"
         )
     return notes
 
 
 def _trains(item: _Item) -> bool:
-    """Is any of its tokens trained? Nothing predicts the first token of a text."""
+    """Whether any of its tokens is trained; the first token of a text is not, as nothing predicts it."""
     if isinstance(item.labels, int):
         return bool(item.input_ids)
     return any(label != IGNORED for label in item.labels[1:])

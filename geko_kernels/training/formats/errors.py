@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Says what is wrong with the data, where, and what to do. The command line prints it without a traceback."""
+    """The message says what is wrong with the data, where, and what to do. The command line prints only the message."""

@@ -1,4 +1,4 @@
-"""How a record is recognised: by its own id, and the start of its text."""
+"""Excerpts by which a person recognises a record: its own id, and the start of its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from geko_kernels.training.formats.records import Records
 
 _CHARACTERS = 200
 _TEXTS = ("text", "prompt", "instruction", "messages", "conversations")
-TOLD = ("id", *_TEXTS)  # the columns that are looked at
+TOLD = ("id", *_TEXTS)  # the columns that are read
 
 
 def excerpts_of(records: Records) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def excerpts_of(records: Records) -> list[dict[str, Any]]:
 
 
 def excerpts_of_columns(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """The same of the columns in `TOLD` that there are; a value of no known form has no text."""
+    """The same from those columns of `TOLD` that exist; a value of an unknown form has no text."""
     told: dict[str, list[Any]] = {}
     if "id" in columns:
         ids = list(columns["id"])
@@ -40,7 +40,7 @@ def _plain(identity: Any) -> str | None:
 
 
 def _whole(text: str) -> str:
-    """Half a surrogate pair, which no file can hold, becomes a question mark."""
+    """`text` with a question mark for half a surrogate pair, which no file can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -30,7 +30,7 @@ def read_content(path: str, wanted: str) -> bytes:
         try:
             return gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be unpacked with gzip ({error}); write it anew") from error
+            raise DataError(f"{path} cannot be unpacked with gzip ({error}); write it again") from error
     if content.startswith(b"\x1f\x8b"):
         raise DataError(f"{path} is compressed with gzip; unpack it with gunzip first, or let its name end in .gz")
     return content

@@ -1,7 +1,7 @@
-"""Reading JSON: one object a line, lines end only with a line feed; or one array of objects.
+"""Reading JSON: one object a line, where only a line feed ends a line; or one array of objects.
 
 The JSON reader of `datasets` is not used, because it changes values: text that looks like a date becomes a time, and an
-integer of more than 64 bits, or in a column with fractions, becomes a float. Nor does it name the line of an error.
+integer of more than 64 bits, or in a column with fractions, becomes a float. Nor does it name an error's line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def json_file(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(where: str, text: bytes) -> Any:
     if b"\0" in text:
-        raise DataError(f"{where} holds NUL bytes: the file is damaged or not UTF-8; write it anew as UTF-8")
+        raise DataError(f"{where} holds NUL bytes: the file is damaged or not UTF-8; write it again as UTF-8")
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_parse_integer)
     except UnicodeDecodeError as error:

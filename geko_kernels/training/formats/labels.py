@@ -32,7 +32,8 @@ class Classes(NamedTuple):
             if (type(label), label) not in number:
                 known = listed([repr(label) for label in self.labels])
                 raise DataError(
-                    f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}"
+                    f"{records.source}, {place}: the label {label!r} is not in the training data, which has {known}; "
+                    "remove the record or correct its label"
                 )
             numbers.append(number[type(label), label])
         return numbers
@@ -79,7 +80,7 @@ def _typed(label: Label, kind: type) -> Label:
 
 
 def typed_alike(texts: list[Label]) -> list[Label]:
-    """Numbers where all are whole ones, true and false likewise, else the text."""
+    """Numbers if all are whole numbers, booleans if all are true or false, else the texts."""
     for kind in (int, bool):
         labels = [_typed(text, kind) for text in texts]
         if all(type(label) is kind for label in labels):
@@ -88,6 +89,6 @@ def typed_alike(texts: list[Label]) -> list[Label]:
 
 
 def listed(values: list[Any]) -> str:
-    """The first ten, and how many more there are."""
+    """The first ten, and the number of the others."""
     more = len(values) - _SHOWN
     return ", ".join(values[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Records of training data: finds their form by their columns, and checks them."""
+"""Records of training data: determines their form by their columns, and checks them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Turn = dict[str, Any]
 
 
 class Records(NamedTuple):
-    """The records: `rows` have the `fields` of one of the forms, in the order of the data."""
+    """Records whose `rows` have the `fields` of one of the forms, in the order of the data."""
 
     source: str
     fields: tuple[str, ...]
@@ -43,7 +43,7 @@ class Records(NamedTuple):
 
     @property
     def are_turns(self) -> bool:
-        """Are they turns of a chat?"""
+        """Whether they are turns of a chat."""
         return self.fields[0] in _TURNS or (self.fields[0] == "prompt" and isinstance(self.rows[0]["prompt"], list))
 
 
@@ -111,7 +111,7 @@ def _form(name: str, first: dict[str, Any], label_column: str) -> tuple[str, ...
         if missing:
             raise DataError(
                 f"{name}: the first record has no {' and no '.join(f'`{column}`' for column in missing)}, only "
-                f"{sorted(first)}; a label column stands beside `text`"
+                f"{sorted(first)}; a label column needs a column `text` beside it"
             )
         return ("text", "label")
     fields = next((form for form in _FORMS if set(form) <= first.keys()), None)
@@ -146,7 +146,7 @@ def _check_text(where: str, field: str, value: Any) -> None:
         raise DataError(f"{where}: `{field}` must be text, got {_short(value)}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(
-            f"{where}: `{field}` holds a lone surrogate (\\ud800 to \\udfff), which is half a character; remove it"
+            f"{where}: `{field}` has a lone surrogate (\\ud800 to \\udfff), which is half a character; remove it"
         )
 
 
@@ -167,7 +167,7 @@ def _with_turns(where: str, row: dict[str, Any]) -> dict[str, Any]:
 def _turn(where: str, turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} must be a turn with `role` and `content`, got {_short(turn)}")
-    # a table's rows have every key of any turn
+    # in a table every row has the keys of all turns
     turn = {key: value for key, value in turn.items() if value is not None or key == "content"}
     if "from" in turn and "role" not in turn:
         turn["role"] = _ROLES.get(turn["from"], turn["from"])

@@ -19,7 +19,7 @@ _HELD_OUT = {"test", "testing", "eval", "evaluation", "val", "valid", "validatio
 
 
 class Source(NamedTuple):
-    """The rows of a dataset in order, whether their fields are all text, and notes on the files."""
+    """The rows of a dataset in order, whether all their fields are text, and notes on the files."""
 
     rows: list[tuple[str, dict[str, Any]]]
     is_table: bool
@@ -38,7 +38,7 @@ def read_source(path: str) -> Source:
         return Source(list(reader(local)), _is_table(local), [])
     if os.path.isdir(local):
         if reader:
-            raise DataError(f"{path}: cannot read the file (it is a directory); give its name another ending")
+            raise DataError(f"{path}: cannot read the file (it is a directory); rename it without that ending")
         saved = any(os.path.exists(os.path.join(local, name)) for name in ("state.json", "dataset_dict.json"))
         return Source(list(_saved(local)), False, []) if saved else _folder(local)
     if os.path.lexists(local):
@@ -60,7 +60,8 @@ def digest_of(source: Source) -> str:
 def _parquet(path: str) -> Rows:
     if not os.path.isfile(path):
         raise DataError(
-            f"{path}: cannot read the file (there is none, or it is no regular one); give the path of a .parquet file"
+            f"{path}: cannot read the file (it does not exist, or is not a regular file); give the path of a .parquet "
+            "file"
         )
     return _numbered(path, _loaded(path, lambda datasets: datasets.Dataset.from_parquet(path, keep_in_memory=True)))
 
@@ -102,12 +103,12 @@ def _folder(path: str) -> Source:
     kept = [name for name in found if not words[name] & _HELD_OUT]
     taken = [name for name in kept if words[name] & _TRAINING] or kept
     if not taken:
-        why = f"only {_some(found)}, and none for training" if found else f"no file that ends in {', '.join(_READERS)}"
+        why = f"only {_some(found)}, none for training" if found else f"no file that ends in {', '.join(_READERS)}"
         raise DataError(f"the folder {path} holds {why}; give the file that you want")
     kinds = {_is_table(name) for name in taken}
     if len(kinds) > 1:
         raise DataError(
-            f"the folder {path} holds tables beside other files ({_some(taken)}); give a folder of one kind"
+            f"the folder {path} holds tables and other data files ({_some(taken)}); give a folder with one kind of file"
         )
     rows = []
     for name in taken:
@@ -132,8 +133,9 @@ def _check_hub_name(path: str) -> None:
     missing = f"cannot load {path}: there is no such file or folder"
     if not _ON_HUB.fullmatch(path) or os.path.isdir(path.partition("/")[0]):
         raise DataError(
-            f"{missing}; a dataset on the hub is written owner/name, and paths are not sought there. Give a file that "
-            f"ends in {', '.join(_READERS)}, a folder of such files, or a directory written by `Dataset.save_to_disk`"
+            f"{missing}; a dataset on the hub is written owner/name, and paths are not looked up there. Give a file "
+            f"that ends in {', '.join(_READERS)}, a folder of such files, or a directory written by "
+            "`Dataset.save_to_disk`"
         )
 
 
@@ -144,8 +146,8 @@ def _hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
             raise
         raise DataError(
-            f"cannot load {name}: there is no such file or folder, and HF_HUB_OFFLINE is set, so that only what the "
-            "hub's cache holds was looked at; unset it or mend the path"
+            f"cannot load {name}: there is no such file or folder, and as HF_HUB_OFFLINE is set, only the hub's cache "
+            "was searched; unset it or correct the path"
         ) from error
 
 
@@ -156,7 +158,7 @@ def _loaded(path: str, load: Callable[[Any], Any]) -> Any:
         raise DataError(f"reading {path} needs `pip install datasets`") from error
     try:
         return load(datasets)
-    except Exception as error:  # many kinds, all for data it cannot read
+    except Exception as error:  # of many types, all for data that it cannot read
         cause = error.__cause__ or error
         raise DataError(
             f"cannot load {path} with `datasets` ({type(cause).__name__}: {cause}); give a .jsonl or .parquet file, a "
@@ -167,7 +169,7 @@ def _loaded(path: str, load: Callable[[Any], Any]) -> Any:
 def _numbered(path: str, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(data, dict):
         if "train" not in data:
-            raise DataError(f"{path} has the splits {sorted(data)} and no `train`; save the one you want on its own")
+            raise DataError(f"{path} has the splits {sorted(data)} and no `train`; save the split that you want alone")
         data = data["train"]
     for index, row in enumerate(data):
         yield f"record {index}", row

@@ -1,7 +1,7 @@
 """Reading CSV and TSV: a row of column names, then one record a row; every field is text.
 
-`datasets` is not used, because it reads them with pandas, which drops surplus fields of a row, takes "NA" and "None" as
-missing, and turns "007" into 7.
+`datasets` is not used, because it reads them with pandas, which drops surplus fields of a row, reads "NA" and "None" as
+missing values, and turns "007" into 7.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def table_rows(path: str, delimiter: str) -> list[tuple[str, dict[str, str]]]:
         try:
             names = next(reader, [])
             if len(set(names)) < len(names) or not all(names):
-                raise DataError(f"{path}, line 1: every column needs a name of its own, got {names}")
+                raise DataError(f"{path}, line 1: every column needs a different name, got {names}")
             for row in filter(None, reader):
                 if len(row) != len(names):
                     raise DataError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields where line 1 names {len(names)} columns; "
-                        "fields that hold the separator stand in double quotes"
+                        f"{path}, line {reader.line_num}: {len(row)} fields, but line 1 names {len(names)} columns; "
+                        "put fields that contain the separator in double quotes"
                     )
                 rows.append((f"line {reader.line_num}", dict(zip(names, row, strict=True))))
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}; write the row anew") from error
+            raise DataError(f"{path}, line {reader.line_num}: {error}; write the row again") from error
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A few rows of a batch, to test a model's loss with."""
+"""A few rows of a batch, for testing a model's loss."""
 
 from __future__ import annotations
 

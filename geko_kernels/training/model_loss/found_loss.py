@@ -1,4 +1,4 @@
-"""What GEKOTrainer finds out about its model's loss, the same on all processes."""
+"""Finds out how the model's loss is computed, with the same result on all processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_loss_of(
     fuse: bool,
     processes: int,
 ) -> FoundLoss:
-    """Find out the loss of `model` on a few rows of `inputs`, and whether its head can be fused with the loss.
+    """Determine the loss of `model` from a few rows of `inputs`, and whether its head can be fused with the loss.
 
     Args:
         model: without DDP and torch.compile; `base` also without PEFT.
@@ -93,7 +93,7 @@ def _question(
             reason: object = "its loss is not finite"
         except Exception as error:
             reason = error
-        logger.info(f"GEKOTrainer asks the model about its whole first batch, as a part of it fails: {reason}")
+        logger.info(f"GEKOTrainer tests the model's loss on the whole first batch, as a part of it fails: {reason}")
     question = Question(model, base, inputs, labels, label_name)
     if computes_loss(base, label_name):
         _check_it_runs(question)
@@ -109,9 +109,9 @@ def _check_it_runs(question: Question) -> None:
     except Exception as error:
         question.outputs(question.labels)  # raises the model's own error, as in training
         raise ValueError(
-            f"the model takes the labels of the first batch, but not test labels, which are its classes and -100 for "
-            f"labels that do not count ({type(error).__name__}: {error}). The model and the data have to mark labels "
-            f"that do not count by -100, torch's default `ignore_index`; or {WAY_OUT}"
+            f"the model accepts the labels of the first batch, but not test labels, which are its classes and -100 for "
+            f"ignored labels ({type(error).__name__}: {error}). The model and the data have to mark ignored labels by "
+            f"-100, torch's default `ignore_index`; or {WAY_OUT}"
         ) from error
 
 
@@ -134,7 +134,7 @@ def _ask(
 
 
 def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) -> FoundLoss | None:
-    """`found`, with a head only if all processes have one; raises on all if one of them has failed."""
+    """`found`, with a head only if all processes have one; raises on all processes if one has failed."""
     mine = (None if error is None else str(error), None if found is None else (found.form, found.head is not None))
     all_of: list[Any] = [None] * processes
     dist.all_gather_object(all_of, mine)
@@ -149,14 +149,14 @@ def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) ->
 
 
 def computes_loss(base: nn.Module, label_name: str) -> bool:
-    """May the unwrapped model compute a loss from labels? Those of Transformers do."""
+    """Whether the unwrapped model may compute a loss from labels, as those of Transformers do."""
     parameters = inspect.signature(base.forward).parameters
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return isinstance(base, PreTrainedModel) or label_name in parameters or takes_all
 
 
 def trainer_counts(base: nn.Module) -> tuple[bool, bool]:
-    """(gets `num_items_in_batch`, that leaves out each row's first label), both as Trainer decides."""
+    """(the model gets `num_items_in_batch`, its count leaves out each row's first label), both as Trainer decides."""
     parameters = inspect.signature(base.forward).parameters.values()
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     shifts = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss

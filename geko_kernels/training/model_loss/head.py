@@ -1,7 +1,7 @@
-"""The head of a causal language model, fused with the loss, so that training holds no logits.
+"""The head of a causal language model, fused with the loss, so that training never holds the logits.
 
-The loss replaces the head's forward and so runs inside the model's: in its autocast, with its sharded parameters
-gathered, and where DDP sees which parameters are used.
+The loss replaces the head's forward, so it runs inside the model's forward: under its autocast, with its sharded
+parameters gathered, and where DDP sees which parameters are used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
         raise ValueError("its logits are not what its output embeddings return")
     try:
         loss, terms = _fused(question, head, form, labels)
-    except Exception as error:  # whatever a head or a model raises without logits
+    except Exception as error:  # any error of a head or a model without logits
         raise ValueError(f"it does not run without logits ({type(error).__name__}: {error})") from error
     expected, others = _plain(form, labels, logits), question.other_terms(labels, form.route)
     if not (_close(loss, expected, 1e-2) and _close(terms, others, 1e-4)):
@@ -81,9 +81,9 @@ def _plain(form: LossForm, labels: Tensor, logits: Tensor) -> float:
 
 
 def _fused(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) -> tuple[float, float]:
-    """The same with the fused head, gradients included; and the model's other terms.
+    """The same with the fused head, gradients included, and the model's other terms.
 
-    A large number is added to what the head returns: if the model uses its logits otherwise, the result shows it.
+    A large number is added to the head's result, so that any other use of the logits shows.
     """
 
     def forward(hidden: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class LossHead:
         prompt: bool,
         options: dict[str, Any],
     ) -> Iterator[list[Any]]:
-        """Within, the head returns the loss of `weighted_linear_loss`; yields a list for what else it returns."""
+        """Inside the context the head returns `weighted_linear_loss`'s loss; yields a list for its other results."""
         found: list[Any] = []
         self._call = labels, sample_ids, state, prompt, options, found
         with _forward_of(self.layer, self._forward):

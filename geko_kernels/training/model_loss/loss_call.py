@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from geko_kernels import ops
-from geko_kernels.losses.logits import SampleStats, weighted_loss
+from geko_kernels.losses.logits import weighted_loss
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.state import SampleState
 from geko_kernels.training.model_loss.head import LossHead
 from geko_kernels.training.model_loss.loss_form import LossForm
@@ -20,13 +21,13 @@ _ENTROPY_ROWS = 256  # of logits in float32 at a time
 
 
 class ModelLoss(NamedTuple):
-    """What one forward gave."""
+    """The result of one forward."""
 
     loss: Tensor  # (): the weighted cross-entropy
     terms: Tensor | None  # (): what the model adds to its cross-entropy
     outputs: Any  # of the model; without logits if the head is fused
     stats: SampleStats
-    entropy: Tensor | None = None  # of each token, in the shape of the labels, 0 where none counts; if asked for
+    entropy: Tensor | None = None  # if asked for: of each token, in the shape of the labels, 0 where none counts
 
 
 def forward_loss(
@@ -65,11 +66,11 @@ def forward_loss(
     options: dict[str, Any] = {"shift": shift, "num_items": num_items, "return_stats": True, **(weights or {})}
     if weights and "token_weights" in weights and (form.prompt or shifted is not None):
         what = "prompt tuning, whose logits have more positions" if form.prompt else "a collator's shift_labels"
-        raise ValueError(f"token_weights lie beside the labels and do not combine with {what}: leave out either")
+        raise ValueError(f"token_weights must match the labels and do not combine with {what}: leave out one of them")
     if form.prompt and sample_ids is not None and sample_ids.dim() == 2:
         raise ValueError(
-            "prompt tuning does not combine with packed samples, as PEFT lets the samples of a row attend to each "
-            "other: pad the samples, each in a row of its own (packing=False, padding_free=False), or train LoRA"
+            "prompt tuning does not work with packed samples, as PEFT lets the samples of a row attend to each other: "
+            "pad the samples, each in its own row (packing=False, padding_free=False), or train LoRA"
         )
     if forward_only:
         options["update"] = update and state is not None
@@ -97,7 +98,7 @@ def forward_loss(
 def _entropy(
     logits: Tensor, labels: Tensor, sample_ids: Tensor | None, shift: bool, weights: Mapping[str, Tensor]
 ) -> Tensor:
-    """What `weighted_linear_loss` returns: (B, S), of logits (B, S, V)."""
+    """The entropy that `weighted_linear_loss` returns: (B, S), from logits (B, S, V)."""
     if "token_weights" in weights:
         labels = labels.masked_fill(weights["token_weights"].to(labels.device) == 0, -100)
     rows, _, visits = ops.scored_rows(labels, sample_ids, logits.shape[-1], -100, shift)

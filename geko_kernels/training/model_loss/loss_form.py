@@ -1,8 +1,8 @@
-"""Which loss a model trains: found by running the model on a few rows, before its first training step.
+"""Determines which loss a model trains, by running the model on a few rows before its first training step.
 
-Transformers' models do not say whether they shift labels, what they add to their cross-entropy, or whether they weight
-it. So the model computes its own loss for test labels, which GEKO's plain loss of the same logits has to equal. Test
-labels give a clear answer: they have many classes, and ignored positions.
+Transformers' models do not say whether they shift labels, add terms to their cross-entropy, or weight it. So the model
+computes its own loss for test labels, and GEKO's plain loss of the same logits has to equal it. Test labels give a
+clear answer, as they have many classes and some ignored positions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from geko_kernels.training.model_loss.few_rows import HIDDEN
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
 from geko_kernels.training.random_numbers import RandomNumbers
 
-_CLASSES = 64  # up to so many classes are all tested, of more a random choice
-_ROUNDS = 4  # of test labels, if each row has one
+_CLASSES = 64  # up to this many classes are all tested; of more, a random choice
+_ROUNDS = 4  # rounds of test labels, if each row has one label
 _IGNORED = -100
 
 
 class LossForm(NamedTuple):
-    """How GEKO's loss equals the model's own where every weight is 1."""
+    """The settings with which GEKO's loss equals the model's own if every weight is 1."""
 
     shift: bool  # position t predicts label t + 1
     route: Route
@@ -55,7 +55,7 @@ class _Answer(NamedTuple):
 
 
 class Question:
-    """A model, a `few` rows of its inputs (without labels), and how they are run.
+    """A model, a `few` rows of its inputs (without labels), and ways to run them.
 
     Args:
         model: as trained, but without DDP and torch.compile; `base` is the same without PEFT.
@@ -81,7 +81,7 @@ class Question:
         return self.model(**self.few, **{self.name: labels}, **more)
 
     def answer(self, labels: Tensor, **more: Any) -> _Answer | None:
-        """None if the model returns no loss."""
+        """One forward with `labels`; None if the model returns no loss."""
         outputs = self.outputs(labels, **more)
         own = find_loss(outputs)
         if own is None:
@@ -114,10 +114,11 @@ class Question:
         """Inside the context the model is in training mode.
 
         Raises:
-            ValueError: its forward writes to a parameter; restoring it would take a copy of all of them.
+            ValueError: its forward writes to a parameter; restoring it would take a copy of all parameters.
         """
         before = [
-            (name, value, version_of(value), self._told(name, value)) for name, value in self.model.named_parameters()
+            (name, value, version_of(value), self._checksum_of(name, value))
+            for name, value in self.model.named_parameters()
         ]
         self.model.train()
         try:
@@ -126,15 +127,15 @@ class Question:
                 yield
         finally:
             self.model.eval()
-        for name, value, version, told in before:
-            if version_of(value) != version and (told is None or not told.equal(_checksum(value))):
+        for name, value, version, checksum in before:
+            if version_of(value) != version and (checksum is None or not checksum.equal(_checksum(value))):
                 raise ValueError(
-                    f"the model's forward writes to its parameter {name!r} in training mode, so asking for its loss "
-                    f"would change it: make it a buffer, or {WAY_OUT}"
+                    f"the model's forward writes to its parameter {name!r} in training mode, so testing the model's "
+                    f"loss would change it: make it a buffer, or {WAY_OUT}"
                 )
 
-    def _told(self, name: str, value: Tensor) -> Tensor | None:
-        """A checksum of a parameter that eval forwards write to, as PEFT's `target_parameters` does: its own value."""
+    def _checksum_of(self, name: str, value: Tensor) -> Tensor | None:
+        """A checksum of a parameter; None for one that eval forwards write to, as PEFT's `target_parameters` does."""
         return None if self._versions.get(name) == version_of(value) else _checksum(value)
 
     def made_up(self) -> Iterator[Tensor]:
@@ -172,7 +173,7 @@ class Question:
         return sorted({0, *(k for k in named if isinstance(k, int) and 0 < k < self.num_classes())})
 
     def is_finite(self) -> bool:
-        """Does the model run on the test, with a finite loss, or none?"""
+        """Whether the model runs on the test with a finite loss, or with none."""
         answer = self.answer(next(self.made_up())) if self.num_classes() > 1 else None
         return answer is None or math.isfinite(answer.own)
 
@@ -189,7 +190,7 @@ class Question:
         return self._classes
 
     def first_position(self) -> Tensor:
-        """Only the first position has a label, so a loss that shifts has none left."""
+        """Labels with only the first position set, so a loss that shifts has none left."""
         labels = torch.full_like(self.labels, _IGNORED)
         labels[:, 0] = self.plain_label()
         return labels
@@ -200,7 +201,7 @@ class Question:
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """(2,) int64 of the bytes of `values`: it takes no memory."""
+    """(2,) int64: a checksum of the bytes of `values`, which takes no memory."""
     data = values.detach().contiguous().view(-1).view(torch.uint8)
     return torch.stack([data.sum(dtype=torch.int64), data[::2].sum(dtype=torch.int64)])
 
@@ -208,7 +209,7 @@ def _checksum(values: Tensor) -> Tensor:
 def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[Route]) -> LossForm | None:
     """The form in which GEKO's loss equals the model's own; None if the model returns no loss.
 
-    Call it under `torch.no_grad` with the model in eval mode: with dropout two forwards would differ.
+    Call it under `torch.no_grad` with the model in eval mode, since with dropout two forwards differ.
 
     takes_num_items: Trainer passes `num_items_in_batch` to the model.
     routes: the ways in which the model can be called in training, the best first.
@@ -240,9 +241,9 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
 
 
 def _relative_error(own: Tensor, logits: Tensor, valid: int) -> float:
-    """How far a loss may be off: more if the model computed it, or the loss of each label, in low precision.
+    """The error allowed for a loss: more if the model computed it, or the loss of each label, in low precision.
 
-    Autocast may return values in float32 that it has rounded before; the logits then show it.
+    Autocast may return rounded values in float32; then the logits show their precision.
     """
     if own.dtype in (torch.float16, torch.bfloat16):
         return torch.finfo(own.dtype).eps
@@ -263,7 +264,7 @@ def _check_training(question: Question, form: LossForm, route: Route, labels: Te
 
 
 def _shifts_first(question: Question, route: Route) -> bool:
-    """Does the model shift, if the logits give every label the same loss?"""
+    """Whether the model shifts, if the logits give every label the same loss."""
     labels = question.first_position()
     answer = question.answer(labels)
     assert answer is not None
@@ -272,7 +273,7 @@ def _shifts_first(question: Question, route: Route) -> bool:
 
 
 def _counts(question: Question, form: LossForm, before: _Answer, term: float, labels: Tensor) -> bool:
-    """Does the model divide by `num_items_in_batch` if it gets one?"""
+    """Whether the model divides by `num_items_in_batch` if it gets one."""
     valid = before.valid[form]
     items = 3 * valid + 1
     answer = question.answer(labels, num_items_in_batch=torch.tensor(items, device=labels.device))
@@ -288,7 +289,7 @@ def _counts(question: Question, form: LossForm, before: _Answer, term: float, la
 
 
 def hidden_labels(labels: Tensor, attention_mask: Any) -> Tensor | None:
-    """(B, S) bool: labels of tokens that are not attended to; None without any."""
+    """(B, S) bool: labels of tokens that are not attended to; None if there are none."""
     if not isinstance(attention_mask, Tensor) or labels.dim() != 2 or attention_mask.shape != labels.shape:
         return None
     hidden = attention_mask.to(labels.device) == 0
@@ -307,7 +308,7 @@ def _rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
 
 
 WAY_OUT = (
-    "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits in its place, with the "
+    "GEKOTrainingArguments(shift_labels=True or False) trains the cross-entropy of the logits instead, with the "
     "labels shifted or not"
 )
 
@@ -317,6 +318,6 @@ def _refusal(answer: _Answer, when: str) -> str:
     told = ", ".join(f"{loss:.4f} {how[form.shift]}" for form, loss in answer.plain.items() if not form.masks)
     return (
         f"the model's own loss{when} is not a plain cross-entropy of its logits: on test labels it is "
-        f"{answer.own:.4f}, the cross-entropy {told}. It may weight classes, smooth labels, have a second head or a "
-        f"loss function of its own, which GEKO would drop. Train it with transformers.Trainer; or {WAY_OUT}"
+        f"{answer.own:.4f}, the cross-entropy {told}. The model may weight classes, smooth labels, or have a second "
+        f"head or a custom loss function, which GEKO would drop. Train it with transformers.Trainer; or {WAY_OUT}"
     )

@@ -24,7 +24,7 @@ class Route(Enum):
 
     @property
     def has_terms(self) -> bool:
-        """Does the model return what it adds to its cross-entropy?"""
+        """Whether the model returns what it adds to its cross-entropy."""
         return self in (Route.LOSS_FUNCTION, Route.CROSS_ENTROPY)
 
 
@@ -73,13 +73,13 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Is `torch.compile` among the wrappers of `model`?"""
+    """Whether `torch.compile` is among the wrappers of `model`."""
     inner = _inside(model)
     return inner is not None and (hasattr(model, "_orig_mod") or is_compiled(inner))
 
 
 def in_one_graph(model: nn.Module) -> bool:
-    """Was `model` or a part of it compiled with fullgraph=True? Then nothing in it may break the graph."""
+    """Whether `model` or a part of it was compiled with fullgraph=True, so that nothing in it may break the graph."""
     return any(getattr(getattr(part, "dynamo_ctx", None), "fullgraph", False) for part in model.modules())
 
 
@@ -104,7 +104,7 @@ def find_logits(outputs: Any, labels: Tensor) -> Tensor:
     """The logits among a model's outputs: the tensor itself, key "logits", or the first that fits the labels.
 
     Raises:
-        ValueError: there are none; names what there is.
+        ValueError: there are none; names the outputs.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim():
@@ -123,8 +123,8 @@ def find_logits(outputs: Any, labels: Tensor) -> Tensor:
         found = {"output": type(outputs).__name__}
     raise ValueError(
         f"the model returned no logits for labels of shape {tuple(labels.shape)}, only {found}. GEKO computes the loss "
-        "from an output `logits`: a model with several heads needs transformers.Trainer, and a fused loss inside the "
-        "model that returns logits=None has to be switched off"
+        "from an output `logits`: train a model with several heads with transformers.Trainer, and switch off a fused "
+        "loss inside the model that returns logits=None"
     )
 
 
@@ -144,7 +144,7 @@ def find_loss(outputs: Any) -> Tensor | None:
 def fit_labels(labels: Tensor, logits: Tensor, prompt: bool) -> Tensor:
     """`labels` int64 in the shape that the loss takes: (B, 1) of classes as (B,), one for each position.
 
-    prompt: the model adds tokens before the sample's (prompt tuning); they get no label.
+    prompt: the model adds tokens before the sample's (prompt tuning), which get no label.
     """
     labels = labels.to(logits.device, torch.int64)
     if labels.dim() >= logits.dim() > 1 and labels.shape[-1] == 1:

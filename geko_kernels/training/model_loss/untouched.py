@@ -18,8 +18,8 @@ _PLAIN = (int, float, str, type(None), Tensor)
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the context `model` is in eval mode without gradients.
 
-    Afterwards its modules' modes, buffers and attributes with numbers, texts or tensors are restored, and so are the
-    random number generators.
+    Afterwards its modules' modes, buffers and attributes that are numbers, texts or tensors are restored, and so are
+    the random number generators.
     """
     numbers = RandomNumbers(device, model)
     plain = [

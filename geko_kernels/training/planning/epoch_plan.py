@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class EpochPlan(NamedTuple):
-    """One epoch: its samples in order, and which part of the run it is."""
+    """One epoch: its samples in order, and its part of the run."""
 
-    ids: Tensor  # (n,) int32 on the CPU: those selected by bucket, then those of the uniform finish
-    selected: int  # how many are selected by bucket
+    ids: Tensor  # (n,) int32 on the CPU: first those selected by bucket, then those of the uniform finish
+    selected: int  # the number of those selected by bucket
     start: float  # progress of the run at the first sample,
     turn: float  # after the selected ones,
     end: float  # and after the last one
@@ -20,7 +20,7 @@ class EpochPlan(NamedTuple):
 
     @property
     def units(self) -> int:
-        """How many packs, or ids without packing: what batches are made of."""
+        """The number of packs, or of ids without packing; batches consist of these."""
         return len(self.ids if self.packs is None else self.packs)
 
     def samples(self, units: int) -> int:

@@ -10,25 +10,25 @@ from torch import Tensor
 from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 
-KNOWN = 0.2  # least share of correct samples at which a wrong answer says something about the label
-LENIENT = 1 / 3  # share of the margin that is enough where wrong labels are common
-SURE = 0.2  # share of the median confidence of correct samples, below which the model has no answer yet
+KNOWN = 0.2  # the least share of correct samples; below it a wrong answer says nothing about the label
+LENIENT = 1 / 3  # share of the margin that is enough if wrong labels are common
+SURE = 0.2  # share of the median confidence of correct samples; below it the model has no answer yet
 ENOUGH = 3600  # samples; with fewer the model has learnt less, so a larger share has to look mislabelled
-_SAMPLE = 1 << 20  # samples of which the median is taken
+_SAMPLE = 1 << 20  # the most samples from which the median is taken
 
 
 def few_samples_factor(num_samples: int) -> float:
-    """The factor on the least share of suspects: 1 from `ENOUGH` samples on, larger for fewer."""
+    """The factor on the least share of suspects: 1 for `ENOUGH` samples or more, larger for fewer."""
     return max(1.0, math.sqrt(ENOUGH / num_samples))
 
 
 def generalises(state: SampleState) -> bool:
-    """Was the model more often right than wrong when it was confident about samples seen for the first time?
+    """Whether the model was more often right than wrong when it was confident about a sample at its first visit.
 
-    Call it once most samples have been seen. The answer is False for what is memorised (facts, random labels) or learnt
-    only over many epochs: a confident wrong answer then says nothing about the label. With 30 % wrong labels in a task
-    that is learnt in one epoch, 21 % were right and 11 % HARD; with made-up facts 0 and 6 %. After earlier runs the
-    state can no longer tell, and the answer is True.
+    Call it once most samples have been seen. It is False for data that are memorised (facts, random labels) or learnt
+    only over many epochs: a confident wrong answer then says nothing about the label. In a task learnt in one epoch
+    with 30 % wrong labels, 21 % were right and 11 % HARD; with made-up facts, 0 and 6 %. After earlier runs the state
+    no longer shows first visits, and the result is True.
     """
     first = state.times_seen == 1
     if int(first.count_nonzero()) <= 0.5 * len(state):
@@ -40,24 +40,24 @@ def generalises(state: SampleState) -> bool:
 def update_quarantine_(state: SampleState) -> int:
     """Set `state.quarantined`: weight 0 until the sample is found correct. For runs that generalise.
 
-    On a mislabelled sample the model is confident of another answer. On a sample that it has not learnt yet, because it
-    is rare, hard or random, the model is unsure. So a sample is suspect if
+    The model is confident of another answer on a mislabelled sample, but unsure on one that it has not learnt yet,
+    because that is rare, hard or random. So a sample is a suspect if
 
     - it was wrong at the last `noise_guard_visits` visits, with a loss above `noise_guard_margin` (nats a token),
     - its label is less likely than the model's answer by that margin: `loss + log(confidence) > noise_guard_margin`,
       which for one token is `max(logits) - logits[label]`,
     - and the confidence was at least `SURE` times that of correct samples.
 
-    Suspects are quarantined once they and the quarantined samples make up `noise_guard_min_share` of all samples (fewer
-    may just as well be rare and right), or `sqrt(ENOUGH / N)` times that for N below `ENOUGH`; highest loss first, up
-    to `noise_guard_share`. If they make up three times that share, wrong labels are so common that a third of the
-    margin is enough. A sample is released when a probe finds it correct. While no more than `KNOWN` of the samples are
-    correct, all are released and none is quarantined.
+    Suspects are quarantined once they and the quarantined samples make up `noise_guard_min_share` of all samples, or
+    `sqrt(ENOUGH / N)` times that for N below `ENOUGH`: fewer may well be rare and right. Those with the highest loss
+    come first, up to `noise_guard_share`. If suspects make up three times that least share, wrong labels are so common
+    that a third of the margin is enough. A sample is released when a probe finds it correct. While no more than `KNOWN`
+    of the samples are correct, all are released and none is quarantined.
 
-    With several processes, call it on synced states; all decide the same.
+    With several processes, call it on synced states; then all decide the same.
 
-    Returns: how many more would be suspects at a third of the margin, 0 if that is already used. Labels confused with
-        similar classes look like that, and so do hard samples: only someone who knows the labels' source can tell.
+    Returns: how many more samples would be suspects at a third of the margin, 0 if that is already used. Some have a
+        label of a similar class, others are hard: only someone who knows where the labels come from can tell.
     """
     config, held = state.config, state.quarantined
     correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
@@ -84,9 +84,9 @@ def update_quarantine_(state: SampleState) -> int:
 
 
 def suspects(state: SampleState) -> Tensor:
-    """(N,) bool: samples that are quarantined, or would be if there were more like them.
+    """(N,) bool: samples that are quarantined, or would be if there were more suspects.
 
-    For runs that generalise. Only the quarantined ones, while no more than `KNOWN` of the samples are correct.
+    For runs that generalise. While no more than `KNOWN` of the samples are correct, only the quarantined ones.
     """
     correct = (state.times_seen > 0) & (state.bucket <= Bucket.LIGHT)
     found = state.quarantined.clone()
@@ -98,8 +98,8 @@ def suspects(state: SampleState) -> Tensor:
 def nearly_suspects(state: SampleState) -> Tensor:
     """ids (n,) int64 of samples that one more visit with the same result would make suspects.
 
-    Probing them at once decides before another epoch teaches the model their labels: with 30 % wrong labels 93 % of
-    these were found after one epoch; with a training step as the second visit, 88 % after two.
+    Probing them at once decides before another epoch teaches the model their labels: with 30 % wrong labels, 93 % of
+    these were found after one epoch. With a training step as the second visit, 88 % were found after two.
     """
     config = state.config
     near = (state.wrong_streak == config.noise_guard_visits - 1) & ~state.quarantined & (state.times_seen > 0)
@@ -109,7 +109,7 @@ def nearly_suspects(state: SampleState) -> Tensor:
 
 
 def _suspects(state: SampleState, correct: Tensor, margin: float) -> Tensor:
-    """ids (n,) int64 of samples, not quarantined, that are more likely mislabelled than not yet learnt."""
+    """ids (n,) int64 of samples that are suspects and not yet quarantined."""
     visits = state.config.noise_guard_visits
     suspect = (state.wrong_streak >= visits) & ~correct & ~state.quarantined
     for losses in state.loss_history[:, -visits:].unbind(1):

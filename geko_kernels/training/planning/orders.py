@@ -1,4 +1,4 @@
-"""The order of an epoch's ids and their number: the permutation, where it is cut, the last batch's repeats."""
+"""The order and number of an epoch's ids: the permutation, where it is cut, and the repeats in the last batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 _CHUNK = 1 << 16  # ids turned into Python integers at a time
-_PART = 1 << 20  # samples whose turns are computed at a time
-_FEW = 1 / 64  # share of the samples: a smaller plan would only make the model forget the others
-_SCATTER = -1640531527  # odd: the product's upper bits scatter neighbouring ids
+_PART = 1 << 20  # samples computed at a time by `in_turn`
+_FEW = 1 / 64  # share of the samples; a smaller plan would only make the model forget the others
+_SCATTER = -1640531527  # odd, so that the product's upper bits scatter neighbouring ids
 
 
 class PaddedIds(Sampler[int]):
@@ -45,7 +45,7 @@ def by_length(ids: Tensor, lengths: Tensor, window: int) -> Tensor:
 
 
 def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tensor:
-    """(N,) bool: each sample is in turn every `interval` epochs; neighbouring ids follow no pattern."""
+    """(N,) bool: samples whose turn it is, one epoch in `interval`; neighbouring ids follow no pattern."""
     turn = torch.empty(total, dtype=torch.bool, device=device)
     for start in range(0, total, _PART):
         part = torch.arange(start, min(start + _PART, total), dtype=torch.int32, device=device).mul_(_SCATTER)
@@ -55,7 +55,7 @@ def in_turn(total: int, interval: int, epoch: int, device: torch.device) -> Tens
 
 
 def cut_after(kept: Tensor, budget: int) -> int:
-    """How many slots to pass until `budget` kept samples are drawn; 0 if hardly any are kept."""
+    """The number of slots that contain `budget` kept samples; 0 if hardly any are kept."""
     count = int(np.count_nonzero(kept.numpy()))
     if budget <= 0 or count <= _FEW * len(kept):
         return 0

@@ -33,7 +33,7 @@ class Packer(NamedTuple):
         """ids (n,) -> the ids in the order of their packs (n,), and where each pack ends (p,) int64.
 
         With BEST_FIT a pack takes the place of its longest document, so the order is as random as that of `ids`, and
-        packs of many short documents come no sooner than others. Within a pack the order of `ids` is kept.
+        packs of many short documents come no earlier than others. Within a pack the order of `ids` is kept.
         """
         lengths = self.lengths[ids.long()].numpy().clip(min=1)
         room = self.tokens // self.multiple * self.multiple
@@ -64,8 +64,8 @@ class Packer(NamedTuple):
 def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     """(n,) lengths from 1 to `room` -> (n,) the pack of each by best-fit decreasing.
 
-    Each document, longest first, goes into the pack with the least sufficient room; among equals, into the one that has
-    had that room longest. Documents of one length are placed together: a pack with room for k of them takes k.
+    Each document, longest first, goes into the pack with the least sufficient room; among equals, into the pack that
+    has had that room longest. Documents of equal length are placed together: a pack with room for k of them takes k.
     """
     order = np.argsort(-lengths, kind="stable")
     packs = np.empty(len(lengths), dtype=np.int64)
@@ -86,7 +86,7 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
                 longest.append(order[start : end : room // length])
                 free = np.arange(opened, opened + len(longest[-1]))
                 opened += len(free)
-            fit = space // length  # documents that each of them takes
+            fit = space // length  # documents that each pack takes
             full, rest = divmod(end - start, fit)
             taken = min(full, len(free))
             packs[order[start : start + taken * fit]] = np.repeat(free[:taken], fit)

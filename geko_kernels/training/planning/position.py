@@ -1,16 +1,20 @@
-"""Checks of a `GEKOSampler`'s `state_dict()` before it is loaded."""
+"""The position of a `GEKOSampler` in a checkpoint: its `state_dict`, its `load_state_dict` and their checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from geko_kernels.training.planning.epoch_plan import EpochPlan
 from geko_kernels.training.planning.probes import MAX_INTERVAL
+
+if TYPE_CHECKING:
+    from geko_kernels.training.planning.sampler import GEKOSampler
 
 _MOST = torch.iinfo(torch.int32).max
 # tensors with one row a sample: name -> dtype, which values are allowed, the same in words
@@ -29,6 +33,67 @@ _INTEGERS = {
     "hurried": (-1, _MOST),
 }
 _REST = ("plan", "spans", "finished", "guarded", "num_epochs")
+
+
+def position_of(sampler: GEKOSampler, consumed: int) -> dict[str, Any]:
+    """`GEKOSampler.state_dict(consumed)`."""
+    if isinstance(consumed, bool) or not isinstance(consumed, int):
+        raise TypeError(f"consumed must be an int, the samples of the plan trained so far, got {consumed!r}")
+    if consumed < 0:
+        raise ValueError(f"consumed must be at least 0, got {consumed}")
+    plan = sampler.plan
+    size = 0 if plan is None else len(plan.ids)
+    return {
+        **{name: _column(sampler, name) for name in PER_SAMPLE},
+        "plan": None if plan is None else plan.ids,
+        **({} if plan is None or plan.packs is None else {"packs": plan.packs}),
+        **({} if plan is None or sampler.answering is None else {"answering": sampler.answering}),
+        "spans": None if plan is None else list(plan[1:5]),
+        "lost": int(sampler.lost),
+        "doubtful": sampler.doubtful,
+        "epoch": sampler.epoch,
+        "position": min(consumed, size),
+        "finished": plan is not None and consumed >= size,
+        "guarded": sampler.guard_on,
+        "hurried": sampler.hurried,
+        "num_epochs": sampler.num_epochs,
+    }
+
+
+def go_on_from(sampler: GEKOSampler, values: Mapping[str, Any]) -> None:
+    """`GEKOSampler.load_state_dict(values)`; if it raises, nothing is changed."""
+    check_position(values, len(sampler.state))
+    _check_kind_of_plan(sampler, values)
+    for name in PER_SAMPLE:
+        _column(sampler, name).copy_(values[name])
+    sampler.answering = values["answering"].to(sampler.state.device) if "answering" in values else None
+    sampler.lost.fill_(values["lost"])
+    sampler.doubtful = values["doubtful"]
+    packs = values["packs"].cpu() if "packs" in values else None
+    sampler.plan = None
+    if values["plan"] is not None:
+        sampler.plan = EpochPlan(values["plan"].cpu(), *values["spans"])._replace(packs=packs)
+    sampler.epoch, sampler.handed_out = values["epoch"], values["finished"]
+    sampler.position = 0 if sampler.handed_out or sampler.plan is None else sampler.plan.units_of(values["position"])
+    sampler.guard_on, sampler.hurried = values["guarded"], values["hurried"]
+    sampler.forget_weights_()
+    if values["num_epochs"] != sampler.num_epochs:
+        sampler.relocate_()
+
+
+def _column(sampler: GEKOSampler, name: str) -> Tensor:
+    column: Tensor = getattr(sampler.probes if name in ("interval", "next_probe") else sampler, name)
+    return column
+
+
+def _check_kind_of_plan(sampler: GEKOSampler, values: Mapping[str, Any]) -> None:
+    packed, packs = "packs" in values, sampler.packer is not None
+    if values["plan"] is not None and packed != packs:
+        had, has = ("packs", "single samples") if packed else ("single samples", "packs")
+        raise ValueError(
+            f"the current epoch is planned in {had}, but this run plans {has}: resume with the same packing and "
+            "batch_tokens as the run was started with"
+        )
 
 
 def check_position(values: Mapping[str, Any], num_samples: int) -> None:
@@ -75,7 +140,7 @@ def _check_plan(values: Mapping[str, Any], num_samples: int) -> None:
     plan, spans, position = values["plan"], values["spans"], values["position"]
     if plan is None:
         if spans is not None or "packs" in values or "answering" in values or position or values["finished"]:
-            raise ValueError("state_dict has no plan, yet a place in it")
+            raise ValueError("state_dict has no plan, but a position in one")
         return
     if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.dim() != 1:
         got = f"{tuple(plan.shape)} {plan.dtype}" if isinstance(plan, Tensor) else type(plan).__name__

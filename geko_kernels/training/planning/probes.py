@@ -12,11 +12,11 @@ STAGGER = 8  # epochs over which the first probes of samples left out together a
 
 
 class ProbeSchedule:
-    """Re-check times of the samples that an epoch's plan leaves out; 5 bytes a sample, on the state's device.
+    """The times at which left-out samples are probed; 5 bytes a sample, on the state's device.
 
-    A sample left out at epoch e is due at one of e + 1 to e + 8, by its id modulo 8, so that each epoch probes one
-    eighth of the samples that froze together. While it stays left out, the interval doubles from 8 epochs up to 64.
-    `hurry_` makes all due at once.
+    A sample left out at epoch e is due at one of the epochs e + 1 to e + 8, by its id modulo 8. So each epoch probes
+    one eighth of the samples that froze together. While a sample stays left out, its interval doubles from 8 up to 64
+    epochs. `hurry_` makes all due at once.
 
     Columns: interval (N,) uint8, 0 for a sample that takes part; next_probe (N,) int32, an epoch.
     """
@@ -34,11 +34,11 @@ class ProbeSchedule:
         return due.nonzero()[:, 0]
 
     def hand_out_(self, ids: Tensor, times_seen: Tensor) -> None:
-        """Remember that `ids` have been handed out to be visited."""
+        """Remember that `ids` have been handed out for a visit."""
         self._handed = ids, times_seen[ids], _version(times_seen)
 
     def untouched(self, times_seen: Tensor) -> bool:
-        """Whether no visit has been counted, or tried to be, since samples were handed out."""
+        """Whether no visit has been counted, nor an attempt made, since samples were handed out."""
         return self._handed is not None and _version(times_seen) == self._handed[2]
 
     def check_visited(self, times_seen: Tensor) -> None:
@@ -52,7 +52,7 @@ class ProbeSchedule:
             )
 
     def probed_(self, ids: Tensor, epoch: int) -> None:
-        """Double the interval of the just probed `ids`; `follow_` resets those that return to training."""
+        """Double the interval of the probed `ids`; `follow_` resets those that return to training."""
         interval = (self.interval[ids] * 2).clamp(max=MAX_INTERVAL)
         self.interval[ids] = interval
         self.next_probe[ids] = epoch + interval.int()

@@ -1,4 +1,4 @@
-"""The learning rate as a function of progress, however short the epochs get."""
+"""The learning rate as a function of progress, whatever the length of the epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Factor = Callable[[Any], float]
 def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_steps: int) -> Callable[[], bool]:
     """Make a schedule over `num_steps` read `progress() * num_steps` instead of its step count.
 
-    `scheduler` is a LambdaLR from `transformers.get_scheduler`; another kind (plateau) is left unchanged.
+    `scheduler` is a LambdaLR from `transformers.get_scheduler`; any other kind (plateau) is left unchanged.
 
     Returns: a function that says whether the rate would still fall between now and the end of the run.
     """
@@ -28,7 +28,7 @@ def follow_progress(scheduler: LRScheduler, progress: Callable[[], float], num_s
 
 
 def read_progress_(scheduler: LRScheduler | None) -> None:
-    """Set the rate of the current progress, after epochs without a step of the schedule."""
+    """Set the rate for the current progress, after epochs without a step of the schedule."""
     if type(scheduler) is not LambdaLR:
         return
     rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

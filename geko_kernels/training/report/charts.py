@@ -1,6 +1,6 @@
 """The report's charts, drawn with matplotlib from the figures that `efficiency` writes.
 
-Each takes `narrow`: the layout for a screen as narrow as a phone's, with the same letters on half the width.
+Each takes `narrow`, the layout for a phone's screen: half the width, with letters of the same size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Okabe and Ito's palette: told apart with any colour vision
+# Okabe and Ito's palette, which works with any colour vision
 BLUE, GREEN, ORANGE, RED, GREY = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#8C8C8C"
 BUCKET_COLOURS = {"FREEZE": BLUE, "LIGHT": GREEN, "FOCUS": ORANGE, "HARD": RED}
 _PART_COLOURS = {"steps": BLUE, "probes": ORANGE, "selection": GREEN}
@@ -31,7 +31,7 @@ def bucket_chart(buckets: Sequence[Mapping[str, int]], narrow: bool = False) -> 
         )
         axes.set_xlim(1, len(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:  # one point spans no area
+    else:  # a single point has no area
         bottoms = [sum(share[0] for share in shares[:i]) for i in range(len(shares))]
         areas = axes.bar([1] * 4, [s[0] for s in shares], 0.4, bottoms, color=BUCKET_COLOURS.values()).patches
         axes.set(xlim=(0, 2), xticks=[1])
@@ -39,7 +39,7 @@ def bucket_chart(buckets: Sequence[Mapping[str, int]], narrow: bool = False) -> 
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel(f"share of {totals[-1]:,} samples")
     axes.set_xlabel("epoch")
-    if not narrow:  # beside the chart in the order of the areas
+    if not narrow:  # beside the chart, in the order of the areas
         areas, names = list(reversed(areas)), list(reversed(BUCKET_COLOURS))
     else:
         names = list(BUCKET_COLOURS)
@@ -68,7 +68,7 @@ def curve_chart(
 
 
 def time_chart(seconds: Mapping[str, Any], narrow: bool = False) -> Figure:
-    """Where the wall time of training went: one bar a part that was measured, and what no part covers as "other"."""
+    """How the wall time of training was spent: one bar for each measured part, and "other" for the rest."""
     parts = {name: spent for name, spent in seconds.items() if name != "total" and spent is not None}
     parts["other"] = max(seconds["total"] - sum(parts.values()), 0.0)
     figure, axes = _axes("Wall time by part", narrow, height=2.8)
@@ -107,7 +107,7 @@ def work_chart(work: Mapping[str, Mapping[str, float]], narrow: bool = False) ->
 
 
 def data_map(points: Sequence[tuple[float, float, str]], narrow: bool = False) -> Figure:
-    """Samples by the mean of p(label) over their visits and its deviation; points (mean, deviation, bucket)."""
+    """Samples by mean and standard deviation of p(label) over their visits; points (mean, deviation, bucket)."""
     figure, axes = _axes("Data map", narrow, height=4.2)
     shown: dict[str, Patch] = {}
     size, opacity = (14, 0.7) if len(points) < 1000 else (6, 0.4)

@@ -1,37 +1,37 @@
-"""What a run has truly forwarded and backpropagated, beside what a standard run would have.
+"""The forward and backward work that a run has done, and what a standard run would have done.
 
-`GEKOTrainer.get_efficiency_report()` returns, and a checkpoint carries on, this dict:
+`GEKOTrainer.get_efficiency_report()` returns this dict, and a checkpoint stores it:
 
     samples_standard   samples that `transformers.Trainer` would have trained by now: the same share of its run
     samples_forward    samples that went through a forward pass, with labels or without, probes included
     samples_backward   samples that went through a backward pass: every sample of a training batch
-    samples_idle       those among them whose weight was zero, or that had no label: their backward moved nothing
+    samples_idle       those of samples_backward with weight zero or without a label: their gradient was zero
     samples_nonfinite  visits, probes included, whose loss was NaN or infinite; the state keeps their old rows
     gradients_predicted, gradients_corrected
-                       tokens whose gradient the forward had right, and those that the backward had to correct; both 0
-                       where the loss does not predict gradients (it takes a large batch on a Hopper GPU)
+                       tokens whose gradient the forward predicted right, and those that the backward had to correct;
+                       both 0 if the loss does not predict gradients (it does for large batches on a Hopper GPU)
     tokens_forward     tokens of the forward passes, padding left out
     tokens_backward    tokens of the backward passes
     saved_compute      1 - (samples_forward + 2 * samples_backward) / (3 * samples_standard): share of the standard
-                       run's work not done, a backward counted as two forwards; negative where probes cost more;
-                       0 where steps were trained and nothing was counted
+                       run's work not done, a backward counted as two forwards; negative if probes cost more than was
+                       saved; 0 if steps were trained but nothing was counted
     seconds            {"total": in `train()`, "steps": training steps, "probes", "selection": sync and planning,
                        "evaluation", "checkpoints"}, wall time of this process; attempts that `auto_find_batch_size`
-                       gave up are in the total alone
+                       gave up count only in the total
     epochs             a list of one dict per planned epoch:
         epoch          counted from 0
         end            the `epoch` of `log_history` at its end
         samples        samples trained (forward and backward)
-        probes         samples looked at forward-only: left-out ones before it, and those of `auto_stop` in it
+        probes         samples evaluated forward-only: left-out ones before the epoch, and those of `auto_stop` in it
         steps          optimizer steps
-        loss           mean unweighted token loss over the training samples, nats; None where none was trained, NaN
-                       where one was not finite
-        accuracy       share of their tokens predicted right; None where none was trained
-        nonfinite      those among them whose loss was NaN or infinite
+        loss           mean unweighted token loss over the training samples, nats; None if none was trained, NaN if
+                       one was not finite
+        accuracy       share of their tokens predicted right; None if none was trained
+        nonfinite      training samples whose loss was NaN or infinite
         seconds        wall time, probes and selection included
         buckets        {"FREEZE": n, "LIGHT": n, "FOCUS": n, "HARD": n} of all samples at its end
         quarantined    samples that the noise guard holds back at its end
-        forgotten      samples found wrong that were right before, by a probe ahead of the epoch or in its training
+        forgotten      samples that were right before and were found wrong, by a probe before the epoch or in training
 
 `train()` ends by writing `geko_report.json` into `output_dir` (of a hyperparameter search: the trial's). It is strict
 JSON: NaN and infinity are null. A dict of:
@@ -40,23 +40,24 @@ JSON: NaN and infinity are null. A dict of:
     num_samples        size of the training set
     config             `GEKOConfig.to_dict()`
     efficiency         the dict above
-    log_history        what `Trainer.log` got: `trainer.state.log_history`; beside Transformers' own keys each training
-                       entry has geko_loss, geko_accuracy, geko_freeze, geko_light, geko_focus, geko_hard and
+    log_history        `trainer.state.log_history`, the entries of `Trainer.log`; beside Transformers' own keys each
+                       training entry has geko_loss, geko_accuracy, geko_freeze, geko_light, geko_focus, geko_hard and
                        geko_quarantined (shares of the samples), geko_progress and geko_phase_hard, geko_phase_focus,
-                       geko_phase_light (the weights in force), and where the loss of a sample since the last entry
-                       was not finite geko_nonfinite (how many), geko_loss being NaN
+                       geko_phase_light (the current weights); if losses since the last entry were not finite, also
+                       geko_nonfinite (their number), and geko_loss is NaN
     most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
     stopping           only with `auto_stop`: {"why": a sentence, "ended": by the rule, "by_heart", "measure", "kept":
-                       the number of the look whose weights the model has, None for those of the end, "curve": a dict
-                       a look of "epoch", "loss" and "accuracy" of the averaged weights, "looked_at": "held_back",
-                       "eval_dataset" or None, "swap_test": could it be made, "held_back": ids}
-    num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
-    forecast           what longer and shorter runs would save: the dict of `forecast.py`; null where that is unknown,
-                       and with `auto_stop`, whose runs find their length themselves
-    run                model, data, settings, device, date and versions in words, what is known of them
-    observed           true where `observe` has written it
+                       the number of the evaluation whose weights the model has, None for the last weights, "curve": a
+                       dict with "epoch", "loss" and "accuracy" of the averaged weights for each evaluation,
+                       "looked_at": "held_back", "eval_dataset" or None, "swap_test": whether it was possible,
+                       "held_back": ids}
+    num_doubtful       the most samples at a time that a third of `noise_guard_margin` would also have made suspects
+    forecast           what longer and shorter runs would save: the dict of `forecast.py`; null if that is unknown, and
+                       with `auto_stop`, whose runs find their length themselves
+    run                model, data, settings, device, date and versions in words, as far as known
+    observed           true if `observe` has written it
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ from torch import Tensor
 
 from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ class Efficiency:
 
     Args:
         device: where the statistics of the steps are.
-        reduce: sums a tensor over all processes in place; left out for one process.
-        visits: where the visits themselves are kept, flushed at epoch ends; left out where nobody asks for them.
+        reduce: sums a tensor over all processes in place; None for one process.
+        visits: records the visits themselves, and is flushed at epoch ends; None if they are not needed.
     """
 
     def __init__(
@@ -112,12 +113,12 @@ class Efficiency:
         self.predictions: Tensor | None = None  # of the run's `SampleState`
         self.open_epoch: int | None = None
         self.mark = self._marked(0)  # totals when the open epoch began
-        self._part: str | None = None  # what the wall time goes to now
+        self._part: str | None = None  # the part of `seconds` that counts now
         self._since = 0.0
-        self._clock = time.perf_counter  # a loop left open closes when Python ends, and modules are gone by then
+        self._clock = time.perf_counter  # a loop left open is closed at Python's exit, when modules are gone
 
     def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
-        """Add one forward's visits; `tokens` () is how many tokens the model read for them."""
+        """Add one forward's visits; `tokens` () is the number of tokens that the model read for them."""
         self.batches += not probe
         seen, labelled, finite = stats.sample_ids >= 0, stats.num_tokens > 0, stats.loss.isfinite()
         loss = torch.where(finite, stats.loss, 0).double()
@@ -135,7 +136,7 @@ class Efficiency:
             self.visits.add(stats)
 
     def switch(self, part: str | None) -> str | None:
-        """From now on wall time goes to `part`; returns where it went before."""
+        """Count wall time as `part` from now on; returns the part before."""
         now, before = self._clock(), self._part
         if before is not None:
             self.spent[before] += now - self._since
@@ -144,7 +145,7 @@ class Efficiency:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """The block's wall time goes to `part`, and to nothing around it."""
+        """Count the block's wall time as `part`, and not as the part around it."""
         before = self.switch(part)
         try:
             yield
@@ -152,7 +153,7 @@ class Efficiency:
             self.switch(before)
 
     def collect(self) -> dict[str, float]:
-        """Move the device's counts into the totals (all processes call it); returns the training share of them."""
+        """Move the device's counts into the totals (all processes call it); returns those of training."""
         if self.predictions is not None:
             self.sums[0, -2:] += self.predictions
             self.predictions.zero_()
@@ -163,8 +164,8 @@ class Efficiency:
         if train["nonfinite"] + probe["nonfinite"] > 0 == self.train["nonfinite"] + self.probe["nonfinite"]:
             logger.warning(
                 f"The loss of {round(train['nonfinite'] + probe['nonfinite'])} samples was NaN or infinite: geko_loss "
-                "is NaN, and the learning state keeps what it knew of them. The model has probably diverged; a lower "
-                "learning_rate or a max_grad_norm may help. This is said once; samples_nonfinite goes on counting."
+                "is NaN, and the learning state keeps their earlier rows. The model has probably diverged; a lower "
+                "learning_rate or a max_grad_norm may help. This warning comes once; samples_nonfinite keeps counting."
             )
         for total, new in ((self.train, train), (self.probe, probe)):
             for name in _COUNTS:
@@ -176,12 +177,12 @@ class Efficiency:
         return {"train": dict(self.train), "probe": dict(self.probe), "step": step, "spent": spent}
 
     def begin_epoch(self, epoch: int, step: int) -> None:
-        """Open the record of `epoch`, which begins after `step` optimizer steps; counts and time go to it from now."""
+        """Open the record of `epoch`, which begins after `step` optimizer steps; counts and time now go to it."""
         self.switch(self._part)
         self.open_epoch, self.mark = epoch, self._marked(step)
 
     def flush_visits(self) -> None:
-        """Move the visits so far to the host (all processes call it), as those of the open epoch."""
+        """Move the visits so far to the host, as visits of the open epoch; all processes call it."""
         if self.visits is not None and self.open_epoch is not None:
             self.visits.flush(self.open_epoch)
 
@@ -266,20 +267,20 @@ def bucket_names(counts: list[int]) -> dict[str, int]:
 
 
 def mean_loss(counts: dict[str, float]) -> float | None:
-    """Loss a label; None where there was no label, NaN where a visit's loss was not finite."""
+    """The mean loss of a label; None if there was no label, NaN if a visit's loss was not finite."""
     if counts["nonfinite"]:
         return math.nan
     return counts["loss"] / counts["labels"] if counts["labels"] else None
 
 
 def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
-    """Write strict JSON, so that a process killed meanwhile leaves the old file whole; NaN and infinity become null."""
+    """Write strict JSON, whole or not at all; NaN and infinity become null."""
     text = json.dumps(strict(values), indent=1, allow_nan=False)
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def strict(value: Any) -> Any:
-    """`value` as strict JSON has it: None for a number that is not finite, tensors and arrays of one element plain."""
+    """`value` for strict JSON: None for a number that is not finite, a number for a tensor or array of one element."""
     if isinstance(value, dict):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

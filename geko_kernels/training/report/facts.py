@@ -1,4 +1,4 @@
-"""What a run was: model, data, settings, device, date and versions, for the head of its report."""
+"""The facts at the head of a run's report: model, data, settings, device, date and versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Facts = dict[str, str]
 
 
 def trainer_facts(trainer: Any) -> Facts:
-    """Of a transformers.Trainer; values are as the page shows them."""
+    """Facts of a transformers.Trainer, as the page shows them."""
     args, model = trainer.args, trainer.model
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -44,7 +44,7 @@ def trainer_facts(trainer: Any) -> Facts:
 
 
 def loader_facts(loader: Any) -> Facts:
-    """Of a GEKOLoader, which knows neither model nor optimizer."""
+    """Facts of a GEKOLoader, which knows neither model nor optimizer."""
     batch = f"{loader.batch_size} samples a device" + (f", {loader.world} processes" if loader.world > 1 else "")
     return {
         "data": _data(loader.dataset),
@@ -57,7 +57,7 @@ def loader_facts(loader: Any) -> Facts:
 
 
 def checkpoint_facts(settings: dict[str, Any]) -> Facts:
-    """Of a checkpoint: what `run_settings` has kept."""
+    """Facts of a checkpoint, which `run_settings` has stored."""
     names = {"num_train_epochs": "length", "samples in a batch of all processes": "batch", "seed of the order": "seed"}
     units = {"length": " epochs", "batch": " samples", "seed": ""}
     known = {names[key]: value for key, value in settings.items() if key in names and value is not None}
@@ -85,7 +85,7 @@ def _when_and_what(*packages: str) -> Facts:
     for package in packages:
         try:
             versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # imported from a folder
+        except PackageNotFoundError:  # imported from a folder, not installed
             continue
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": date, "versions": ", ".join([*versions, f"Python {platform.python_version()}"])}

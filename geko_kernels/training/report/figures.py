@@ -1,14 +1,14 @@
-"""The figures of a run, read for its report: `geko_report.json`, or the newest checkpoint of a run without an end."""
+"""Reads a run's figures for its report: from `geko_report.json`, or from the newest checkpoint of an unfinished run."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from geko_kernels._files import read_object
 from geko_kernels.state import SampleState
 from geko_kernels.training.checkpoint import STATE_NAME, last_complete, load_files
 from geko_kernels.training.report.efficiency import REPORT_NAME, Efficiency
@@ -16,7 +16,7 @@ from geko_kernels.training.report.facts import checkpoint_facts
 from geko_kernels.training.report.summary import run_summary
 
 _VERSION = 1
-_TRAINER_STATE = "trainer_state.json"  # Transformers' name, written out since importing Transformers takes seconds
+_TRAINER_STATE = "trainer_state.json"  # Transformers' name; importing Transformers for it would take seconds
 _NUMBER = (int, float)
 _MEASURED = (int, float, type(None))  # None: not measured
 _EPOCH = {
@@ -51,7 +51,7 @@ _OPTIONAL = {  # older runs lack them
 
 
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], str]:
-    """What `efficiency.py` says of `geko_report.json`, and the name of the checkpoint it is of: "" at the run's end.
+    """The dict of `geko_report.json` (see `efficiency.py`), and the checkpoint's name if it comes from one, else "".
 
     Raises:
         FileNotFoundError: neither `geko_report.json` nor a whole checkpoint in `run_dir`.
@@ -76,7 +76,7 @@ def _step(log_history: list[dict[str, Any]]) -> int:
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    run = _read_json(path)
+    run = read_object(path)
     version = run.get("version")
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this geko_kernels reads {_VERSION}; update geko_kernels")
@@ -90,19 +90,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     return run
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values
-
-
 def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
-    """As a run that had ended at the checkpoint would have written them."""
-    trained = _read_json(checkpoint / _TRAINER_STATE)
+    """The figures that the run would have written if it had ended at the checkpoint."""
+    trained = read_object(checkpoint / _TRAINER_STATE)
     state = SampleState.load(checkpoint / STATE_NAME, "cpu")
     efficiency = Efficiency(torch.device("cpu"))
     _, sampler, counts = load_files(checkpoint, len(state), efficiency.sums.device, efficiency.state_dict())
@@ -115,7 +105,7 @@ def _checkpoint_figures(checkpoint: Path) -> dict[str, Any]:
 
 
 def _check_shape(value: Any, shape: Any, path: str, name: str) -> None:
-    """`shape` is a kind or kinds, a list of one shape for any number of items, or a dict of the keys there must be."""
+    """Check `value`; `shape` is a type or types, a list of one shape for all items, or a dict of required keys."""
     kind = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{path} is damaged: {name or 'the whole'} is {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What GEKO would leave out of a run, told from its first epochs or from a run that was only observed."""
+"""A forecast of what GEKO would leave out of a run, from its first epochs or from a run that was only observed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from geko_kernels.curriculum import MountainCurriculum
 from geko_kernels.training.planning.probes import STAGGER
 
 LONGEST = 20  # epochs of the longest run that is forecast
-_BEGUN = 0.1  # share of the samples that has to be right before anything can be told
-_PAYS = 0.1  # share of the work from which on leaving samples out is worth it
-_SHORT = 5  # epochs up to which such a run is called short
-_ENOUGH = 0.05  # share of the samples that may be wrong where a run is called long enough
+_BEGUN = 0.1  # share of the samples that has to be right before a forecast is possible
+_PAYS = 0.1  # share of the work that has to be saved for leaving samples out to be worth it
+_SHORT = 5  # the most epochs of a run that is called short
+_ENOUGH = 0.05  # share of the samples that may still be wrong when a run is called long enough
 
 
 class Shares(NamedTuple):
@@ -21,31 +21,32 @@ class Shares(NamedTuple):
 
     frozen: float
     light: float
-    wrong: float  # FOCUS and HARD but for those held back
+    wrong: float  # FOCUS and HARD without those held back
     held: float  # quarantined
 
 
 def forecast(epochs: Sequence[Mapping[str, Any]], config: GEKOConfig, observed: bool = False) -> dict[str, Any] | None:
     """What selection would save in runs of 2 to `LONGEST` epochs, from the counts of the first ones.
 
-    The rule, from the last two epochs: the share that is wrong goes on shrinking by the same factor, the same share of
-    LIGHT samples freezes in each epoch, and what is held back stays so. An epoch trains the wrong ones and
-    `1 / light_interval` of LIGHT; an eighth of what is left out is looked at, for a third of the cost. After one epoch
-    everything is taken to stay as it is, so that the savings are mostly too low.
+    The rule extrapolates the last two epochs: the share of wrong samples keeps shrinking by the same factor, the same
+    share of LIGHT samples freezes in each epoch, and held-back samples stay held back. An epoch trains the wrong
+    samples and `1 / light_interval` of LIGHT, and probes an eighth of the left-out ones at a third of the cost. After a
+    single epoch everything is assumed to stay as it is, so the forecast savings are usually too low.
 
     Args:
         epochs: `efficiency["epochs"]`.
         config: the rules by which the samples were sorted.
-        observed: the run trained every sample (`observe`). It, and one without selection, is forecast for
-            `GEKOConfig.recommended()`, with FREEZE samples taken for LIGHT ones, which are what is recommended until a
-            confidence of 0.999; an observation under a config of its own is forecast for that.
+        observed: the run trained every sample (`observe`). Such a run, and one without selection, is forecast for
+            `GEKOConfig.recommended()`: its FREEZE samples count as LIGHT, which they are in `recommended()` up to a
+            confidence of 0.999. An observation under another config is forecast for that config.
 
     Returns:
-        None where there is no full epoch, or its buckets were not measured, or losses were not finite. Else a dict of
-        after_epoch: how many epochs it comes from; right, wrong, held: shares at their end; wrong_factor, freeze_rate:
-        of the rule, None after one epoch; runs: [{"epochs", "saved"}], empty where too little is learnt to tell;
-        pays_from: epochs from which on a tenth of the work is saved, None if over 20; enough: epochs after which
-        fewer than 5 % of all are wrong and not held back, likewise; text: all that in words.
+        None if there is no full epoch, its buckets were not measured, or losses were not finite. Else a dict:
+        after_epoch: the number of epochs it is based on; right, wrong, held: shares at their end; wrong_factor,
+        freeze_rate: the rule's two rates, None after one epoch; runs: [{"epochs", "saved"}], empty if too little is
+        learnt for a forecast; pays_from: the shortest run that saves a tenth of the work, None if above 20; enough: the
+        epochs after which fewer than 5 % of all are wrong and not held back, None if above 20; text: the forecast in
+        words.
     """
     known = _full(epochs)
     shares = [_shares(epoch) for epoch in known]
@@ -77,7 +78,7 @@ def forecast(epochs: Sequence[Mapping[str, Any]], config: GEKOConfig, observed: 
 
 
 def _full(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without a last one that was cut short: half an epoch says nothing about a whole one."""
+    """`epochs` without a last one that was cut short, which says nothing about a whole one."""
     ends = [0.0, *(epoch.get("end", epoch["epoch"] + 1) for epoch in epochs)]
     lengths = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True)]
     cut = bool(lengths) and lengths[-1] < 0.99 and all(length > 0.99 for length in lengths[:-1])
@@ -95,7 +96,7 @@ def _shares(epoch: Mapping[str, Any]) -> Shares | None:
 
 
 def _rates(past: list[Shares]) -> tuple[float, float]:
-    """The factor by which the wrong ones shrink in an epoch, and the share of LIGHT that freezes; both in [0, 1]."""
+    """The factor by which the wrong share shrinks in an epoch, and the share of LIGHT that freezes; both in [0, 1]."""
     before, now = past[-2:]
     factor = min(now.wrong / before.wrong, 1.0) if before.wrong else 1.0
     rate = min(max(now.frozen - before.frozen, 0.0) / before.light, 1.0) if before.light else 0.0
@@ -103,7 +104,7 @@ def _rates(past: list[Shares]) -> tuple[float, float]:
 
 
 def _extrapolated(past: list[Shares], factor: float | None, rate: float | None) -> list[Shares]:
-    """`past` and the epochs after it, `LONGEST` in all."""
+    """`past` and forecasts of the epochs after it, `LONGEST` in all."""
     rows = list(past)
     while len(rows) < LONGEST:
         frozen, light, wrong, held = rows[-1]
@@ -114,7 +115,7 @@ def _extrapolated(past: list[Shares], factor: float | None, rate: float | None) 
 
 
 def _saved(rows: list[Shares], length: int, config: GEKOConfig, spent: list[float]) -> float:
-    """Share of a uniform run's work that a run of `length` epochs does not do; `spent` is what epochs have taken."""
+    """Share of a uniform run's work that a run of `length` epochs saves; `spent` is the work of the past epochs."""
     work = 0.0
     for epoch in range(length):
         if epoch < len(spent):
@@ -125,14 +126,14 @@ def _saved(rows: list[Shares], length: int, config: GEKOConfig, spent: list[floa
 
 
 def _work(row: Shares, epoch: int, length: int, config: GEKOConfig) -> float:
-    """Of an epoch that begins with `row`, in epochs of uniform training."""
+    """The work of an epoch that begins with `row`, in epochs of uniform training."""
     light = (
         MountainCurriculum().weights((epoch + 0.5) / length)[2] if config.use_curriculum else config.bucket_weights[2]
     )
     turns = 1 / config.light_interval if light > 0 else 0.0
     frozen = 1.0 if config.freeze_weight > 0 else 0.0
     chosen = row.wrong + turns * row.light + frozen * row.frozen
-    finish = min(max(epoch + 1 - (1 - config.uniform_finish) * length, 0.0), 1.0)  # the part that takes all
+    finish = min(max(epoch + 1 - (1 - config.uniform_finish) * length, 0.0), 1.0)  # the part that trains all samples
     waits = row.held + (1 - frozen) * row.frozen + (0.0 if light > 0 else row.light)
     probes = waits / STAGGER / 3 if config.probes else 0.0
     return (1 - finish) * chosen + finish * (1 - row.held) + probes
@@ -155,34 +156,34 @@ def _text(
     if values["held"]:
         told += f"; {values['held']:.0%} are held back as probably mislabelled"
     if not values["runs"]:
-        return f"{told}. That is too few to tell what a longer run would leave out: look again when a tenth is right."
+        return f"{told}. That is too few for a forecast of longer runs: look again when a tenth is right."
     saved = {run["epochs"]: run["saved"] for run in values["runs"]}
     long, short = 10 if after < 10 else LONGEST, next((length for length in (2, 3) if length > after), 5)
     rough = values["wrong_factor"] is None
     rules = "GEKOConfig.recommended()" if planned == GEKOConfig.recommended() else "these settings"
     sentences = [
         f"{told}.",
-        f"{'Were that to stay so' if rough else 'At this rate'}, a run of {long} epochs with {rules} would do "
+        f"{'If that does not change' if rough else 'At this rate'}, a run of {long} epochs with {rules} would do "
         f"{_percent(saved[long])} less work than uniform training, one of {short} epochs {_percent(saved[short])}.",
     ]
     if planned.spend_saved:
-        sentences.append("spend_saved spends that on training on.")
+        sentences.append("spend_saved uses that work for more training.")
     if pays is None and rough:
-        sentences.append("That does not pay.")
+        sentences.append("That is not worth it.")
     elif pays is None:
-        sentences.append(f"Up to {LONGEST} epochs that is less than {_PAYS:.0%}: take uniform training.")
+        sentences.append(f"Up to {LONGEST} epochs that is less than {_PAYS:.0%}: use uniform training.")
     else:
         fewer = "one epoch" if pays == 2 else f"fewer than {pays} epochs"
-        sentences.append(f"Take uniform training if you mean to train {fewer}.")
+        sentences.append(f"Use uniform training if you plan {fewer}.")
     if rough:
-        sentences.append("Mostly more is saved: after a second epoch it can be told better.")
+        sentences.append("Usually more is saved; after a second epoch the forecast is better.")
     elif enough is not None and 1 < enough <= _SHORT and values["held"] < _ENOUGH:
         verb, span = "were" if enough <= after else "would be", f"{enough} epochs"
         sentences.append(
-            f"Fewer than {_ENOUGH:.0%} {verb} wrong after epoch {enough}: uniform training of {span} may do as well."
+            f"Fewer than {_ENOUGH:.0%} {verb} wrong after epoch {enough}: uniform training of {span} may be as good."
         )
     if observed:
-        sentences.append("Labels that GEKO would hold back as probably wrong are not counted: they save more.")
+        sentences.append("Samples that GEKO would hold back as probably mislabelled are not counted; they save more.")
     return " ".join(sentences)
 
 

@@ -1,4 +1,4 @@
-"""How much a sample's losses speak for a wrong label."""
+"""Scores of how likely a sample's label is wrong, from its losses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def label_error_scores(sample: np.ndarray, label_probability: np.ndarray, suspec
         doubt = 1 - mean(label_probability of the sample's visits)
         score = (rank of doubt among the N samples, from 0 to 1, + suspected) / 2
 
-    A wrong label is learnt late or never, so that its probability stays low for most of the run. Suspects of the noise
-    guard, at which the model was sure of another answer again and again, are above 0.5, all others at most 0.5. Equal
+    A wrong label is learnt late or never, so its probability stays low for most of the run. Suspects of the noise
+    guard, on which the model was repeatedly sure of another answer, score above 0.5, all others at most 0.5. Equal
     doubts share the mean of their ranks.
 
     Args: sample (V,) integers: of each visit; label_probability (V,): of each visit; suspected (N,) bool.

@@ -27,7 +27,7 @@ from geko_kernels.training.report.charts import (
 from geko_kernels.training.report.figures import read_figures
 from geko_kernels.training.report.sample_lists import SampleLists, read_sample_lists
 
-_DOUBTFUL = 0.1  # share of the samples from which on the page says what to do about labels in doubt
+_DOUBTFUL = 0.1  # share of doubtful samples from which on the page says what to do about them
 _FIRST = 10  # samples of a list that are shown unfolded
 _LENGTHS = (2, 3, 5, 10, 20)  # epochs of the runs whose forecast is shown
 Curve = list[tuple[float, float]]
@@ -36,7 +36,7 @@ Curve = list[tuple[float, float]]
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `report.html`, which needs no other file, and `report_*.png` into `run_dir`; returns the page's path.
 
-    A run that has not ended has the figures of its newest whole checkpoint; the page says so.
+    For a run that has not ended the page shows the figures of its newest whole checkpoint, and says so.
 
     Raises:
         FileNotFoundError: neither `geko_report.json` nor a whole checkpoint in `run_dir`.
@@ -44,7 +44,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     run_dir = Path(run_dir)
     run, checkpoint = read_figures(run_dir)
-    lists = None if checkpoint else read_sample_lists(run_dir, run)  # those of a run that has ended
+    lists = None if checkpoint else read_sample_lists(run_dir, run)  # only a run that has ended has them
     images = {}
     for name, draw in _charts(run, lists).items():
         wide, narrow = draw(), draw(narrow=True)
@@ -82,7 +82,7 @@ def _text(picture: bytes) -> str:
 
 
 def _charts(run: Mapping[str, Any], lists: SampleLists | None) -> dict[str, Callable[..., Figure]]:
-    """What draws each chart, `narrow` or not."""
+    """By name, the function that draws each chart, `narrow` or not."""
     efficiency = run["efficiency"]
     loss, accuracy = _curves(run, "loss"), _curves(run, "accuracy")
     charts: dict[str, Callable[..., Figure]] = {
@@ -102,9 +102,9 @@ def _charts(run: Mapping[str, Any], lists: SampleLists | None) -> dict[str, Call
 
 
 def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Passes by unit; the standard run's tokens follow from its samples and the mean length of the trained ones.
+    """Passes by unit, without the tokens if they were not measured.
 
-    Without the tokens where they were not measured.
+    The standard run's tokens are estimated from its samples and the mean length of the trained ones.
     """
     standard, trained = efficiency["samples_standard"], efficiency["samples_backward"]
     counts = {

@@ -1,4 +1,4 @@
-"""What the page shows of single samples: read from `samples.jsonl`, if the run folder holds one."""
+"""The single samples that the page shows, read from `samples.jsonl` if the run folder has one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SAMPLES_NAME = "samples.jsonl"
 MOST_LISTED = 100
 _MOST_POINTS = 4000  # of the data map
 _CHARACTERS = 300  # of a text
-_LIKELY = 0.5  # label errors score above it where the noise guard suspects them
+_LIKELY = 0.5  # a label error that the noise guard suspects scores above it
 
 
 @dataclass
 class SampleLists:
-    """Samples by what is to be done about them; each is a dict of id, text (or None), loss, bucket, held and score."""
+    """Lists of samples that need a look; each sample is a dict of id, text (or None), loss, bucket, held and score."""
 
     label_errors: list[dict[str, Any]] = field(default_factory=list)  # most likely first, up to `MOST_LISTED`
     num_label_errors: int = 0
@@ -30,9 +30,9 @@ class SampleLists:
 
 
 def read_sample_lists(run_dir: Path, run: Mapping[str, Any]) -> SampleLists | None:
-    """One pass over `samples.jsonl`: a JSON object a line, of which only `id` has to be there.
+    """Read `samples.jsonl` in one pass: a JSON object a line, of which only `id` is required.
 
-    None if there is no such file, or one of another number of samples, which an earlier run has left.
+    None if there is no such file, or if it has another number of samples, as an earlier run may have left it.
 
     Raises:
         ValueError: a line is not JSON, or has no integer `id`.
@@ -94,7 +94,7 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: Any) -> list[float]:
-    """Of the visits that there were: a list may have null in place of one."""
+    """The values of visits that took place; the list has null for one that did not."""
     numbers = [x for x in values if type(x) in (int, float)] if isinstance(values, list) else []
     return [x for x in numbers if math.isfinite(x)]
 
@@ -105,7 +105,7 @@ def _label_probabilities(row: Mapping[str, Any]) -> list[float]:
 
 
 def _always_wrong(row: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """By the run's own rule of what is correct."""
+    """Whether no visit was correct, by the run's own rule."""
     if config.get("correctness") == "accuracy":
         hits = _numbers(row.get("hits"))
         return bool(hits) and max(hits) < config.get("correct_accuracy", 1.0)
@@ -114,7 +114,7 @@ def _always_wrong(row: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def _keep(heap: list[tuple[float, int, dict[str, Any]]], key: float | None, count: int, sample: dict[str, Any]) -> None:
-    """The `MOST_LISTED` samples of the largest keys; of equal ones the earlier."""
+    """Keep the `MOST_LISTED` samples with the largest keys; among equal keys, the earlier ones."""
     entry = (key or 0.0, -count, sample)
     if len(heap) < MOST_LISTED:
         heapq.heappush(heap, entry)

@@ -1,4 +1,4 @@
-"""`samples.jsonl`: a row for each sample of a run, with what its visits found."""
+"""`samples.jsonl`: a row for each sample of a run, with the results of its visits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from geko_kernels.training.report.summary import row_of
 from geko_kernels.training.report.visits import Visits
 
 SAMPLES_NAME = "samples.jsonl"
-MOST_SAMPLES = 200_000  # that a run's end writes unasked
+MOST_SAMPLES = 200_000  # the most samples for which a run's end writes the file
 _DIGITS = 6
 
 Row = dict[str, Any]
@@ -64,7 +64,7 @@ def sample_rows(state: SampleState, sampler: GEKOSampler, visits: Visits, datase
 
 
 def told_of(dataset: Any) -> list[Row]:
-    """For each item `record_id` and `text`, those that the dataset has; empty where it has its items not at hand."""
+    """`record_id` and `text` of each item, as far as the dataset has them; empty if it makes its items when read."""
     if isinstance(dataset, EncodedDataset):
         return dataset.excerpts
     if _is_hf(dataset):
@@ -77,14 +77,14 @@ def told_of(dataset: Any) -> list[Row]:
 
 
 def rounded(values: np.ndarray) -> list[Any]:
-    """`values` to six decimals, plain."""
+    """`values` rounded to six decimals, as Python numbers."""
     return np.round(values.astype(np.float64), _DIGITS).tolist()
 
 
 def duplicate_groups(dataset: Any, num_samples: int) -> list[Any]:
-    """For each item the first one with the same `input_ids`; None where no other has them.
+    """For each item the first one with the same `input_ids`; None if no other item has them.
 
-    All None of a dataset that has its items not at hand, but makes them when they are read.
+    All None for a dataset that makes its items when they are read.
     """
     first: dict[bytes, int] = {}
     groups: list[int | None] = [None] * num_samples
@@ -117,7 +117,7 @@ def _token_lists(dataset: Any) -> Iterable[Any]:
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write rows of the same names as `.jsonl`, `.csv` or `.parquet`, whole or not at all.
 
-    In a CSV file lists are JSON, true and false too, and what is null is empty.
+    In a CSV file lists and booleans are written as JSON, and null as an empty field.
 
     Raises:
         ValueError: `path` ends in something else.

@@ -1,4 +1,4 @@
-"""`geko_report.json`: what `efficiency.py` documents, gathered at the end of a run."""
+"""`geko_report.json`, as `efficiency.py` documents it, put together at the end of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_summary(
     log_history: list[dict[str, Any]],
     skipped_rows: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The dict of `geko_report.json`; its ids count the `skipped_rows`, ascending, that the dataset has left out."""
+    """The dict of `geko_report.json`; its ids also count the `skipped_rows` (ascending) that the dataset leaves out."""
     times = sampler.forgotten.int()
     order = torch.argsort(times, descending=True, stable=True)[:MOST_FORGOTTEN]
     columns = (order, times[order], state.last_loss[order], state.bucket[order])

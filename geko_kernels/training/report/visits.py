@@ -1,4 +1,4 @@
-"""What each visit of a run found, kept on the host: the losses of a sample by epoch."""
+"""The results of a run's visits, kept on the host: the losses of each sample by epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 
 VISITS_NAME = "geko_visits.safetensors"
 _FORMAT = "geko_kernels.VisitLog"
@@ -26,7 +26,7 @@ _DTYPES = {
 
 
 class Visits(NamedTuple):
-    """V visits, those of a sample in the order in which they happened."""
+    """V visits, sorted by sample, and those of a sample by time."""
 
     sample: np.ndarray  # (V,) int32
     epoch: np.ndarray  # (V,) int32: the planned epoch, from 0; a probe counts for the epoch that it precedes
@@ -35,29 +35,27 @@ class Visits(NamedTuple):
 
     @property
     def label_probability(self) -> np.ndarray:
-        """(V,) float32: exp(-loss), the geometric mean over the tokens; of one token the label's probability."""
+        """(V,) float32: exp(-loss), the geometric mean of the label's probability over the tokens."""
         return np.exp(-self.loss)
 
 
 class VisitLog:
-    """Every visit with a label and a finite loss, in 10 bytes on the host and 8 a sample on the device.
+    """Every visit with a label and a finite loss: 10 bytes a visit on the host, 8 a sample on the device.
 
-    `add` writes into a row for each sample on the device, without a sync. `flush` moves what has been written since the
-    last one to the host. In between a sample is to be visited once; of several visits the last one stays.
+    `add` writes to the sample's row on the device, without a sync. `flush` moves the rows written since the last
+    flush to the host. If a sample is visited more than once between flushes, only its last visit is kept.
 
     Args:
         num_samples: N.
         device: of the statistics.
-        reduce_max: takes the maximum of a tensor over all processes in place; left out for one process.
+        reduce_max: takes the maximum of a tensor over all processes in place; None for one process.
     """
 
     def __init__(
         self, num_samples: int, device: torch.device, reduce_max: Callable[[Tensor], object] | None = None
     ) -> None:
         self.num_samples, self.reduce_max = num_samples, reduce_max
-        self._new = torch.full(
-            (2, num_samples + 1), -math.inf, device=device
-        )  # loss, hit; the last one is for no sample
+        self._new = torch.full((2, num_samples + 1), -math.inf, device=device)  # loss, hit; the last row is a spare one
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []  # epoch; sample, loss, hit
 
     def add(self, stats: SampleStats) -> None:
@@ -68,7 +66,7 @@ class VisitLog:
         self._new.index_copy_(1, at, torch.stack([loss.float(), stats.accuracy.float()]))
 
     def flush(self, epoch: int) -> None:
-        """Move the new visits to the host as those of `epoch`; all processes call it, and all have all of them then."""
+        """Move the new visits to the host as visits of `epoch`. All processes call it, and then all have all visits."""
         if self.reduce_max is not None:
             self.reduce_max(self._new)
         sample = (self._new[0, :-1] > -math.inf).nonzero()[:, 0]
@@ -78,7 +76,7 @@ class VisitLog:
         self._new.fill_(-math.inf)
 
     def visits(self) -> Visits:
-        """Those that have been flushed, by sample."""
+        """The flushed visits, by sample."""
         sample, loss, hit = self._columns()
         order = np.argsort(sample.numpy(), kind="stable")
         lengths = [len(part[1]) for part in self._parts]
@@ -93,7 +91,7 @@ class VisitLog:
         return sample, loss, hit
 
     def mark(self) -> int:
-        """How far the log is; `rewind` goes back there."""
+        """The current end of the log, for `rewind`."""
         return len(self._parts)
 
     def rewind(self, mark: int) -> None:
@@ -102,14 +100,14 @@ class VisitLog:
         self._new.fill_(-math.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has been flushed."""
+        """The flushed visits."""
         sample, loss, hit = self._columns()
         epochs = torch.tensor([part[0] for part in self._parts], dtype=torch.int32)
         ends = torch.tensor([len(part[1]) for part in self._parts], dtype=torch.int64).cumsum(0)
         return {"sample": sample, "loss": loss, "hit": hit, "epochs": epochs, "ends": ends}
 
     def load_state_dict(self, columns: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict()`, which `is_whole` has found so."""
+        """Continue from `state_dict()`, which `is_whole` has checked."""
         sample, loss, hit = (columns[name].cpu().clone() for name in ("sample", "loss", "hit"))
         ends = columns["ends"].tolist()
         bounds = zip([0, *ends][:-1], ends, columns["epochs"].tolist(), strict=True)
@@ -117,12 +115,12 @@ class VisitLog:
         self._parts = [(epoch, sample[a:b], loss[a:b], hit[a:b]) for a, b, epoch in bounds]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write what has been flushed."""
+        """Write the flushed visits."""
         path = os.path.join(folder, VISITS_NAME)
         save_tensors(path, _FORMAT, self.state_dict(), {"num_samples": str(self.num_samples)})
 
     def load(self, folder: str | os.PathLike[str]) -> bool:
-        """Go on from what `save` wrote; False, and nothing is changed, where there is no such file.
+        """Continue from the file that `save` wrote; False, with nothing changed, if there is no such file.
 
         Raises:
             ValueError: damaged, or of another number of samples; names the file.
@@ -141,7 +139,7 @@ class VisitLog:
 
 
 def is_whole(columns: Any) -> bool:
-    """Are these the tensors of `VisitLog.state_dict`?"""
+    """Whether these are the tensors of `VisitLog.state_dict`."""
     known = isinstance(columns, Mapping) and columns.keys() == _DTYPES.keys()
     if not known or not all(isinstance(column, Tensor) and column.dim() == 1 for column in columns.values()):
         return False

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from geko_kernels.torch_private import foreach_lerp_
 
-_SPAN = 5  # the average reaches back over a fifth of the steps so far
+_SPAN = 5  # the average spans about a fifth of the steps so far
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded parameter; the tensor itself where it is not sharded."""
+    """This process's shard of a parameter; the tensor itself if it is not sharded."""
     own = tensor.detach()
     return own.to_local() if hasattr(own, "to_local") else own
 
@@ -23,9 +23,9 @@ def _local(tensor: Tensor) -> Tensor:
 class WeightAverage:
     """`average.lerp_(parameter, min(1, 5 / t))` after step t, in float32, of the parameters that require gradients.
 
-    The span grows with the run, so the same rule serves a run of any length. Nothing is copied but those parameters:
-    of a model with adapters the adapters alone, of a sharded model each process's shard. Costs 4 bytes a trainable
-    parameter, and within `in_place` as much again as the parameters themselves take.
+    The span grows with the run, so the same rule serves runs of any length. Only those parameters are copied: of a
+    model with adapters only the adapters, of a sharded model only this process's shard. It takes 4 bytes a trainable
+    parameter, and inside `in_place` also a copy of the trainable parameters.
 
     Raises:
         ValueError: no parameter requires a gradient.
@@ -46,7 +46,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as one optimizer step left them: a few launches for all of them."""
+        """Add the parameters after an optimizer step to the average, in a few launches for all of them."""
         self.step += 1
         share = min(1.0, _SPAN / self.step)
         foreach_lerp_(self.values, [_local(parameter).float() for parameter in self._parameters], share)
@@ -63,7 +63,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averaged weights; afterwards its own again, bit for bit."""
+        """Inside the context the model has the averaged weights; afterwards it has its own again, bit for bit."""
         own = [_local(p).clone() for p in self._parameters]
         self.copy_to_model()
         try:
@@ -81,10 +81,10 @@ class WeightAverage:
         """
         other = sorted({"step", *self.names} ^ set(values))
         if other:
-            raise ValueError(f"the average is of other parameters than the model's, the first is {other[0]!r}")
+            raise ValueError(f"the average has other parameters than the model, the first is {other[0]!r}")
         self.step = int(values["step"])
         for name, own in zip(self.names, self.values, strict=True):
             if own.shape != values[name].shape:
-                shapes = f"{tuple(values[name].shape)}, the model's {tuple(own.shape)}"
+                shapes = f"{tuple(values[name].shape)}, but the model's is {tuple(own.shape)}"
                 raise ValueError(f"the average of {name!r} has the shape {shapes}")
             own.copy_(values[name])

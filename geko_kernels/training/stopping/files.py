@@ -1,4 +1,4 @@
-"""The files of a run that finds its own length: in its folder the kept weights, in a checkpoint the exact run."""
+"""The files of a run that finds its own length: the kept weights in its folder, the exact run in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RAW, AVERAGE, KEPT = "geko_raw", "geko_average", "geko_kept"
 
 
 def path_of(folder: str | os.PathLike[str], name: str, shard: int | None) -> Path:
-    """Of a sharded model every process has files of its own."""
+    """The path of a file; with a sharded model every process has its own."""
     return Path(folder) / f"{name}{'' if shard is None else f'-{shard}'}.safetensors"
 
 
@@ -27,7 +27,7 @@ def is_of_auto_stop(checkpoint: str | os.PathLike[str]) -> bool:
 
 
 def save_values(path: Path, average: WeightAverage) -> None:
-    """Write the averaged weights alone: the point that is kept."""
+    """Write only the averaged weights: the point that is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, _FORMAT, dict(zip(average.names, average.values, strict=True)), {})
 
@@ -38,7 +38,7 @@ def load_values(path: Path, average: WeightAverage) -> list[Tensor]:
 
 
 def save_run(folder: Path, shard: int | None, average: WeightAverage | None, rest: dict[str, Any], kept: Path) -> None:
-    """Into a checkpoint: the raw weights, the average and where the rule stands, and the kept weights."""
+    """Write into a checkpoint: the raw weights, the average, the rule's state, and the kept weights."""
     folder.mkdir(parents=True, exist_ok=True)
     if average is not None:
         save_tensors(path_of(folder, RAW, shard), _FORMAT, average.own(), {})
@@ -49,10 +49,10 @@ def save_run(folder: Path, shard: int | None, average: WeightAverage | None, res
 
 
 def load_run(folder: Path, shard: int | None, average: WeightAverage, kept: Path | None) -> dict[str, Any]:
-    """What `save_run` wrote: into the model and `average`, and to `kept`, if any; returns `rest`.
+    """Load what `save_run` wrote into the model, `average`, and the file `kept`, if any; returns `rest`.
 
     Raises:
-        ValueError: a file is missing or damaged, or of other parameters; names it.
+        ValueError: a file is missing, damaged, or of other parameters; names it.
     """
     path = _present(folder, AVERAGE, shard)
     columns, about = load_tensors(path, _FORMAT, "GEKOTrainer")
@@ -73,13 +73,13 @@ def _present(folder: Path, name: str, shard: int | None) -> Path:
     if not path.is_file():
         then = "take another, whole copy of the checkpoint"
         if shard is not None:
-            then = f"a sharded run goes on with as many processes as it was started with, sharded alike; else {then}"
+            then = f"resume a sharded run with the same number of processes and the same sharding; else {then}"
         raise ValueError(f"{folder} has no {path.name}: with auto_stop {then}")
     return path
 
 
 def copy(source: Path, target: Path) -> None:
-    """A second name of the file where the disk has such; these files are replaced, never written into."""
+    """A hard link if the disk supports it, else a copy; these files are replaced, never written into."""
 
     def link(temporary: Path) -> None:
         temporary.unlink()

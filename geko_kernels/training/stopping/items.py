@@ -1,4 +1,4 @@
-"""What an item asks and what it answers, as tokens; and the same item with the answer of another."""
+"""The question and the answer of an item, as tokens; and the same item with another item's answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from geko_kernels.training.data import IGNORED, LABEL_KEYS
 
-GROUPS = "groups"  # a column of the user's: samples with the same value are held back together
+GROUPS = "groups"  # the user's column: samples with the same value are held back together
 _TRAINED = ("completion_mask", "assistant_masks")  # TRL's marks of the tokens that are trained
 _BEGINNING = 24
 
@@ -20,13 +20,13 @@ _BEGINNING = 24
 class Parts(NamedTuple):
     """An item as question and answer."""
 
-    kind: str  # "row": the labels are the row's own tokens; "label": they are apart; "aligned": one for each token
-    prompt: list[int]  # tokens before the first trained one; all where the labels are not the row's tokens
+    kind: str  # "row": the labels are the row's own tokens; "label": one for the item; "aligned": one for each token
+    prompt: list[int]  # tokens before the first trained one; all tokens if the labels are not the row's tokens
     answer: list[Any]  # trained tokens, or the label
 
 
 class ItemExcerpt(NamedTuple):
-    """What is kept of an item that is read to find its group."""
+    """The part of an item that is kept to find its group."""
 
     kind: str  # of `Parts`, "" for an item without tokens
     prompt: tuple[int, ...]
@@ -35,7 +35,7 @@ class ItemExcerpt(NamedTuple):
 
 
 def parts_of(item: Any, label_names: Sequence[str] = ()) -> Parts | None:
-    """None for an item that does not hold one row of tokens."""
+    """Question and answer of an item; None if it does not hold one row of tokens."""
     if not isinstance(item, Mapping) or item.get("input_ids") is None:
         return None
     tokens = _as_list(item["input_ids"])
@@ -64,14 +64,14 @@ def parts_of(item: Any, label_names: Sequence[str] = ()) -> Parts | None:
 
 
 def label_key(item: Mapping[str, Any], label_names: Sequence[str]) -> str | None:
-    """The key of the item's labels; None where it has none."""
+    """The key of the item's labels; None if it has none."""
     return next((key for key in (*label_names, *LABEL_KEYS) if item.get(key) is not None), None)
 
 
 def with_answer(item: Mapping[str, Any], other: Mapping[str, Any], label_names: Sequence[str] = ()) -> Any:
-    """`item` with the answer of `other`, both of one kind; None where that cannot be made.
+    """`item` with the answer of `other`, both of one kind; None if that is impossible.
 
-    A row keeps its prompt, followed by the trained tokens of the other one, as many as fit into the longer of the two.
+    A row keeps its prompt, followed by the other row's trained tokens, as many as fit into the longer of both rows.
     """
     mine, theirs = parts_of(item, label_names), parts_of(other, label_names)
     if mine is None or theirs is None or mine.kind != theirs.kind or mine.kind == "aligned":
@@ -90,12 +90,12 @@ def with_answer(item: Mapping[str, Any], other: Mapping[str, Any], label_names: 
         made[name] = [IGNORED] * before + answer
     others = (value for key, value in item.items() if key not in made and not isinstance(value, str))
     if not mine.prompt or any(hasattr(value, "__len__") and len(value) == len(rows[0]) for value in others):
-        return None  # no question, or something else that goes token by token
+        return None  # no question, or another value for each token
     return {key: _like(value, made[key]) if key in made else value for key, value in item.items() if key != "length"}
 
 
 def _as_list(values: Any) -> list[int] | None:
-    """None for what is no list of numbers."""
+    """`values` as a list; None if they are not a list of numbers."""
     plain = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
     if not isinstance(plain, (list, tuple)) or (plain and not isinstance(plain[0], (int, float, np.integer))):
         return None
@@ -137,10 +137,10 @@ def _itself(item: Any) -> Any:
 
 
 def read(dataset: Any, rows: Sequence[int], args: Any, take: Callable[[Any], Any] = _itself) -> Iterator[Any]:
-    """`take(dataset[row])` of each row, read where the training's items are read: in `args`' loader workers, if any."""
+    """`take(dataset[row])` of each row, read in the same way as in training: by `args`' loader workers, if any."""
     workers = args.dataloader_num_workers
     options = {"multiprocessing_context": args.dataloader_multiprocessing_context} if workers else {}
-    generator = torch.Generator()  # else the loader draws from the run's random numbers
+    generator = torch.Generator()  # without it the loader would use the run's random numbers
     return iter(
         DataLoader(
             _Read(dataset, take), sampler=rows, batch_size=None, num_workers=workers, generator=generator, **options
@@ -149,7 +149,7 @@ def read(dataset: Any, rows: Sequence[int], args: Any, take: Callable[[Any], Any
 
 
 class WithoutGroups:
-    """A collator before which the items lose their `groups`."""
+    """A collator that gets the items without their `groups`."""
 
     def __init__(self, collator: Any) -> None:
         self.collator, self._then = collator, getattr(collator, "_remove_columns", None)

@@ -1,4 +1,4 @@
-"""Which samples a run is judged by, and the swap test's made-up items."""
+"""The samples by which a run is judged, and the swap test's made-up items."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from transformers.trainer_utils import has_length
 from geko_kernels.training.stopping.items import GROUPS, ExcerptOf, label_key, parts_of, read, with_answer
 from geko_kernels.training.stopping.sentinels import hold_back, how_many, near_duplicates
 
-FEWEST = 2000  # samples below which none is held back
-FEWEST_EVALUATED = 10  # samples of eval_dataset below which it is not looked at
+FEWEST = 2000  # with fewer samples, none is held back
+FEWEST_EVALUATED = 10  # with fewer samples, eval_dataset is not used
 _SEEN, _PAIRS, _FEW_PAIRS, _MOST_EVALUATED = 400, 400, 10, 1000
 
 
 class Swapped(NamedTuple):
-    """Items that have the answer of another one."""
+    """Items with another item's answer."""
 
     items: list[Any]
-    places: Tensor  # (m,) int64: which of the samples looked at each is made of
+    places: Tensor  # (m,) int64: for each, the index of its sample among those evaluated
 
 
 class LookedAt(NamedTuple):
-    """What every look of a run is at."""
+    """The samples that every look (evaluation) of a run uses."""
 
     source: str  # "held_back" or "eval_dataset"
-    dataset: Any  # that the samples are of
+    dataset: Any  # the dataset of the samples
     held: Tensor  # (n,) int64, ascending
-    seen: Tensor  # (m,) int64, ascending: of the training set
-    swapped: tuple[Swapped, Swapped] | None  # of `held` and of `seen`; None where no swap can be made
+    seen: Tensor  # (m,) int64, ascending: samples of the training set
+    swapped: tuple[Swapped, Swapped] | None  # of `held` and of `seen`; None if no swap is possible
 
 
 def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
-    """ids (n,) int64 to hold back: whole groups of near-duplicates, joined by the items' `groups` where they have any.
+    """ids (n,) int64 to hold back: whole groups of near-duplicates, joined by the items' `groups` if they have any.
 
-    Items without tokens are groups of one, or those of their `groups`. Below 2,000 samples there are none, nor where
-    the groups are so large that not half as many fit as should: a handful would decide by chance.
+    An item without tokens is a group of its own unless it has `groups`. None are held back below 2,000 samples, or if
+    the groups are so large that fewer than half of the wanted samples fit: with a handful, chance would decide.
 
     Raises:
         TypeError: a value of `groups` is a list or the like.
@@ -49,7 +49,7 @@ def sentinels(dataset: Any, seed: int, args: Any) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
     first = dataset[0]
     if parts_of(first, args.label_names or ()) is None and not (isinstance(first, Mapping) and GROUPS in first):
-        return hold_back(range(total), how_many(total), seed)  # reading images would take long and tell nothing
+        return hold_back(range(total), how_many(total), seed)  # reading images would take long and show no duplicates
     rows = list(read(dataset, range(total), args, ExcerptOf(args.label_names or ())))
     _check_groups([row.group for row in rows])
     prompts = [row.prompt if row.kind else ("item", number) for number, row in enumerate(rows)]
@@ -70,7 +70,7 @@ def _check_groups(groups: Sequence[Any]) -> None:
 
 
 def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -> LookedAt | None:
-    """`held` samples of the training set; without any those of `eval_dataset`; None where there is none either."""
+    """`held` samples of the training set; if there are none, those of `eval_dataset`; None without that."""
     args, train, seed = trainer.args, trainer.train_dataset, trainer.args.seed
     source, dataset = "held_back", train
     if not len(held):
@@ -90,10 +90,10 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
 
 
 def _evaluated(dataset: Any, train: Any, label_names: Sequence[str]) -> Any:
-    """The evaluation data as one set of items by index; None for one that cannot be looked at.
+    """The evaluation data as one set of items by index; None if they cannot be used.
 
-    That is one without a length, of hardly any samples, or without labels where the items of `train` have them: of
-    those a language model would be judged by its prompts.
+    They cannot without a length, with hardly any samples, or without labels if the items of `train` have them: a
+    language model would then be judged by its prompts.
     """
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     if not parts or any(part is None or not has_length(part) or not hasattr(part, "__getitem__") for part in parts):
@@ -112,7 +112,7 @@ def _some(ids: Tensor, most: int, seed: int) -> Tensor:
 
 
 def _swap(dataset: Any, ids: Tensor, args: Any, seed: int) -> Swapped | None:
-    """Pairs in a random ring; a pair with the same question or the same answer tells nothing and is left out."""
+    """Pairs in a random ring; a pair with the same question or answer shows nothing and is left out."""
     names = args.label_names or ()
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed + 1))[: _PAIRS + 1].tolist()
     items = list(read(dataset, ids[order].tolist(), args))
@@ -137,6 +137,6 @@ def _collates(items: list[Any], collate: Callable[[list[Any]], Any], size: int) 
     try:
         for start in range(0, len(items), size):
             collate(items[start : start + size])
-    except Exception:  # whatever a collator of the user's raises for items it was not made for
+    except Exception:  # any error of the user's collator, which was not written for such items
         return False
     return True

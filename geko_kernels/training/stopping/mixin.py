@@ -1,4 +1,4 @@
-"""`auto_stop`: a trainer's run that looks at held-back samples, ends by a rule and keeps averaged weights."""
+"""`auto_stop`: a trainer's run that evaluates held-back samples, ends by a rule and keeps averaged weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-from geko_kernels.losses.logits import SampleStats
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.checkpoint import STATE_NAME
 from geko_kernels.training.planned import PlannedMixin
@@ -39,22 +39,23 @@ _CONSTANT = ("constant", "constant_with_warmup")
 
 
 class StoppingMixin(PlannedMixin):
-    """`transformers.Trainer` that with `auto_stop` finds its own length; without it nothing here does anything.
+    """`transformers.Trainer` that finds its own length with `auto_stop`, and is unchanged without it.
 
-    The run that is trained is the raw one; evaluation, checkpoints' model weights and the end have the average.
+    Training continues from the raw weights. Evaluation, the model weights of checkpoints and the end of the run use the
+    averaged ones.
     """
 
     data_collator: Any
     _stopping: StoppingRun | None = None
     _trial: Any = None
 
-    # What does not go together
+    # Settings that conflict
 
     def _check_stopping(self) -> None:
         if not self.config.auto_stop:
             return
         if self.is_deepspeed_enabled:
-            raise ValueError("auto_stop averages weights, which DeepSpeed keeps to itself: use DDP or FSDP2")
+            raise ValueError("auto_stop averages weights, to which DeepSpeed gives no access: use DDP or FSDP2")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError("auto_stop needs FSDP2: set fsdp_config={'version': 2}, or use DDP")
 
@@ -62,8 +63,8 @@ class StoppingMixin(PlannedMixin):
         written = is_of_auto_stop(checkpoint)
         if written != self.config.auto_stop and (Path(checkpoint) / STATE_NAME).is_file():
             raise ResumeError(
-                f"{checkpoint} was written with auto_stop={written}, this run has auto_stop={not written}: resume with "
-                "the setting that the run was started with, or load the model from the checkpoint and start a new run"
+                f"{checkpoint} was written with auto_stop={written}, but this run has auto_stop={not written}: resume "
+                "with the setting of the checkpoint's run, or load the model from the checkpoint and start a new run"
             )
         super()._load(checkpoint)
 
@@ -79,8 +80,8 @@ class StoppingMixin(PlannedMixin):
         given: Any = self.lr_scheduler
         if self.config.auto_stop and given is not None:
             logger.warning(
-                f"auto_stop: the {type(given).__name__} that was given is kept. A rate that falls by a "
-                "horizon ends with the run's most, which auto_stop may not reach."
+                f"auto_stop: your {type(given).__name__} is kept. If its rate falls over the longest possible run, "
+                "it has not fallen when auto_stop ends the run earlier."
             )
         elif self.config.auto_stop:
             kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
@@ -126,10 +127,10 @@ class StoppingMixin(PlannedMixin):
         numbers.restore()
         if run.at is None:
             logger.warning(
-                f"auto_stop: of the {len(self.train_dataset):,} samples of train_dataset none is held back (that takes "
-                f"{FEWEST:,}, in groups of less than a twentieth), and there is no eval_dataset with a length to look "
-                f"at: the run trains to its end, and ends with the averaged weights. An eval_dataset needs at least "
-                f"{FEWEST_EVALUATED} samples, with labels where those of train_dataset have them."
+                f"auto_stop: none of the {len(self.train_dataset):,} samples of train_dataset is held back (that needs "
+                f"{FEWEST:,} samples, in groups of less than a twentieth), and there is no suitable eval_dataset: the "
+                f"run trains to its end, and ends with the averaged weights. An eval_dataset needs a length, at least "
+                f"{FEWEST_EVALUATED} samples, and labels if those of train_dataset have them."
             )
         elif run.at.swapped is None:
             run.rule.armed = True
@@ -149,7 +150,7 @@ class StoppingMixin(PlannedMixin):
         if self.config.auto_stop and self._stopping is None:
             raise bypassed(self, "no weights are averaged", ("_prepare_for_training",))
         if self._stopping is not None and self._stopping.stepped != self.state.global_step > 0:
-            raise bypassed(self, "the average misses the last step", ("_maybe_log_save_evaluate",))
+            raise bypassed(self, "the average lacks the last step", ("_maybe_log_save_evaluate",))
 
     def train(self, *args: Any, **named: Any) -> Any:
         """As `Trainer.train`."""
@@ -166,7 +167,7 @@ class StoppingMixin(PlannedMixin):
         super()._maybe_log_save_evaluate(*args, **named)
 
     def _after_step(self, run: StoppingRun) -> None:
-        """Take the step into the average; look, if a quarter of an epoch has passed."""
+        """Add the step to the average, and evaluate if a quarter of an epoch has passed."""
         if run.average is None:
             return
         if not self.accelerator.optimizer_step_was_skipped:
@@ -195,7 +196,7 @@ class StoppingMixin(PlannedMixin):
         return super()._finalize_training(*args, **named)
 
     def _take_kept(self, run: StoppingRun) -> None:
-        """The kept weights become the model's; the average of the end where no look can be believed."""
+        """Give the model the kept weights, or the final average if no evaluation can be trusted."""
         average = run.average
         assert average is not None
         values = average.values
@@ -208,12 +209,12 @@ class StoppingMixin(PlannedMixin):
                 dist.broadcast(value, 0)
         _reshard(self.model)
         average.copy_to_model(values)
-        run.average = None  # from now on the model's weights are the ones to look at
+        run.average = None  # from now on the model's own weights are evaluated
 
     # Looks
 
     def _look(self, run: StoppingRun, epoch: float) -> None:
-        """See how the held-back samples stand under the averaged weights; keep these if they are the best so far."""
+        """Evaluate the held-back samples with the averaged weights, and keep these if they are the best so far."""
         at, rule, model = run.at, run.rule, self.model_wrapped
         assert at is not None and run.average is not None
         with self.efficiency.timed("probes"):
@@ -241,7 +242,7 @@ class StoppingMixin(PlannedMixin):
         return float(quarantined.count_nonzero()) / max(len(quarantined) - len(run.held), 1)
 
     def _losses(self, model: nn.Module, dataset: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n,) each, of the items `ids` (ascending): mean loss, is every token right, has it a label at all."""
+        """(n,) each for `ids` (ascending): mean loss, whether every token is right, whether there is a label."""
         sums = torch.zeros(3, len(ids), dtype=torch.float64, device=self.args.device)
         for stats in self._forwards(model, ids, dataset, update=False):
             real = (stats.sample_ids >= 0) & (stats.num_tokens > 0)
@@ -254,7 +255,7 @@ class StoppingMixin(PlannedMixin):
         return loss, right, labelled > 0
 
     def _swapped_losses(self, model: nn.Module, swapped: Swapped, size: int) -> Tensor:
-        """(size,) mean losses of the made-up items, each where its sample is; NaN where a sample has none."""
+        """(size,) mean losses of the made-up items, at the index of their samples; NaN for a sample without one."""
         losses = torch.full((size,), torch.nan, dtype=torch.float64)
         losses[swapped.places] = self._losses(model, swapped.items, torch.arange(len(swapped.items)))[0]
         return losses
@@ -266,7 +267,7 @@ class StoppingMixin(PlannedMixin):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within a run the model has the averaged weights."""
+        """Inside the context the model has the averaged weights, if a run is training."""
         average = self._stopping.average if self._stopping is not None and self.is_in_train else None
         if average is None:
             yield
@@ -276,20 +277,20 @@ class StoppingMixin(PlannedMixin):
             try:
                 yield
             finally:
-                _reshard(self.model)  # what was gathered from the averaged shards
+                _reshard(self.model)  # drops parameters gathered from the averaged shards
 
     def evaluate(self, *args: Any, **named: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; while a run with `auto_stop` trains, of its averaged weights."""
+        """As `Trainer.evaluate`; during a run with `auto_stop`, of its averaged weights."""
         with self._averaged():
             return super().evaluate(*args, **named)
 
     def predict(self, *args: Any, **named: Any) -> Any:
-        """As `Trainer.predict`; while a run with `auto_stop` trains, of its averaged weights."""
+        """As `Trainer.predict`; during a run with `auto_stop`, with its averaged weights."""
         with self._averaged():
             return super().predict(*args, **named)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; while a run with `auto_stop` trains, its averaged weights."""
+        """As `Trainer.save_model`; during a run with `auto_stop`, of its averaged weights."""
         run = self._stopping
         if run is not None and _internal_call and output_dir is not None and self._writes:  # of a checkpoint
             save_run(Path(output_dir), self._shard, run.average, run.state_dict(), self._kept)
@@ -308,7 +309,7 @@ class StoppingMixin(PlannedMixin):
 
     @property
     def _shard(self) -> int | None:
-        """The number of this process where each holds other weights."""
+        """The number of this process if each holds other weights, else None."""
         return self.args.process_index if self.is_fsdp_enabled else None
 
     @property
@@ -324,13 +325,13 @@ class StoppingMixin(PlannedMixin):
             return {}
         report = self._stopping.report(skipped_rows)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            report["why"] += " Then load_best_model_at_end put the best checkpoint's weights in their place."
+            report["why"] += " Then load_best_model_at_end loaded the best checkpoint's weights instead."
             report["kept"] = None
         return {"stopping": report}
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let FSDP2 forget the parameters that it has gathered, so that it gathers them anew from what the shards hold."""
+    """Make FSDP2 drop the parameters that it has gathered, so that it gathers them again from the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

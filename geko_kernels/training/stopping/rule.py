@@ -1,4 +1,4 @@
-"""When a run has trained enough: the loss of held-back samples under averaged weights, and when it can be believed."""
+"""Decides when a run has trained enough, by the loss of held-back samples, and whether that loss can be trusted."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 PATIENCE = 0.5  # epochs without a lower loss after which the run ends, or
-PATIENCE_SHARE = 0.25  # of the kept epoch, whichever is more: a slow curve's minimum is flat
-EARLIEST = 1.25  # epochs before which it never does: after the warm-up the average falls and rises once
+PATIENCE_SHARE = 0.25  # of the kept epoch, whichever is more: a slow curve has a flat minimum
+EARLIEST = 1.25  # epochs before which it never ends: after the warm-up, the average's loss falls and rises once
 _SURE = 3.0  # standard errors
-_GAIN = 0.05  # nats a token by which a wrong answer must be worse
+_GAIN = 0.05  # nats a token by which another sample's answer must be worse
 
 
 class Look(NamedTuple):
-    """What was seen at one point of a run, with the averaged weights; losses are (n,) means over a sample's tokens."""
+    """The evaluation of one point of a run, with the averaged weights; losses are (n,) means over a sample's tokens."""
 
     epoch: float
     held: Tensor  # losses of the held-back samples
@@ -27,7 +27,7 @@ class Look(NamedTuple):
 
 
 def surely_above(higher: Tensor, lower: Tensor, least: float) -> bool:
-    """Is the mean of the paired differences above `least`, and above 0 by three standard errors?"""
+    """Whether the mean of the paired differences is above `least`, and above 0 by three standard errors."""
     difference = (higher - lower).double()
     difference = difference[difference.isfinite()]
     if len(difference) < 2:
@@ -39,8 +39,8 @@ def surely_above(higher: Tensor, lower: Tensor, least: float) -> bool:
 def surely_above_without(share: float, higher: Tensor, lower: Tensor, least: float) -> bool:
     """As `surely_above`, for the means without the highest `share` of each: two trimmed means, not paired.
 
-    Each is trimmed by itself, so where both are of one distribution neither is favoured. The errors are those of
-    winsorized samples.
+    Each is trimmed separately, so that neither is favoured if both have the same distribution. The standard errors are
+    those of winsorized samples.
     """
     both = higher.isfinite() & lower.isfinite()
     values = torch.stack([higher[both], lower[both]]).double().sort().values  # (2, n)
@@ -53,19 +53,20 @@ def surely_above_without(share: float, higher: Tensor, lower: Tensor, least: flo
 
 
 class StopRule:
-    """Keeps the point with the lowest loss of the held-back samples; says when it is certain enough to stop there.
+    """Keeps the point with the lowest loss of the held-back samples, and says when the run may stop.
 
-    It is armed once a swap test shows that the model generalises: a held-back sample's loss rises when it is given
-    another sample's answer. Where only the training samples' loss does, the run learns by heart, and no held-back
-    sample can say when it is done.
+    It is armed once a swap test shows that the model generalises: a held-back sample's loss rises with another sample's
+    answer. If only the training samples' loss rises, the run learns by heart, and held-back samples cannot show when it
+    is done.
 
-    Where the noise guard holds a share of the training samples for mislabelled, as many of the held-back ones are: the
-    better the model, the higher their loss. So that share of them, those with the highest loss, does not count, neither
-    at this look nor at the one that is kept, nor in the swap test. The guard works only in runs that generalise, so
-    while it holds samples back the run is not taken for one that learns by heart.
+    If the noise guard finds a share of the training samples mislabelled, about the same share of the held-back ones is,
+    and the better the model, the higher is their loss. So that share of the held-back samples, those with the highest
+    loss, does not count: neither at this look, nor at the kept one, nor in the swap test. The guard acts only in runs
+    that generalise, so while it holds samples back, the run does not count as learning by heart.
 
     Args:
-        measure: "loss", or "accuracy": the point with the most held-back samples all right, the first of equals.
+        measure: "loss", or "accuracy": keep the point with the most held-back samples that are all right, the first
+            among equals.
 
     Attributes:
         kept: the number of the look whose weights are kept; None before the first whose loss is a number.
@@ -73,23 +74,23 @@ class StopRule:
 
     def __init__(self, measure: str = "loss") -> None:
         self.measure = measure
-        self.epochs: list[float] = []  # of the looks
+        self.epochs: list[float] = []  # epochs of the looks
         self.losses: list[list[float]] = []  # (100,) each: the mean without the highest 0, 1, ... 99 % of the losses
         self.accuracies: list[float] = []
-        self.mislabelled = 0.0  # share of the training samples
+        self.mislabelled = 0.0  # mislabelled share of the training samples
         self.kept: int | None = None
         self.armed = False
         self.by_heart = False
 
     @property
     def curve(self) -> list[tuple[float, float, float]]:
-        """(epoch, loss, accuracy) of every look, the losses without the share that is held for mislabelled now."""
+        """(epoch, loss, accuracy) of every look, the losses without the share that now counts as mislabelled."""
         without = min(math.ceil(100 * self.mislabelled - 1e-9), 99)  # 100 * 0.07 is above 7
         losses = [means[without] for means in self.losses]
         return list(zip(self.epochs, losses, self.accuracies, strict=True))
 
     def add(self, look: Look, mislabelled: float = 0.0) -> bool:
-        """Take in a look, and the guard's share; whether it is the best so far."""
+        """Add a look and the guard's share; returns whether it is the best so far."""
         self.mislabelled = mislabelled
         self.epochs.append(look.epoch)
         self.losses.append(_means_of_lowest(look.held))
@@ -106,11 +107,11 @@ class StopRule:
         return best
 
     def _values(self) -> list[float]:
-        """What is to be low, of every look; infinite or NaN where it cannot be judged."""
+        """The value to minimise, for every look; infinite or NaN if a look cannot be judged."""
         return [loss if self.measure == "loss" else -accuracy for _, loss, accuracy in self.curve]
 
     def stops(self) -> bool:
-        """Has the run trained enough?"""
+        """Whether the run has trained enough."""
         if not self.armed or self.kept is None:
             return False
         now = self.curve[-1][0]
@@ -125,45 +126,46 @@ class StopRule:
     def why(self, samples: str = "held-back samples", cut: bool = False, idle: bool = False) -> str:
         """A sentence or two for the report.
 
-        `cut`: something else ended the run before its most. `idle`: the last epoch had nothing to train.
+        `cut`: something else ended the run early. `idle`: the last epoch had nothing to train.
         """
-        end = "Something else than auto_stop (a callback, too few samples) ended the run" if cut else _TO_ITS_END
+        end = "Something other than auto_stop (a callback, too few samples) ended the run" if cut else _TO_ITS_END
         if not self.epochs:
-            return "No look has been taken."
+            return "The run was never evaluated."
         if self.kept is None:
             return (
-                f"At no look was the mean loss of the {samples} a number: none of them has a label, or one had a loss "
-                f"that was NaN or infinite. {end}."
+                f"The mean loss of the {samples} was never a number: none of them has a label, or one had a loss that "
+                f"was NaN or infinite. {end}."
             )
         epoch, loss, accuracy = self.curve[self.kept]
         value = f"loss {loss:.4f}" if self.measure == "loss" else f"accuracy {accuracy:.1%}"
         if self.measure == "loss" and self.mislabelled:
-            value += f" without the highest {self.mislabelled:.0%}, as many as look mislabelled in training"
+            value += f" without the highest {self.mislabelled:.0%}, the share that looks mislabelled in training"
         best = f"the {samples} were best after {epoch:.2f} epochs ({value})"
         if self.by_heart:
             return (
-                f"The task is learnt by heart: to the {samples} another sample's answer is as good as their own, to "
-                f"training samples it is worse. So the {samples} cannot say when it is done. {end}."
+                f"The task is learnt by heart: for the {samples} another sample's answer is as good as their own, for "
+                f"training samples it is worse. So the {samples} cannot show when training is done. {end}."
             )
         if not self.armed:
-            return f"No answer has become likelier for its own sample than for another. {end}."
+            return f"The model has not learnt to tell a sample's own answer from another sample's. {end}."
         if self.stops():
-            return f"The run ended because {best}, and for {self.patience:.2g} epochs not better.{self._given_up()}"
+            since = f"did not improve for {self.patience:.2g} epochs"
+            return f"The run ended because {best}, and {since}.{self._given_up()}"
         longer = ""
         if not cut and not idle and self.kept == len(self.epochs) - 1:
             longer = " A longer run may be better: raise num_train_epochs or max_steps."
         return f"{end}; {best}.{longer}{self._given_up()}"
 
     def _given_up(self) -> str:
-        """A look that the guard's later share calls better than the kept one, though it was not when it was taken."""
+        """A sentence on a look that is better than the kept one by the guard's present share, but was not before."""
         values = self._values()
         assert self.kept is not None
         lowest = min(range(len(values)), key=values.__getitem__)
         if not values[lowest] < values[self.kept]:
             return ""
         return (
-            f" Without the share that looks mislabelled now, {self.epochs[lowest]:.2f} epochs were better; the weights "
-            "of then are gone, since less looked mislabelled at the time."
+            f" Without the share that looks mislabelled now, {self.epochs[lowest]:.2f} epochs were better; those "
+            "weights were not kept, since fewer samples looked mislabelled at the time."
         )
 
     def state_dict(self) -> dict[str, object]:
@@ -186,7 +188,7 @@ _FIELDS = ("measure", "epochs", "losses", "accuracies", "mislabelled", "kept", "
 
 
 def _means_of_lowest(losses: Tensor) -> list[float]:
-    """(100,): the mean of all `losses` (n,), of the lowest 99 % and so on; infinite with one that is no number."""
+    """(100,): the mean of all `losses` (n,), of the lowest 99 % and so on; infinite if one is not a number."""
     rising = losses.double().nan_to_num(math.inf, math.inf, math.inf).sort().values
     totals, count = rising.cumsum(0).tolist(), len(rising)
     kept = [max(round(count * (100 - percent) / 100), 1) for percent in range(100)]

@@ -1,4 +1,4 @@
-"""Where a run that finds its own length stands."""
+"""The state of a run that finds its own length."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.looked_at import LookedAt
 from geko_kernels.training.stopping.rule import StopRule
 
-LOOKS = 4  # an epoch
-DECIDED, TOO_LATE = 0.25, 0.75  # shares of the longest run between which it may turn out to learn by heart
+LOOKS = 4  # looks in an epoch
+DECIDED, TOO_LATE = 0.25, 0.75  # shares of the longest run; between them a run may be found to learn by heart
 _PLAIN = ("quarters", "stepped", "looked", "ended", "by_heart")
 
 
 @dataclass
 class StoppingRun:
-    """The average, the rule and what is looked at."""
+    """The average, the rule and the samples to evaluate."""
 
     average: WeightAverage | None  # None once the run is known to learn by heart, and after its end
     rule: StopRule
     held: Tensor  # (n,) int64: held back from training
     at: LookedAt | None
-    quarters: int = 0  # of an epoch that have passed
-    stepped: int = 0  # the last step that the average has taken in
-    looked: int = -1  # and the last one looked at
+    quarters: int = 0  # quarters of an epoch that have passed
+    stepped: int = 0  # the last step that the average contains
+    looked: int = -1  # the last step that was evaluated
     ended: bool = False  # by the rule
     by_heart: bool = False
-    cut: bool = False  # ended by something else than the rule, before its most
+    cut: bool = False  # ended early by something other than the rule
     idle: bool = False  # its last epoch had nothing to train
 
     @property
     def kept(self) -> int | None:
-        """The number of the look whose weights the run ends with; None: those of its end."""
+        """The number of the look whose weights the run ends with; None: the last weights."""
         return self.rule.kept if self.rule.armed and not self.by_heart else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,14 +51,14 @@ class StoppingRun:
         before = values["rule"]["measure"]
         if before != self.rule.measure:
             raise ResumeError(
-                f"auto_measure was {before!r}, is {self.rule.measure!r}: the kept weights are the best by the first, "
+                f"auto_measure was {before!r}, is {self.rule.measure!r}: the kept weights are the best by {before!r}, "
                 "so resume with that"
             )
         try:
             self.rule.load_state_dict(values["rule"])
         except ValueError as error:
             raise ResumeError(
-                f"the checkpoint was written by another version of geko_kernels, {error}: resume it with that version, "
+                f"the checkpoint was written by another version of geko_kernels ({error}): resume with that version, "
                 "or load the model from the checkpoint and start a new run"
             ) from error
         for name in _PLAIN:
@@ -67,7 +67,7 @@ class StoppingRun:
             self.average = None
 
     def report(self, skipped_rows: Sequence[int]) -> dict[str, Any]:
-        """What `geko_report.json` says of it."""
+        """The entry `stopping` of `geko_report.json`."""
         rule = self.rule
         return {
             "why": self.why(),
@@ -83,13 +83,13 @@ class StoppingRun:
 
     def why(self) -> str:
         if self.at is None:
-            return "There was nothing to look at, so the run went to its end; the weights are its average there."
+            return "There was nothing to evaluate, so the run went to its end; the weights are the final average."
         samples = "held-back samples" if self.at.source == "held_back" else "samples of eval_dataset"
         why = self.rule.why(samples, self.cut, self.idle)
         if self.by_heart:
-            too = "The samples held back were trained too, and the" if len(self.held) else "The"
+            too = "The held-back samples were trained as well, and the" if len(self.held) else "The"
             return f"{why} {too} weights are those of the end."
-        return f"{why} The weights are its average there." if self.kept is None else why
+        return f"{why} The weights are the final average." if self.kept is None else why
 
 
 def cosine(progress: float) -> float:
@@ -100,7 +100,7 @@ def cosine(progress: float) -> float:
 def constant_rate(
     optimizer: Optimizer | None, warmup: int, falls: Callable[[], bool], progress: Callable[[], float]
 ) -> LambdaLR:
-    """A rate that rises over `warmup` steps and stays; where `falls()`, it goes on as the cosine of the whole run."""
+    """A rate that rises over `warmup` steps and stays; if `falls()`, it continues as the cosine of the whole run."""
 
     def factor(step: int) -> float:
         rises = min(1.0, step / warmup) if warmup else 1.0

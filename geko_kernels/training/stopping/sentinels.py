@@ -1,4 +1,4 @@
-"""Which samples are held back to say how long to train: whole groups, so that none of their like is trained on."""
+"""The samples held back to find the run's length: whole groups, so that no near-duplicate of theirs is trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-SHARE, LEAST, MOST = 0.02, 200, 0.05  # of the samples; at least so many; but never more than that share
-_BEGINNING = 24  # tokens that near-duplicates begin with alike
-_COMMON = 0.01  # a beginning that more samples share is the prompt's template, and marks nobody as a duplicate
+SHARE, LEAST, MOST = 0.02, 200, 0.05  # share of the samples; the least number; the largest share
+_BEGINNING = 24  # the number of first tokens that near-duplicates share
+_COMMON = 0.01  # a beginning shared by more samples is the prompt's template, and does not mark duplicates
 
 
 def how_many(samples: int) -> int:
@@ -20,10 +20,10 @@ def how_many(samples: int) -> int:
 def near_duplicates(
     inputs: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None
 ) -> list[int]:
-    """A group number a sample: the same for samples whose input, or whose answer, begins with the same 24 tokens.
+    """A group number for each sample: the same if their inputs, or their answers, begin with the same 24 tokens.
 
-    Shorter ones count only whole inputs: a class name is an answer of many samples that are no duplicates. `groups`
-    joins those with the same value, however many they are; None joins nobody.
+    Shorter inputs have to be equal, and shorter answers do not count: many samples that are no duplicates share a class
+    name. `groups` joins samples with the same value, whatever their number; None joins none.
     """
     keys: list[tuple[Hashable, ...]] = []
     for given, answer in zip(inputs, answers, strict=True):
@@ -35,9 +35,9 @@ def near_duplicates(
 
 
 def joined(keys: Sequence[Sequence[Hashable]], groups: Sequence[Hashable] | None = None) -> list[int]:
-    """A group number a sample, the same for samples that share a key or a group, directly or through others.
+    """A group number for each sample, the same for samples that share a key or a group, directly or through others.
 
-    A key that more than 1 % of the samples have (and more than 8) joins nobody; a group, unless None, always does.
+    A key of more than 1 % of the samples (and more than 8) joins none; a group, unless None, always joins.
     """
     counts: dict[Hashable, int] = {}
     for mine in keys:
@@ -65,9 +65,9 @@ def joined(keys: Sequence[Sequence[Hashable]], groups: Sequence[Hashable] | None
 
 
 def hold_back(groups: Sequence[Hashable], count: int, seed: int) -> Tensor:
-    """`count` samples or a few less, sorted (int64): whole groups in a random order, those that fit.
+    """`count` samples or slightly fewer, sorted (int64): whole groups, taken in random order if they fit.
 
-    The same on every process and after a resume: it depends on the arguments alone.
+    It depends only on the arguments, so it is the same on every process and after a resume.
     """
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):

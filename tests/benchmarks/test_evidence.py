@@ -1,0 +1,85 @@
+"""The table of README.md and docs/evidence.md holds what the recorded rows say, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.end_to_end import lengths_plot
+from benchmarks.end_to_end.lengths_report import FILE, best_length, epochs, load, seconds
+from benchmarks.end_to_end.rows import MEASURES, final
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("docs/evidence.md", "docs/length.md", "benchmarks/end_to_end/LOG.md")
+TASKS = {
+    "40,000 packages -> descriptions": "D1",
+    "20,000 glosses -> class": "R2-0",
+    "the same, 10 %": "R2-10",
+    "the same, 30 % wrong |": "R2-30",
+    "the same, 30 % wrong, by the likeliest": "R2-pairs",
+    "75,000 glosses -> class": "R4",
+    "made-up facts": "R1",
+    "instructions with near-duplicates": "R3",
+}
+
+
+def rows_of(page: str) -> dict[str, list[str]]:
+    """{task: its four cells}."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    found = {}
+    for start, task in TASKS.items():
+        line = next((line for line in lines if line.startswith(f"| {start}")), None)
+        if line:
+            found[task] = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+    return found
+
+
+def check(cell: str, task: str, runs: list) -> None:
+    value, taken = re.match(r"([\d.]+) in ([\d.]+) s", cell).groups()  # type: ignore[union-attr]
+    printed = round(mean(map(seconds, runs)), 1)  # by lengths_report; a page may round it once more
+    for shown, exact in ((value, mean(final(row, MEASURES[task]) for row in runs)), (taken, printed)):
+        assert abs(float(shown) - exact) <= 0.5001 * 10 ** -len(shown.partition(".")[2]), (task, cell, exact)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evidence.md"])
+def test_the_table_is_that_of_the_rows(page):
+    tasks, shown = load(FILE), rows_of(page)
+    assert set(shown) >= {"D1", "R2-0", "R2-10", "R2-30", "R2-pairs", "R4"}
+    for task, (three, best, stopped, auto) in shown.items():
+        by_length = {epochs(arm, task): runs for arm, runs in tasks[task].items()}
+        length = epochs(best_length(task, tasks[task]), task)
+        assert f"({length:g}" in best
+        for cell, runs in (
+            (three, by_length.get(3.0)),
+            (best, by_length[length]),
+            (stopped, tasks[task].get("A-stop")),
+            (auto, tasks[task]["auto"]),
+        ):
+            if runs:
+                check(cell, task, list(runs.values()))
+            else:
+                assert cell == "not run"
+
+
+def test_the_picture_comes_from_the_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["lengths_plot", "--out", str(tmp_path / "lengths.png")])
+    lengths_plot.main()
+    assert (tmp_path / "lengths.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        path = (folder / file).resolve() if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, target
