@@ -55,6 +55,20 @@ JSON: NaN and infinity are null. A dict of:
     num_doubtful       most samples at a time that a third of `noise_guard_margin` would have made suspects as well
     forecast           what longer and shorter runs would save: the dict of `forecast.py`; null where that is unknown,
                        and with `auto_stop`, whose runs find their length themselves
+    labels             what became of the samples of each label: "num_labels", "all" (the labelled samples together),
+                       "listed" (up to 20 labels, the largest share quarantined or held back first, the rarest first of
+                       equal ones) and "warning" (a sentence on labels whose samples are mostly quarantined or held
+                       back, else null). A dict of "all" and of each of "listed" has
+        label          as text: the class's name or number, or the text of an answer; not in "all"
+        samples        how many have it
+        left_out       share that epochs leave out at the end, since its bucket has weight zero: right when last seen
+        quarantined    share that the noise guard holds back at the end
+        held_back      share that `auto_stop` holds back
+        visits         mean over its samples, probes included
+                       Labels are whole numbers, true and false or texts, one an item, or what an item trains, where
+                       that is one of at most 50 answers, and half as many as samples. The dataset must be a list, a
+                       `TensorDataset`, a `datasets.Dataset` or of `load_dataset`; labels is null for others, and
+                       where there are not two labels
     run                model, data, settings, device, date and versions in words, what is known of them
     observed           true where `observe` has written it
 """
