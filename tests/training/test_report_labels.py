@@ -43,9 +43,9 @@ def test_shares_and_visits_of_each_label(caplog):
     held_back = torch.zeros(len(data), dtype=torch.bool)
     held_back[[11, 40]] = True
     found = label_figures(data, state, held_back)["labels"]
-    rare = {"samples": 20, "left_out": 0.4, "quarantined": 0.55, "held_back": 0.05, "visits": 2.0}
-    common = {"samples": 30, "left_out": 0.5, "quarantined": 0.0, "held_back": 1 / 30, "visits": 3.0}
-    everything = {"samples": 50, "left_out": 0.46, "quarantined": 0.22, "held_back": 0.04, "visits": 2.6}
+    rare = {"samples": 20, "left_out": 0.4, "quarantined": 0.55, "held_back": 0.05, "right": 0.75, "visits": 2.0}
+    common = {"samples": 30, "left_out": 0.5, "quarantined": 0.0, "held_back": 1 / 30, "right": 0.5, "visits": 3.0}
+    everything = {"samples": 50, "left_out": 0.46, "quarantined": 0.22, "held_back": 0.04, "right": 0.6, "visits": 2.6}
     rows = [{"label": "rare", **rare}, {"label": "common", **common}]
     sentence = (
         "Most samples of 1 label were quarantined or held back, so that the model may not learn it: 'rare' (60% of "
@@ -84,6 +84,9 @@ def test_light_of_weight_zero_is_left_out_and_nothing_where_all_is_trained():
     assert shares == [0.25, 0.75, 0.0]
     observed = label_figures(data, state_of(8), observed=torch.tensor([5, 1] * 4))["labels"]
     assert [(row["label"], row["visits"], row["left_out"]) for row in observed["listed"]] == [("0", 5, 0), ("1", 1, 0)]
+    empty = gk.SampleState(8)  # of a model without logits
+    labels = label_figures(data, empty, observed=torch.ones(8))["labels"]
+    assert [row["right"] for row in (*labels["listed"], labels["all"])] == [None] * 3
 
 
 def answering(*answers):
@@ -166,7 +169,7 @@ def test_a_rare_class_that_the_guard_holds_back_is_seen(reference, tmp_path, cap
     assert "<b>Check whether rare labels are lost.</b> Most samples of 1 label were quarantined" in page
     row = re.search(r'<tr><td dir="auto">1</td><td>100</td><td>[\d.]+%</td><td>([\d.]+)%</td>', page)
     assert float(row[1]) == pytest.approx(100 * rare["quarantined"], abs=0.1)
-    assert "<th>learnt</th><th>quarantined</th><th>visits a sample</th>" in page
+    assert "<th>learnt</th><th>quarantined</th><th>right</th><th>visits a sample</th>" in page
 
 
 def test_reports_of_a_trainer_and_of_an_observation(tmp_path):
@@ -179,8 +182,10 @@ def test_reports_of_a_trainer_and_of_an_observation(tmp_path):
     watched.train()
     text = observation.write_report(tmp_path).read_text()
     seen = json.loads((tmp_path / "geko_report.json").read_text())["labels"]
-    assert seen["all"] == {"samples": 12, "left_out": 0, "quarantined": 0, "held_back": 0, "visits": 2}
-    assert '<td dir="auto">tokens 7 2</td><td>6</td><td>0.0%</td><td>2.0</td>' in text and "<th>learnt" not in text
+    right = (observation.state.bucket <= gk.Bucket.LIGHT).float().mean().item()
+    shares = {"samples": 12, "left_out": 0, "quarantined": 0, "held_back": 0, "right": right, "visits": 2}
+    assert seen["all"] == pytest.approx(shares) and "<th>learnt" not in text
+    assert re.search(r'<td dir="auto">tokens 7 2</td><td>6</td><td>0.0%</td><td>[\d.]+%</td><td>2.0</td>', text)
 
 
 def test_the_page_cuts_and_escapes_labels(tmp_path):
@@ -189,10 +194,10 @@ def test_the_page_cuts_and_escapes_labels(tmp_path):
     assert labels["labels"]["num_labels"] == 30 and len(labels["labels"]["listed"]) == 20
     text = write(tmp_path, run_figures(2, num_samples=60) | labels).read_text()
     assert "10 more labels with 20 samples." in text and "the first 20 of 30" in text
-    assert "<b>0 " not in text and f"&lt;b&gt;0 {'x' * 55}…" in text
+    assert "<td>–</td>" not in text and "<b>0 " not in text and f"&lt;b&gt;0 {'x' * 55}…" in text
     stopping = {"why": "It was best.", "held_back": [3, 4], "looked_at": "held_back", "swap_test": True, "curve": []}
     text = write(tmp_path, run_figures(2, num_samples=60) | labels | {"stopping": stopping}).read_text()
-    assert "<th>quarantined</th><th>held back</th><th>visits a sample</th>" in text
+    assert "<th>held back</th><th>right</th><th>visits a sample</th>" in text
     with pytest.raises(ValueError, match=r"is damaged: labels.listed\[0\].label is int"):
         labels["labels"]["listed"][0]["label"] = 3
         write(tmp_path, run_figures(2, num_samples=60) | labels)

@@ -64,6 +64,7 @@ JSON: NaN and infinity are null. A dict of:
         left_out       share that epochs leave out at the end, since its bucket has weight zero: right when last seen
         quarantined    share that the noise guard holds back at the end
         held_back      share that `auto_stop` holds back
+        right          share that was correct when last seen; None where there is no learning state
         visits         mean over its samples, probes included
                        Labels are whole numbers, true and false or texts, one an item, or what an item trains, where
                        that is one of at most 50 answers, and half as many as samples. The dataset must be a list, a

@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 MOST_ANSWERS = 50  # distinct answers of a language model that count as labels
 MOST_LISTED = 20
-FEWEST, TIMES, LEAST = 20, 2.0, 0.5  # samples of a label, times the share of all, and share from which on it is lost
+FEWEST = 20  # samples of a label that is warned of
+TIMES, LEAST = 2.0, 0.5  # times the share of all, and share, above which it is; measured in docs/data.md
 _NAMED = 5  # labels that the warning names
 _CHARACTERS = 60  # of a label
 _CHUNK = 1 << 16  # samples
-_SHARES = ("left_out", "quarantined", "held_back", "visits")
+_SHARES = ("left_out", "quarantined", "held_back", "right", "visits")
 Decode = Callable[..., str]
 Figures = dict[str, Any]
 
@@ -64,6 +65,7 @@ def label_figures(
         "left_out": torch.zeros_like(barred) if observed is not None else _left_out(state) & ~barred,
         "quarantined": state.quarantined,
         "held_back": torch.zeros_like(state.quarantined) if held_back is None else held_back,
+        "right": (state.bucket <= Bucket.LIGHT) & (state.times_seen > 0),
         "visits": state.times_seen if observed is None else observed,
     }
     try:
@@ -76,6 +78,9 @@ def label_figures(
     rows = [{"label": name, **_shares(counts)} for name, counts in zip(names, sums.T, strict=True)]
     rows.sort(key=lambda row: (-_lost(row), row["samples"], row["label"]))
     all_samples = _shares(sums.sum(1))
+    if not bool(state.times_seen.any()):  # `observe` of a model without logits
+        for row in (*rows, all_samples):
+            row["right"] = None
     warning = _warning(rows, all_samples, state.config)
     if warning is not None:
         logger.warning(warning)
