@@ -11,8 +11,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from test_report import run_figures, write
+from tiny_model import save_tiny_model
 from torch.utils.data import TensorDataset
 from training import arguments, classified, standard, tiny_classifier, tiny_llama, trainer_of
+from transformers import AutoTokenizer
 
 import geko_kernels as gk
 from geko_kernels.training.formats.encode import EncodedDataset
@@ -186,6 +188,23 @@ def test_reports_of_a_trainer_and_of_an_observation(tmp_path):
     shares = {"samples": 12, "left_out": 0, "quarantined": 0, "held_back": 0, "right": right, "visits": 2}
     assert seen["all"] == pytest.approx(shares) and "<th>learnt" not in text
     assert re.search(r'<td dir="auto">tokens 7 2</td><td>6</td><td>0.0%</td><td>[\d.]+%</td><td>2.0</td>', text)
+
+
+def test_answers_are_shown_as_text_and_held_back_samples_counted(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "model"))
+    asked = [{"prompt": f"is {i} odd? ", "completion": "yes" if i % 2 else "no"} for i in range(24)]
+    data = gk.load_dataset(asked, tokenizer, max_length=64)
+    trainer = trainer_of(tmp_path, data, model=tiny_llama(vocab_size=260), num_train_epochs=1)
+    trainer.processing_class = tokenizer
+    trainer.train()
+    labels = json.loads((tmp_path / "geko_report.json").read_text())["labels"]
+    assert [(row["label"], row["samples"]) for row in labels["listed"]] == [("no", 12), ("yes", 12)]
+    auto = {"config": gk.GEKOConfig.auto(), "num_train_epochs": 1, "per_device_train_batch_size": 50}
+    trainer = trainer_of(tmp_path, classified(2000), model=tiny_classifier(), logging_steps=100, **auto)
+    trainer.train()
+    labels = json.loads((tmp_path / "geko_report.json").read_text())["labels"]
+    assert labels["all"]["held_back"] == 0.05 and labels["all"]["visits"] == pytest.approx(0.95)
+    assert sum(row["held_back"] * row["samples"] for row in labels["listed"]) == pytest.approx(100)
 
 
 def test_the_page_cuts_and_escapes_labels(tmp_path):

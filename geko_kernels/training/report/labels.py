@@ -109,12 +109,19 @@ def _items(dataset: Any, label_names: Sequence[str]) -> Iterable[Any] | None:
         if name is None or (len(plain) and isinstance(plain[0][name], list)):
             wanted |= {"input_ids", "attention_mask", *TRAINED}
         kept = [column for column in plain.column_names if column in wanted]
-        return plain.select_columns(kept) if kept else None
+        return _rows(plain.select_columns(kept)) if kept else None
     if isinstance(dataset, TensorDataset):
         return zip(*dataset.tensors, strict=True)
     if isinstance(dataset, (list, tuple, EncodedDataset)):
         return (dataset[i] for i in range(len(dataset)))
     return None
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset`, read many at a time."""
+    for part in table.iter(batch_size=1000):
+        for values in zip(*part.values(), strict=True):
+            yield dict(zip(part, values, strict=True))
 
 
 def _sums(
