@@ -28,12 +28,15 @@ from benchmarks.end_to_end.arms import ARMS, BUDGETED
 from benchmarks.end_to_end.data import Data
 from benchmarks.end_to_end.engine import Engine, load_network
 from benchmarks.end_to_end.lengths import find_arm
+from benchmarks.end_to_end.lora import add_lora
 from benchmarks.end_to_end.run import run
 from benchmarks.end_to_end.tasks import LARGE, TASKS, Task, best_lr, make_data
 from benchmarks.results import RESULTS, append, environment, read
 
 FILE = RESULTS / "end_to_end.jsonl.gz"
 QUICK = {"smollm2": "tiny", "adder": "tiny adder", "small instructions": "tiny instructions"}
+
+FROM_SCRATCH = ("adder", "small facts")  # networks that have learnt nothing
 
 
 class Job(NamedTuple):
@@ -93,7 +96,11 @@ class Bench:
 
     def ready(self, task: Task) -> tuple[Engine, Data]:
         kind = QUICK.get(task.network, task.network) if self.given.quick else task.network
-        network, encode = self.networks.get(kind) or self.networks.setdefault(kind, load_network(kind))
+        if kind not in self.networks:
+            self.networks[kind] = load_network(kind)
+            if self.given.lora:
+                add_lora(self.networks[kind][0], self.given.lora)
+        network, encode = self.networks[kind]
         if task.name not in self.data:
             made = make_data(task, encode, self.given.wordnet, self.given.texts, self.given.choosing)
             train = made.train.to(self.device)
@@ -116,6 +123,25 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
     return [row for path in paths if path.exists() for row in read(path)]
 
 
+def rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"the rank is a whole number from 1, got {text}")
+    return int(text)
+
+
+def check_lora(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Adapters need a network that has learnt something, and rows of their own, which are not taken for full tuning."""
+    scratch = [name for name in given.tasks if TASKS[name].network in FROM_SCRATCH]
+    if given.lora and scratch:
+        parser.error(f"--lora adapts a network that has been trained, and {', '.join(scratch)} begins from scratch")
+    others = {row.get("lora", 0) for row in read_rows([given.out])} - {given.lora}
+    if others:
+        parser.error(
+            f"{given.out} holds runs with --lora {min(others)} (0: without), these have {given.lora}: give them an "
+            "--out of their own, since the reports compare what is in one file"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
@@ -132,10 +158,12 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="i/n: every n-th seed of a task, from the i-th on")
     parser.add_argument("--shared", action="store_true", help="others use this GPU meanwhile: no times")
     parser.add_argument("--plain", action="store_true", help="on a GPU too: no torch.compile, no CUDA graphs")
+    parser.add_argument("--lora", type=rank, default=0, metavar="RANK", help="train adapters (default: all weights)")
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--done", nargs="*", type=Path, default=[FILE])
     parser.add_argument("--quick", action="store_true", help="tiny tasks and a tiny random model, in seconds")
     given = parser.parse_args()
+    check_lora(parser, given)
     begin = time.perf_counter()
     part, parts = map(int, given.part.split("/"))
     bench = Bench(given)
@@ -147,8 +175,9 @@ def main() -> None:
         "alone": not given.shared,
         "plain": given.plain,
         "choosing": given.choosing,
+        "lora": given.lora,
     }
-    rows = read_rows([*given.done, given.out])
+    rows = [row for row in read_rows([*given.done, given.out]) if row.get("lora", 0) == given.lora]
     took: dict[str, float] = {}
     wanted = jobs(given.tasks, given.arms, given.seeds, given.tune, given.tune_seeds)
     for (name, arm, seed, tried), rate in itertools.product(wanted, given.rates):

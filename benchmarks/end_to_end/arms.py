@@ -104,6 +104,35 @@ class RandomSubset(Arm):
             yield [Segment(ids, epoch / self.epochs, (epoch + 1) / self.epochs)]
 
 
+class Restarts(Arm):
+    """Uniform, with a cosine that begins again from the peak at each epoch (SGDR, arXiv 1608.03983).
+
+    What gekolib draws throws the model off course in the middle of R3, and it ends ahead of uniform training; here the
+    rate alone does that. The warm-up comes once, and the last cosine ends at zero.
+    """
+
+    def starts(self) -> list[float]:
+        """Shares of the run, from 0, at which a cosine begins."""
+        whole = self.budget * self.epochs
+        return [epoch / whole for epoch in range(math.ceil(whole - 1e-9))]
+
+    def rate(self, peak: float, progress: float) -> float:
+        if progress < _WARM_UP:
+            return learning_rate(peak, progress)
+        starts = self.starts()
+        begin = max(start for start in starts if start <= progress + 1e-9)
+        end = min([start for start in starts if start > progress + 1e-9], default=1.0)
+        begin = max(begin, _WARM_UP)
+        return peak * 0.5 * (1 + math.cos(math.pi * max(progress - begin, 0.0) / (end - begin)))
+
+
+class PhaseRestarts(Restarts):
+    """The same with a cosine for each phase of gekolib's curriculum, whose draws change there."""
+
+    def starts(self) -> list[float]:
+        return [0.0, 0.15, 0.35, 0.65, 0.85]
+
+
 class InfoBatch(Arm):
     """Half of the samples below the mean loss are left out at random, the other half weighs 2; all at the end."""
 
@@ -234,6 +263,8 @@ class Original(Geko):
 
 ARMS: dict[str, type[Arm]] = {
     "A": Arm,
+    "A-restarts": Restarts,
+    "A-phases": PhaseRestarts,
     "B": Arm,
     "oracle": Oracle,
     "C": RandomSubset,
@@ -255,6 +286,8 @@ ARMS: dict[str, type[Arm]] = {
 BUDGETED = {"B": "H", "C": "H", "E": "H", "B-auto": "auto"}  # run at the budget that the other was measured to take
 WHAT = {
     "A": "uniform",
+    "A-restarts": "uniform, a cosine for each epoch",
+    "A-phases": "uniform, a cosine for each phase of gekolib's curriculum",
     "B": "uniform at H's budget",
     "oracle": "uniform on the right labels alone",
     "C": "RS2 at H's budget",

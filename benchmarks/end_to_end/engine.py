@@ -91,7 +91,8 @@ class Engine:
         self.state = gk.SampleState(len(train), gk.GEKOConfig.uniform(), device)
         self.lr = torch.zeros((), device=device)
         fast = {"fused": True, "capturable": True} if self.on_gpu else {"foreach": False}
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=0.01, **fast)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.01, **fast)
         self._pool: Any = None
         self._graphs: dict[tuple[str, int], tuple[Batch, torch.cuda.CUDAGraph | None]] = {}
         start = time.perf_counter()

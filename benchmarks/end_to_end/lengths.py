@@ -47,7 +47,7 @@ class Watched(Arm):
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p.data for p in self.engine.network.parameters()]
+        return [p.data for p in self.engine.network.parameters() if p.requires_grad]
 
     def order(self, epoch: int) -> Tensor:
         ids = super().order(epoch)

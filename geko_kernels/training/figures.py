@@ -9,6 +9,7 @@ from typing import Any
 from geko_kernels.config import Bucket
 from geko_kernels.training.report.efficiency import REPORT_NAME, mean_loss, write_json
 from geko_kernels.training.report.facts import trainer_facts
+from geko_kernels.training.report.labels import label_figures
 from geko_kernels.training.report.summary import run_summary
 from geko_kernels.training.samples import SamplesMixin
 from geko_kernels.training.stopping.mixin import StoppingMixin
@@ -65,6 +66,9 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
         skipped = getattr(self.train_dataset, "skipped_rows", ())
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
         summary.update(self._stopping_report(skipped))
+        decode = getattr(self.processing_class, "decode", None)
+        named = self.args.label_names or ()
+        summary.update(label_figures(self.train_dataset, sampler.state, sampler.held_back, None, named, decode))
         folder = self._get_output_dir(trial=self._trial)
         os.makedirs(folder, exist_ok=True)
         write_json(Path(folder) / REPORT_NAME, {**summary, "run": trainer_facts(self)})

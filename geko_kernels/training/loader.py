@@ -23,6 +23,7 @@ from geko_kernels.training.loop_report import write_run
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.processes import check_alike, rank_and_world
 from geko_kernels.training.report.facts import loader_facts
+from geko_kernels.training.report.labels import label_figures
 from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, sample_rows, write_rows
 from geko_kernels.training.report.summary import run_summary
 
@@ -282,7 +283,7 @@ class GEKOLoader:
         if len(self.state) <= MOST_SAMPLES:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.write_samples(Path(folder) / SAMPLES_NAME)
-        summary = run_summary(self.state, self.sampler, counts.report(), [])
+        summary = run_summary(self.state, self.sampler, counts.report(), []) | label_figures(self.dataset, self.state)
         skipped = getattr(self.dataset, "skipped_rows", ())
         return write_run(folder, {**summary, "run": loader_facts(self)}, counts.not_measured, skipped)
 

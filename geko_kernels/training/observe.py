@@ -35,6 +35,7 @@ from geko_kernels.training.observed_tokens import (
 from geko_kernels.training.processes import rank_and_world
 from geko_kernels.training.report.facts import trainer_facts
 from geko_kernels.training.report.label_errors import label_error_scores
+from geko_kernels.training.report.labels import label_figures
 from geko_kernels.training.report.samples import MOST_SAMPLES, SAMPLES_NAME, duplicate_groups, told_of, write_rows
 from geko_kernels.training.report.summary import row_of
 
@@ -176,6 +177,9 @@ class Observation(TrainerCallback):
         summary = summary_of(self.state, self.counts, self._stacked(), logged, fused)
         skipped = () if self.samples.first is not None else getattr(self._trainer.train_dataset, "skipped_rows", ())
         summary["run"] = trainer_facts(self._trainer)
+        visits, named = (~self._stacked()[:, 0].isnan()).sum(0), self._trainer.args.label_names or ()
+        decode = getattr(self._trainer.processing_class, "decode", None)
+        summary |= label_figures(self._trainer.train_dataset, self.state, None, visits, named, decode)
         if len(self.state) <= MOST_SAMPLES:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.write_samples(Path(folder) / SAMPLES_NAME)

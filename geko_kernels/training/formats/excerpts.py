@@ -36,10 +36,10 @@ def excerpts_of_columns(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, 
 
 
 def _plain(identity: Any) -> str | None:
-    return None if identity is None else _whole(str(identity))
+    return None if identity is None else whole_text(str(identity))
 
 
-def _whole(text: str) -> str:
+def whole_text(text: str) -> str:
     """`text` with a question mark for half a surrogate pair, which no file can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -49,4 +49,4 @@ def _text(value: Any) -> str | None:
         turns = [turn for turn in value if isinstance(turn, Mapping)]
         asked = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")] or turns
         value = next((turn.get("content", turn.get("value")) or "" for turn in asked), None)
-    return _whole(value[:_CHARACTERS]) if isinstance(value, str) else None
+    return whole_text(value[:_CHARACTERS]) if isinstance(value, str) else None

@@ -56,6 +56,20 @@ JSON: NaN and infinity are null. A dict of:
     num_doubtful       the most samples at a time that a third of `noise_guard_margin` would also have made suspects
     forecast           what longer and shorter runs would save: the dict of `forecast.py`; null if that is unknown, and
                        with `auto_stop`, whose runs find their length themselves
+    labels             what became of the samples of each label: "num_labels", "all" (the labelled samples together),
+                       "listed" (up to 20 labels, the largest share quarantined or held back first, of equal ones the
+                       rarest first) and "warning" (a sentence on labels whose samples are mostly quarantined or held
+                       back, else null). Labels are whole numbers, true and false or texts, one an item, or the trained
+                       tokens of an item, if there are at most 50 such answers and half as many as samples. null for a
+                       dataset that is not a list, a `TensorDataset`, a `datasets.Dataset` or from `load_dataset`, and
+                       if there are fewer than two labels. "all" and each of "listed" are a dict of
+        label          as text: the class's name or number, or the text of an answer; not in "all"
+        samples        how many have it
+        left_out       share that epochs leave out at the end, since its bucket has weight zero: right when last seen
+        quarantined    share that the noise guard holds back at the end
+        held_back      share that `auto_stop` holds back
+        right          share that was correct when last seen; None if there is no learning state
+        visits         mean over its samples, probes included
     run                model, data, settings, device, date and versions in words, as far as known
     observed           true if `observe` has written it
 """

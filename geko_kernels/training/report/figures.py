@@ -43,8 +43,19 @@ _SHAPE = {
     "num_quarantined": int,
     "quarantined": [int],
 }
+_LABEL = {
+    "samples": int,
+    **dict.fromkeys(("left_out", "quarantined", "held_back", "visits"), _NUMBER),
+    "right": _MEASURED,
+}
 _OPTIONAL = {  # older runs lack them
     "forecast": {"after_epoch": int, "text": str, "runs": [{"epochs": int, "saved": _NUMBER}]},
+    "labels": {
+        "num_labels": int,
+        "all": _LABEL,
+        "listed": [{"label": str, **_LABEL}],
+        "warning": (str, type(None)),
+    },
     "run": dict,
     "observed": bool,
 }

@@ -67,7 +67,7 @@ def told_of(dataset: Any) -> list[Row]:
     """`record_id` and `text` of each item, as far as the dataset has them; empty if it makes its items when read."""
     if isinstance(dataset, EncodedDataset):
         return dataset.excerpts
-    if _is_hf(dataset):
+    if is_hf(dataset):
         plain = dataset.with_format(None)
         return excerpts_of_columns({name: plain[name] for name in TOLD if name in dataset.column_names})
     if isinstance(dataset, (list, tuple)) and all(isinstance(item, Mapping) for item in dataset):
@@ -96,7 +96,7 @@ def duplicate_groups(dataset: Any, num_samples: int) -> list[Any]:
     return groups
 
 
-def _is_hf(dataset: Any) -> bool:
+def is_hf(dataset: Any) -> bool:
     """Is it a datasets.Dataset?"""
     return isinstance(getattr(dataset, "column_names", None), list) and isinstance(
         getattr(dataset, "format", None), dict
@@ -104,7 +104,7 @@ def _is_hf(dataset: Any) -> bool:
 
 
 def _token_lists(dataset: Any) -> Iterable[Any]:
-    if _is_hf(dataset) and dataset.format.get("type") != "custom":
+    if is_hf(dataset) and dataset.format.get("type") != "custom":
         return dataset.with_format(None)["input_ids"] if "input_ids" in dataset.column_names else ()
     if not isinstance(dataset, (list, tuple, EncodedDataset)):
         return ()

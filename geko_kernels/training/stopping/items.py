@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from geko_kernels.training.data import IGNORED, LABEL_KEYS
 
 GROUPS = "groups"  # the user's column: samples with the same value are held back together
-_TRAINED = ("completion_mask", "assistant_masks")  # TRL's marks of the tokens that are trained
+TRAINED = ("completion_mask", "assistant_masks")  # TRL's marks of the tokens that are trained
 _BEGINNING = 24
 
 
@@ -44,7 +44,7 @@ def parts_of(item: Any, label_names: Sequence[str] = ()) -> Parts | None:
     mask = _as_list(item.get("attention_mask")) or [1] * len(tokens)
     name = label_key(item, label_names)
     if name is None:
-        marks = [values for key in _TRAINED if (values := _as_list(item.get(key))) is not None]
+        marks = [values for key in TRAINED if (values := _as_list(item.get(key))) is not None]
         labels: list[int] | None = [
             token if all(given) else IGNORED for token, *given in zip(tokens, mask, *marks, strict=False)
         ]
@@ -84,7 +84,7 @@ def with_answer(item: Mapping[str, Any], other: Mapping[str, Any], label_names: 
     rows = item["input_ids"], other["input_ids"]
     answer = theirs.answer[: max(max(map(len, rows)) - len(mine.prompt), 1)]
     before, tokens = len(mine.prompt), [*mine.prompt, *answer]
-    made = {"input_ids": tokens, **dict.fromkeys(_TRAINED, [0] * before + [1] * len(answer))}
+    made = {"input_ids": tokens, **dict.fromkeys(TRAINED, [0] * before + [1] * len(answer))}
     made["attention_mask"] = [1] * len(tokens)
     if name is not None:
         made[name] = [IGNORED] * before + answer
