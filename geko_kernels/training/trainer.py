@@ -25,6 +25,7 @@ from geko_kernels.training.figures import FiguresMixin
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.model_loss.own_loss import Route, in_one_graph, is_compiled, running, unwrap_compiled
+from geko_kernels.training.parallel import check_parallel
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds, Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
@@ -111,12 +112,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             raise ValueError("train_dataset has no items")
         if self.config.batch_tokens is not None or self._row_tokens is not None:
             check_token_batches(self.args, self.config.batch_tokens)
-        parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        if self.args.n_gpu > 1 or parallel > 1:
-            raise ValueError(
-                "GEKOTrainer runs on one GPU a process, with DDP or FSDP: start it with torchrun or accelerate launch, "
-                "without DataParallel, tensor, context or sequence parallelism"
-            )
+        check_parallel(self, "GEKOTrainer")
 
     # Data
 
