@@ -28,12 +28,17 @@ def fingerprint(dataset: Any, in_worker: bool = False, context: Any = None) -> d
         with a process forked later. `context` is the loader's multiprocessing context.
     """
     length = len(dataset)
-    rows = sorted({round(k * (length - 1) / (ITEMS - 1)) for k in range(ITEMS)}) if length else []
+    rows = rows_of(length)
     if in_worker:
         options = {"num_workers": 1, "multiprocessing_context": context, "generator": torch.Generator()}
         loader: Any = DataLoader(_Digests(dataset), sampler=rows, batch_size=None, **options)
         return {"length": length, "items": list(loader)}
     return {"length": length, "items": [_digest(dataset, row) for row in rows]}
+
+
+def rows_of(length: int) -> list[int]:
+    """Which rows of a dataset the fingerprint reads."""
+    return sorted({round(k * (length - 1) / (ITEMS - 1)) for k in range(ITEMS)}) if length else []
 
 
 def changed_items(before: dict[str, Any], now: dict[str, Any]) -> tuple[int, int]:
