@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
-from geko_kernels.training.fingerprint import rows_of
+from geko_kernels.training.fingerprint import named_items
 from geko_kernels.training.processes import check_alike, rank_and_world
 
 # training arguments: of the plans, of the steps, and of what the processes do together
@@ -26,11 +26,9 @@ def check_processes(trainer: Any, checkpoint: str | bool | None) -> None:
     """
     if rank_and_world()[1] == 1:
         return
-    args, items = trainer.args, trainer._data()["items"]
-    total = len(trainer.train_dataset)
-    digests = {f"train_dataset[{row}]": item for row, item in zip(rows_of(total), items, strict=True)}
+    args = trainer.args
     values = {
-        "len(train_dataset)": total,
+        "len(train_dataset)": len(trainer.train_dataset),
         **{f"config.{name}": value for name, value in trainer.config.to_dict().items()},
         **{f"args.{name}": getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)},
         "the seed of the order (args.data_seed, or args.seed)": args.seed if args.data_seed is None else args.data_seed,
@@ -38,7 +36,7 @@ def check_processes(trainer: Any, checkpoint: str | bool | None) -> None:
         "tokens in a packed row": trainer._row_tokens,
         "len(eval_dataset)": _lengths(trainer.eval_dataset),
         "the checkpoint to resume from": Path(checkpoint).name if isinstance(checkpoint, str) else None,
-        **{name: f"an item with the digest {digest}" for name, digest in digests.items() if digest is not None},
+        **named_items(trainer._data(), "train_dataset"),
     }
     check_alike(values, args.device)
 

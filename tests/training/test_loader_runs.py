@@ -97,6 +97,10 @@ def test_ranks_with_other_arguments_are_refused(runs):
     assert "other seeds" not in one
     for run in both:
         assert run["other seeds"] == "seed must be the same in all processes, got 0 in rank 0 and 1 in rank 1"
+        assert run["other config"].startswith(
+            "config.light_interval must be the same in all processes, got 2 in rank 0"
+        )
+        assert run["other order"].startswith("dataset[0] must be the same in all processes, got 'an item with the dig")
 
 
 def test_killed_and_resumed_in_mid_epoch_is_bit_for_bit_the_same(tmp_path):
