@@ -20,7 +20,7 @@ def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, gr
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
         ids = changed.nonzero()[:, 0]
-        gathered = _gather_rows(torch.cat([_as_bytes(ids), *(_as_bytes(c[ids]) for c in columns.values())], 1), group)
+        gathered = gather_rows(torch.cat([_as_bytes(ids), *(_as_bytes(c[ids]) for c in columns.values())], 1), group)
         _write_latest_(columns, gathered, claim)
     changed.zero_()
 
@@ -34,7 +34,7 @@ def _width(rows: Tensor) -> int:
     return rows.shape[1] if rows.dim() > 1 else 1
 
 
-def _gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(n, b) uint8, n may differ between processes -> the rows of all, in order of rank."""
     world = dist.get_world_size(group)
     counts = torch.zeros(world, dtype=torch.int64, device=rows.device)

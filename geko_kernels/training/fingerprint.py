@@ -28,12 +28,22 @@ def fingerprint(dataset: Any, in_worker: bool = False, context: Any = None) -> d
         with a process forked later. `context` is the loader's multiprocessing context.
     """
     length = len(dataset)
-    rows = sorted({round(k * (length - 1) / (ITEMS - 1)) for k in range(ITEMS)}) if length else []
+    rows = _rows(length)
     if in_worker:
         options = {"num_workers": 1, "multiprocessing_context": context, "generator": torch.Generator()}
         loader: Any = DataLoader(_Digests(dataset), sampler=rows, batch_size=None, **options)
         return {"length": length, "items": list(loader)}
     return {"length": length, "items": [_digest(dataset, row) for row in rows]}
+
+
+def _rows(length: int) -> list[int]:
+    return sorted({round(k * (length - 1) / (ITEMS - 1)) for k in range(ITEMS)}) if length else []
+
+
+def named_items(print_of: dict[str, Any], name: str) -> dict[str, str]:
+    """{"name[row]": what to say of the item} of a fingerprint, for the items that can be compared."""
+    rows = zip(_rows(print_of["length"]), print_of["items"], strict=True)
+    return {f"{name}[{row}]": f"an item with the digest {item}" for row, item in rows if item is not None}
 
 
 def changed_items(before: dict[str, Any], now: dict[str, Any]) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
-from geko_kernels.training.fingerprint import fingerprint
+from geko_kernels.training.fingerprint import fingerprint, named_items
 from geko_kernels.training.loop_batches import Batch, BatchSource, check_int
 from geko_kernels.training.loop_counts import HandedOut, LoopCounts
 from geko_kernels.training.loop_position import go_on_from, position_of
@@ -117,9 +115,10 @@ class GEKOLoader:
         self._due: Tensor | None = None  # ids of the current round of probes,
         self._probed = 0  # and how many of them are consumed
         self._at_hand: tuple[HandedOut, int] | None = None  # the current batch, and its samples in all processes
-        config_digest = zlib.crc32(json.dumps(self.state.config.to_dict(), sort_keys=True).encode())
-        given = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": seed, "config": config_digest}
-        check_alike({"len(dataset)": len(dataset), **given}, self.device)
+        if self.world > 1:
+            given = {"len(dataset)": len(dataset), "batch_size": batch_size, "num_epochs": num_epochs, "seed": seed}
+            fields = {f"config.{name}": value for name, value in self.state.config.to_dict().items()}
+            check_alike({**given, **fields, **named_items(self._fingerprint(), "dataset")}, self.device)
 
     @property
     def epoch(self) -> int:

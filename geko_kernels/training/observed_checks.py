@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from geko_kernels.config import GEKOConfig
+from geko_kernels.training.parallel import check_parallel
 from geko_kernels.training.trainer import GEKOMixin
 
 
@@ -22,11 +23,7 @@ def check_trainer(trainer: Any, config: Any) -> None:
         raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
     if "compute_loss" in vars(trainer):
         raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "observe does not work with DataParallel: start the script with torchrun or accelerate launch, or make "
-            "only one GPU visible"
-        )
+    check_parallel(trainer, "observe")
     data = trainer.train_dataset
     if data is None or isinstance(data, IterableDataset) or not has_length(data) or not len(data):
         raise ValueError("observe needs a train_dataset with items, a length and an index, not an iterable one")

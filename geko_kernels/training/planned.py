@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
+from geko_kernels.training.agreement import check_processes
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.beginning import BeginningMixin
 from geko_kernels.training.checkpoint import (
@@ -75,6 +76,7 @@ class PlannedMixin(BeginningMixin):
         self._fingerprint: dict[str, Any] | None = None
         self._saved, self._rng_to_keep, self._evaluates_anew = None, None, False
         self._seeds_anew = bool(resume_from_checkpoint) and self.args.dataloader_persistent_workers
+        check_processes(self, resume_from_checkpoint)
         if resume_from_checkpoint:
             self._load(resume_from_checkpoint)
         self._begin_run()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from geko_kernels.sync import gather_rows
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,19 +19,33 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def check_alike(values: Mapping[str, int], device: torch.device) -> None:
-    """Raise `ValueError` in all processes if one of `values` differs between them; names it. All call it."""
+def check_alike(values: Mapping[str, Any], device: torch.device) -> None:
+    """Raise `ValueError` in all processes if one of `values` differs between them; names it and two ranks. All call it.
+
+    Values are compared as JSON has them, others by their `str`. A name that a process lacks is not compared.
+    """
     if rank_and_world()[1] == 1:
         return
-    least = torch.tensor(list(values.values()), device=device)
-    most = least.clone()
+    first, *others = _of_all(values, device)
+    for rank, theirs in enumerate(others, 1):
+        for name, value in first.items():
+            if name in theirs and theirs[name] != value:
+                raise ValueError(
+                    f"{name} must be the same in all processes, got {value!r} in rank 0 and {theirs[name]!r} in rank "
+                    f"{rank}"
+                )
+
+
+def _of_all(values: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """`values` of each process, in order of rank."""
+    line = bytearray(json.dumps(values, default=str).encode() + b"\n")
+    row = torch.frombuffer(line, dtype=torch.uint8)[:, None]
     try:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
+        everyone = gather_rows(row.to(device), None)
     except RuntimeError as error:
+        if "device type" not in str(error):  # such as another process that has ended
+            raise
         raise ValueError(
             f"device must be one that torch.distributed's backend {dist.get_backend()} supports, got {device}: {error}"
         ) from error
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    for name, low, high in zip(values, least.tolist(), most.tolist(), strict=True):
-        if low != high:
-            raise ValueError(f"{name} must be the same in all processes, got {low} and {high}")
+    return [json.loads(line) for line in everyone.cpu().numpy().tobytes().splitlines()]

@@ -19,6 +19,7 @@ from geko_kernels.training.callbacks import BucketBar
 from geko_kernels.training.data import CausalCollator
 from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.figures import FiguresMixin
+from geko_kernels.training.parallel import check_parallel
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.token_batches import check_token_batches
 
@@ -90,12 +91,7 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
             raise ValueError("train_dataset has no items")
         if self.config.batch_tokens is not None or self._row_tokens is not None:
             check_token_batches(self.args, self.config.batch_tokens)
-        parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        if self.args.n_gpu > 1 or parallel > 1:
-            raise ValueError(
-                "GEKOTrainer runs on one GPU a process, with DDP or FSDP: start it with torchrun or accelerate launch, "
-                "without DataParallel, tensor, context or sequence parallelism"
-            )
+        check_parallel(self, "GEKOTrainer")
 
 
 def _is_causal(base: nn.Module) -> bool:

@@ -108,10 +108,15 @@ def two(out: Path) -> None:
         for batch in resumed.loader:
             resumed.step(batch)
         results[f"resumed {number}"] = resumed.result()
-    try:
-        gk.GEKOLoader(Toy(20), 4, seed=rank, device="cpu")
-    except ValueError as error:
-        results["other seeds"] = str(error)
+    for name, data, fields in (
+        ("other seeds", Toy(20), {"seed": rank}),
+        ("other config", Toy(20), {"config": gk.GEKOConfig.recommended(light_interval=2 + rank)}),
+        ("other order", list(Toy(20))[:: -1 if rank else 1], {}),
+    ):
+        try:
+            gk.GEKOLoader(data, 4, device="cpu", **fields)
+        except ValueError as error:
+            results[name] = str(error)
     (out / f"{rank}.json").write_text(json.dumps(results))
 
 

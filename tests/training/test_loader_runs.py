@@ -96,7 +96,11 @@ def test_ranks_with_other_arguments_are_refused(runs):
     one, *both = runs[0]
     assert "other seeds" not in one
     for run in both:
-        assert run["other seeds"] == "seed must be the same in all processes, got 0 and 1"
+        assert run["other seeds"] == "seed must be the same in all processes, got 0 in rank 0 and 1 in rank 1"
+        assert run["other config"].startswith(
+            "config.light_interval must be the same in all processes, got 2 in rank 0"
+        )
+        assert run["other order"].startswith("dataset[0] must be the same in all processes, got 'an item with the dig")
 
 
 def test_killed_and_resumed_in_mid_epoch_is_bit_for_bit_the_same(tmp_path):
@@ -321,7 +325,7 @@ def test_a_process_group_made_later_is_refused(monkeypatch):
     loader = gk.GEKOLoader(Items(), device="cpu")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     with pytest.raises(RuntimeError, match=r"made as process 0 of 1, but now torch.distributed says .* \(1, 2\)"):
         next(iter(loader))
 
@@ -349,12 +353,12 @@ def test_report_comes_without_transformers(tmp_path):
 
 
 def test_a_device_that_the_processes_cannot_share_is_named(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("No backend type associated with device type cpu")
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
     with pytest.raises(ValueError, match=r"device must be one that torch.distributed's backend nccl supports, got cpu"):
