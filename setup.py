@@ -66,7 +66,7 @@ def build_settings():
     except ImportError:
         warnings.warn(
             "geko_kernels: no torch at build time, so this is the pure Python package, right but slow on the CPU; with "
-            "torch installed, `pip install --no-build-isolation` builds the C++ kernels",
+            "torch installed, `pip install --no-build-isolation --no-cache-dir` builds the C++ kernels",
             stacklevel=2,
         )
         return {}

@@ -25,7 +25,26 @@ settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def keep_masks_bool():
+    """Triton's interpreter spreads a scalar of int1 as int32, which its own loads refuse since Triton 3.9."""
+    try:
+        from triton.runtime.interpreter import InterpreterBuilder
+    except ImportError:
+        return
+    spread = InterpreterBuilder.create_splat
+
+    def create_splat(self, block_type, scalar):
+        block = spread(self, block_type, scalar)
+        if block_type.scalar.is_int1():
+            block.data = block.data.astype(bool)
+        return block
+
+    InterpreterBuilder.create_splat = create_splat
+
+
 def pytest_configure(config):
+    if not HAS_GPU:
+        keep_masks_bool()
     # the interpreter computes with numpy, which warns of the NaN and inf that some tests are about
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")

@@ -31,6 +31,13 @@ class LossOptions(TypedDict, total=False):
     update: bool | None
 
 
+class LinearOptions(LossOptions, total=False):
+    """And what `weighted_linear_loss` takes besides."""
+
+    bias: Tensor | None
+    chunk_mib: int | float | None
+
+
 REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "token_mean": Reduction.TOKEN_MEAN, "sum": Reduction.SUM}
 _FLOAT32 = torch.finfo(torch.float32)
 _IN_RANGE = f"in float32's range, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}"

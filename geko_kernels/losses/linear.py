@@ -12,7 +12,7 @@ from torch import Tensor
 from geko_kernels import ops, torch_private
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
-    LossOptions,
+    LinearOptions,
     ReductionName,
     check_batch,
     check_head,
@@ -23,7 +23,7 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
-from geko_kernels.losses.linear_call import Call, Gradients
+from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden, real_dtype
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.results import ForwardResult, SampleStats
@@ -167,11 +167,9 @@ def weighted_linear_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    bias: Tensor | None = ...,
     return_stats: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
-    chunk_mib: int | float | None = ...,
-    **options: Unpack[LossOptions],
+    **options: Unpack[LinearOptions],
 ) -> Tensor: ...
 
 
@@ -183,11 +181,9 @@ def weighted_linear_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    bias: Tensor | None = ...,
     return_stats: Literal[True],
     return_entropy: Literal[False] = ...,
-    chunk_mib: int | float | None = ...,
-    **options: Unpack[LossOptions],
+    **options: Unpack[LinearOptions],
 ) -> tuple[Tensor, SampleStats]: ...
 
 
@@ -199,12 +195,38 @@ def weighted_linear_loss(
     sample_ids: Tensor | None = ...,
     state: SampleState | None = ...,
     *,
-    bias: Tensor | None = ...,
-    return_stats: bool = ...,
+    return_stats: Literal[False] = ...,
     return_entropy: Literal[True],
-    chunk_mib: int | float | None = ...,
-    **options: Unpack[LossOptions],
-) -> tuple[Any, ...]: ...
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    return_stats: Literal[True],
+    return_entropy: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, SampleStats, Tensor]: ...
+
+
+@overload
+def weighted_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    return_stats: bool = ...,
+    return_entropy: bool = ...,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, SampleStats] | tuple[Tensor, Tensor] | tuple[Tensor, SampleStats, Tensor]: ...
 
 
 @torch.compiler.disable
@@ -268,11 +290,11 @@ def weighted_linear_loss(
     check_head(hidden, weight, bias)
     budget = chunk_budget(chunk_mib)
     device = hidden.device
-    hidden = _autocast(hidden, weight, bias)
+    hidden = autocast_hidden(hidden, weight, bias)
     if token_weights is not None or sample_weights is not None:
         look = device.type == "cpu" or debugging()
         labels, token_weights, sample_weights = prepare_weights(
-            labels, sample_ids, ignore_index, _real(hidden), token_weights, sample_weights, look
+            labels, sample_ids, ignore_index, real_dtype(hidden), token_weights, sample_weights, look
         )
     labels_2d = labels if labels.dim() == 2 else labels.unsqueeze(1)
     native = ops.native(hidden)
@@ -293,7 +315,7 @@ def weighted_linear_loss(
         stats=return_stats,
         chunk_mib=budget,
         native=native,
-        entropy=hidden.new_zeros(labels.numel(), dtype=_real(hidden)) if return_entropy else None,
+        entropy=hidden.new_zeros(labels.numel(), dtype=real_dtype(hidden)) if return_entropy else None,
     )
     flat = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     try:
@@ -318,18 +340,3 @@ def _run(flat: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple
                 seen.append(call.score(make_head(flat, weight, bias), None))
             loss = seen[0].loss
     return loss, seen[0]
-
-
-def _real(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`hidden` in the dtype in which `F.linear` would run."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return hidden.to(torch.get_autocast_dtype(kind))
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} like hidden outside of autocast, got {tensor.dtype}")
-    return hidden

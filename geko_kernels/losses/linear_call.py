@@ -125,3 +125,18 @@ def products(
     if needed[2]:
         of_bias = gradient.sum(0, dtype=torch.float64).to(gradient.dtype)
     return of_hidden, of_weight, of_bias
+
+
+def real_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def autocast_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden` in the dtype in which `F.linear` would run."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(kind))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must be {hidden.dtype} like hidden outside of autocast, got {tensor.dtype}")
+    return hidden

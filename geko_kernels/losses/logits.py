@@ -54,6 +54,19 @@ def weighted_loss(
 ) -> tuple[Tensor, SampleStats]: ...
 
 
+@overload
+def weighted_loss(
+    logits: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None = ...,
+    state: SampleState | None = ...,
+    *,
+    return_stats: bool,
+    inplace: bool = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, SampleStats]: ...
+
+
 def weighted_loss(
     logits: Tensor,
     labels: Tensor,

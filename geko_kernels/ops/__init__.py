@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import torch_private
+from geko_kernels.extras import warn_user
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import sum_dtype
@@ -62,11 +62,9 @@ def _load(name: str) -> ModuleType:
     except ImportError as error:
         if _override:
             raise
-        warnings.warn(
+        warn_user(
             f"geko_kernels: the {name!r} backend is not available ({error}); using the plain PyTorch reference, "
-            "which is right but slow. `python -m geko_kernels env` says what is missing.",
-            RuntimeWarning,
-            stacklevel=2,
+            "which is right but slow. `python -m geko_kernels env` says how to get it."
         )
         _loaded[name] = importlib.import_module(_MODULES["reference"])
     return _loaded[name]

@@ -122,16 +122,23 @@ class PlannedMixin(BeginningMixin):
         return self._fingerprint
 
     def _init_training_state(
-        self, max_steps: int, num_update_steps: int, num_train_epochs: int, checkpoint: str | None, trial: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
     ) -> tuple[int, int]:
         self._audit.saw("_init_training_state")
         self._audit.need("set_initial_training_values", "the run's length is not known")
-        epochs, batches = super()._init_training_state(max_steps, num_update_steps, num_train_epochs, checkpoint, trial)
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         self.state.num_train_epochs = self._num_epochs
-        if self._resume is not None and checkpoint is not None:
+        if self._resume is not None and resume_from_checkpoint is not None:
             evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
             self._evaluates_anew = self._seeds_anew and evaluated
-            epochs, batches = self._go_on(self._resume, Path(checkpoint))
+            epochs, batches = self._go_on(self._resume, Path(resume_from_checkpoint))
         self._begun_at = self.state.global_step, self.efficiency.train["samples"]
         return epochs, batches
 

@@ -65,7 +65,7 @@ def test_equal_losses_have_that_mean(backend, device, packed):
 @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
 def test_a_batch_of_many_visits(backend, device, reduction, kind):
     """Rows, and packed runs: here the sum over visits is the long one."""
-    count = 256 if backend == "triton" and device == "cpu" else LONG  # the interpreter is slow
+    count = 64 if backend == "triton" and device == "cpu" else LONG  # one by one, float32 adds 64 of these wrongly too
     logits, labels = losses_of(kind, count)
     tokens = F.cross_entropy(logits.double(), labels, reduction="none")
     exact = (tokens.sum() if reduction == "sum" else tokens.mean()).item()

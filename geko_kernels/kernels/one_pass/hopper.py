@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from geko_kernels.extras import REBUILD, warn_user
 from geko_kernels.torch_private import stream_address
 
+_GET = f"With nvcc on the path: {REBUILD}"
 CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 227 * 1024  # most shared memory of a block, of 228 KiB on a multiprocessor
@@ -74,11 +76,11 @@ def library() -> ctypes.CDLL:
     """The library; raises ImportError if it was not built or cannot be loaded."""
     found = sorted(Path(__file__).parents[2].glob("_hopper.*"))
     if not found:
-        raise ImportError("geko_kernels._hopper was not built at install: that takes nvcc")
+        raise ImportError(f"geko_kernels._hopper was not built at install, as nvcc was missing or failed. {_GET}")
     try:
         loaded = ctypes.PyDLL(str(found[0]))  # PyDLL keeps the GIL: releasing it costs more than the launch
     except OSError as error:
-        raise ImportError(f"geko_kernels._hopper does not load: {error}") from error
+        raise ImportError(f"geko_kernels._hopper does not load: {error}. {_GET}") from error
     loaded.geko_error.restype = ctypes.c_char_p
     loaded.geko_predicted_rows.argtypes = [ctypes.c_void_p] * 3
     return loaded
@@ -86,7 +88,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def missing(device: torch.device) -> str | None:
-    """Why the kernel cannot run on `device`; None if it can."""
+    """Why the kernel cannot run on `device`; None if it can. Warns, once, where it could and was left out."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(device)
@@ -95,7 +97,10 @@ def missing(device: torch.device) -> str | None:
     try:
         library()
         RowsLaunch(device, torch.bfloat16, (1, 1, 2048), (1, 1), (1, 1), 0)
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
+        warn_user(f"geko_kernels: large losses take one pass more over the logits, in Triton: {error}")
+        return str(error)
+    except RuntimeError as error:
         return str(error)
     return None
 

@@ -108,12 +108,12 @@ def predicted_plan(inplace: bool, *args: Any) -> PredictedPlan | None:
     """The plan of calls that need a gradient, if one pass less is faster; else None. Args: those of `Plan`."""
     _, logits, labels, _, _, reduction, _, _, softcap, _ = args
     if (
-        hopper.missing(logits.device)
-        or reduction == Reduction.NONE
+        reduction == Reduction.NONE
         or softcap
         or (inplace and logits.dtype == torch.float16)  # the gradient may be rescaled and must not have underflowed
         or logits.shape[2] * logits.element_size() < SMALLEST_ROW
         or logits.numel() * logits.element_size() < SMALLEST
+        or hopper.missing(logits.device)  # last: it warns
     ):
         return None
     grad = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device="meta")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from geko_kernels.losses.results import SampleStats
@@ -142,19 +143,19 @@ class StoppingMixin(PlannedMixin):
             marks[held] = True
             self._planned().held_back = marks.to(self._planned().state.device)
 
-    def _run_epoch(self, **named: Any) -> None:
+    def _run_epoch(self, *args: Any, **named: Any) -> None:
         if self._stopping is not None and self._stopping.ended:
             self.control.should_training_stop = True  # resumed after its end
             return
-        super()._run_epoch(**named)
+        super()._run_epoch(*args, **named)
         if self.config.auto_stop and self._stopping is None:
             raise bypassed(self, "no weights are averaged", ("_prepare_for_training",))
         if self._stopping is not None and self._stopping.stepped != self.state.global_step > 0:
             raise bypassed(self, "the average lacks the last step", ("_maybe_log_save_evaluate",))
 
-    def train(self, *args: Any, **named: Any) -> Any:
+    def train(self, *args: Any, **named: Any) -> TrainOutput:
         """As `Trainer.train`."""
-        output = super().train(*args, **named)
+        output: TrainOutput = super().train(*args, **named)
         if self._stopping is not None and self._stopping.average is not None:
             raise bypassed(self, "the run did not end with the averaged weights", ("_finalize_training",))
         return output
