@@ -19,8 +19,8 @@ class BucketBar(ProgressCallback):
 
     def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().on_log(*args, logs=logs, **kwargs)
-        if self.training_bar is not None and logs and "geko_freeze" in logs:
-            shares = (f"{name} {logs[f'geko_{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
+        if self.training_bar is not None and logs and "geko/freeze" in logs:
+            shares = (f"{name} {logs[f'geko/{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
             self.training_bar.set_postfix_str(", ".join(shares))
 
 

@@ -254,7 +254,7 @@ def test_what_is_learnt_by_heart_is_trained_to_its_end_and_cooled_down(tmp_path)
     assert report["by_heart"] and not report["ended"] and report["why"].startswith("The task is learnt by heart: ")
     assert len(held) == 40 and (seen[held] == 6).all() and int(seen.max()) == 12  # from the middle on
     assert weights(model).equal(raw.steps[-1])
-    progress, rates = curve(trainer, "geko_progress"), curve(trainer, "learning_rate")[6:]
+    progress, rates = curve(trainer, "geko/progress"), curve(trainer, "learning_rate")[6:]
     expected = [1e-2 * min(1, (1 - share) / 0.25) for share in progress[5:-1]]
     assert rates == pytest.approx(expected) and rates[-1] < 1e-3
     again = auto_trainer(tmp_path, facts(200), tiny_llama(vocab_size=256, hidden_size=32, intermediate_size=64))

@@ -146,6 +146,12 @@ class GEKOSampler(Sampler[int]):
             yield unit
         self.position, self._finished = 0, True
 
+    @property
+    def left_out(self) -> float:
+        """Share of the samples that the plan at hand does not train."""
+        assert self.plan is not None
+        return max(1 - len(self.plan.ids) / self.total, 0.0)
+
     def set_epoch(self, epoch: int, start: float | None = None) -> None:
         """Draw the plan of `epoch`, unless that is the one at hand and not yet handed out.
 

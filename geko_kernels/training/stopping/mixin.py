@@ -231,6 +231,8 @@ class StoppingMixin(PlannedMixin):
         losses = held[labelled], held_swapped[labelled], seen, seen_swapped
         suspects = self._mislabelled(run) if at.source == "held_back" else 0.0
         best = rule.add(Look(epoch, *losses, float(right[labelled].mean())), suspects)
+        _, loss, accuracy = rule.curve[-1]
+        self.log({"geko/held_out_loss": loss, "geko/held_out_accuracy": accuracy})
         if best and self._writes:
             with self.efficiency.timed("checkpoints"):
                 save_values(self._kept, run.average)
