@@ -22,6 +22,11 @@ from transformers.utils import logging
 
 from geko_kernels.training.report.report import write_report
 
+SPREAD = (  # of benchmarks/training/demo_seeds.py
+    "Over ten seeds (2026-11-27, on a CPU): GEKO 86.0 %, uniform training 79.7 %, 5.3 to 7.8 points less in each, and "
+    "84.7 % after its best epoch; of the labels named 91 % were wrong, and 92 % of the wrong ones were named; "
+    "0.78 of the processor time. With --clean both had 87.8 to 87.9 %."
+)
 FROZEN_LAYERS, WRONG, SIZES, SMOKE_SIZES = 8, 0.3, (6000, 2000), (256, 64)
 
 
@@ -73,6 +78,8 @@ def main() -> None:
     print_result(console, uniform, geko)
     print_progression(console, geko)
     print_label_errors(console, options.out, glosses, given)
+    if not options.smoke:
+        console.print(SPREAD, "")
     draw(options.out / "demo.png", uniform, geko)
     console.print(f"Report: {write_report(options.out)}   Picture: {options.out / 'demo.png'}")
 

@@ -37,7 +37,7 @@ def wrong_labels(labels: Tensor, share: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def frozen_features(
-    prefix: Prefix, encode: Callable[[str], list[int]], texts: list[str], done: Callable[[int], None]
+    prefix: Prefix, encode: Callable[[str], list[int]], texts: list[str], done: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """(N, H) float32 on the CPU: the mean over a text's tokens of what the frozen layers put out.
 

@@ -9,7 +9,6 @@ Two rows a seed, with 30 % wrong labels and with none. `best` is the accuracy af
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -68,7 +67,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.disable_progress_bar()
     where = environment(torch.device("cpu")) | {"transformers": version("transformers")}
-    where["command"] = f"python -m benchmarks.training.demo_seeds {shlex.join(sys.argv[1:])}".strip()
+    where["command"] = f"python -m benchmarks.training.demo_seeds --seeds {given.seeds} --first {given.first}"
     with progress_bars(Console()) as progress:
         data = Data(given.smoke, progress)
     rows: dict[float, list[dict[str, Any]]] = defaultdict(list)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from auto_run import auto_trainer, few_samples, report_of
@@ -66,6 +68,19 @@ def test_auto_stop_shows_the_curve_of_the_held_out_samples_as_it_grows(tmp_path)
         assert [step for step, _ in shown] == sorted({step for step, _ in shown})
     # 40 of 400 samples are held back, so no epoch trains them
     assert recorder.values("train/geko/left_out") == pytest.approx([0.1] * len(recorder.scalars["train/loss"]))
+
+
+def test_the_bar_of_a_notebook_ends_where_the_run_does(tmp_path):
+    class Bar(TrainerCallback):  # as transformers.utils.notebook.NotebookProgressCallback, which needs IPython
+        training_tracker = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.training_tracker = SimpleNamespace(total=state.max_steps)
+
+    bar, config = Bar(), gk.GEKOConfig(use_curriculum=False, noise_guard=False)
+    trainer = trainer_of(tmp_path, sentences(24), config, num_train_epochs=20, callbacks=[bar])
+    trainer.train()
+    assert bar.training_tracker.total == trainer.state.global_step < 20 * 6
 
 
 def test_tensorboard_gets_them(tmp_path, monkeypatch):
