@@ -15,7 +15,7 @@ from geko_kernels.training.report.samples import read_samples
 
 plt.switch_backend("Agg")
 COLORS = {"FREEZE": "#9ecae1", "LIGHT": "#a1d99b", "FOCUS": "#fdae6b", "HARD": "#de6561"}
-FOUND_SHOWN, MISTAKEN_SHOWN = 8, 2
+SHOWN = 10  # label errors
 
 
 def print_result(console: Console, uniform: Arm, geko: Arm) -> None:
@@ -69,27 +69,28 @@ class Found:
         rows: list[dict[str, Any]] = read_samples(folder) or []
         suspected = sorted((row for row in rows if row["suspected"]), key=lambda row: -row["label_error"])
         wrong = (given != right).tolist()
-        self.true = [row["id"] for row in suspected if wrong[row["id"]]]
-        self.mistaken = [row["id"] for row in suspected if not wrong[row["id"]]]
-        self.count, self.wrong = len(suspected), sum(wrong)
+        self.named = [row["id"] for row in suspected]
+        self.true = [i for i in self.named if wrong[i]]
+        self.wrong = sum(wrong)
 
 
 def print_label_errors(console: Console, folder: Path, glosses: Glosses, given: Tensor) -> None:
     found = Found(folder, glosses.labels, given)
     if not found.wrong:
-        console.print(f"Label errors: all labels are right, and GEKO suspects {found.count} of {len(given)}.\n")
+        console.print(f"Label errors: all labels are right, and GEKO suspects {len(found.named)} of {len(given)}.\n")
         return
-    if not found.count:
+    if not found.named:
         console.print(f"Label errors: GEKO names none of the {found.wrong} wrong labels.\n")
         return
+    precision, recall = len(found.true) / len(found.named), len(found.true) / found.wrong
     console.print(
-        f"Label errors found: GEKO names {found.count} labels. {len(found.true) / found.count:.0%} of them are wrong "
-        f"(precision); they are {len(found.true) / found.wrong:.0%} of the {found.wrong} wrong ones (recall)."
+        f"Label errors found: GEKO names {len(found.named)} labels. {precision:.0%} of them are wrong (precision); "
+        f"they are {recall:.0%} of the {found.wrong} wrong ones (recall)."
     )
-    table = Table()
+    table = Table(title="The likeliest of them")
     for name in ("Definition", "Label in the data", "Right label"):
         table.add_column(name)
-    for i in found.true[:FOUND_SHOWN] + found.mistaken[:MISTAKEN_SHOWN]:
+    for i in found.named[:SHOWN]:
         mark = "" if i in found.true else "  named by mistake"
         table.add_row(glosses.texts[i], CLASSES[given[i]], CLASSES[glosses.labels[i]] + mark)
     console.print(table, "")

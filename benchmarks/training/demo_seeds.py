@@ -55,7 +55,7 @@ def run(data: Data, share: float, seed: int) -> dict[str, Any]:
                 "backpropagated": end.backpropagated,
             }
         found = Found(Path(folder), right, given)
-    return {**row, "named": found.count, "named_wrong": len(found.true)}
+    return {**row, "named": len(found.named), "named_wrong": len(found.true)}
 
 
 def main() -> None:

@@ -66,6 +66,8 @@ def test_auto_stop_shows_the_curve_of_the_held_out_samples_as_it_grows(tmp_path)
         shown = recorder.scalars[f"train/geko/held_out_{quantity}"]
         assert [value for _, value in shown] == pytest.approx([look[quantity] for look in curve], abs=1e-6)
         assert [step for step, _ in shown] == sorted({step for step, _ in shown})
+    steps = [step for step, _ in recorder.scalars["train/loss"]]
+    assert steps == list(range(1, trainer.state.global_step + 1))  # a look takes no log step's place
     # 40 of 400 samples are held back, so no epoch trains them
     assert recorder.values("train/geko/left_out") == pytest.approx([0.1] * len(recorder.scalars["train/loss"]))
 
