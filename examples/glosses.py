@@ -1,7 +1,7 @@
-"""WordNet glosses as tensors: given a short definition of a noun, name its class, one of 26."""
+"""WordNet definitions of nouns, the class of each, and what SmolLM2's first layers make of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from gloss_prompts import gloss_records
@@ -9,52 +9,51 @@ from smollm2 import Prefix, autocast
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-BATCH = 64  # for passes without a gradient
-Encode = Callable[[str], list[int]]
-Item = dict[str, Tensor]
+CLASSES = "animal artifact body communication food location person plant substance time".split()
+BATCH = 64
 
 
-def class_tokens(encode: Encode) -> Tensor:
-    """(26,) int64: the first token of each class name."""
-    names = {record["completion"] for record in gloss_records("train", 10**6)}
-    first = {encode(name)[0] for name in names}
-    if len(first) != len(names):
-        raise ValueError("two class names begin with the same token, accuracy by first token would be wrong")
-    return torch.tensor(sorted(first))
+class Glosses(NamedTuple):
+    texts: list[str]
+    labels: Tensor  # (N,) int64, positions in CLASSES
 
 
-def load_glosses(split: str, encode: Encode, limit: int) -> list[Item]:
-    """The first `limit` glosses of the split "train" or "test", for C tokens of a class name:
+def load_glosses(split: str, limit: int) -> Glosses:
+    """The first `limit` definitions of the split "train" or "test"."""
+    records = gloss_records(split, limit)
+    texts = [record["prompt"].removesuffix("\nCategory:") for record in records]
+    return Glosses(texts, torch.tensor([CLASSES.index(record["completion"].strip()) for record in records]))
 
-    tokens (S,), positions (C,) where the logits predict the name's tokens, and those as labels (C,).
-    """
-    items = []
-    for record in gloss_records(split, limit):
-        prompt, name = encode(record["prompt"]), encode(record["completion"])
-        positions = torch.arange(len(name)) + len(prompt) - 1
-        items.append({"tokens": torch.tensor(prompt + name), "positions": positions, "labels": torch.tensor(name)})
-    return items
+
+def wrong_labels(labels: Tensor, share: float, seed: int) -> Tensor:
+    """`labels` (N,), of which `share`, drawn at random, is replaced by another class, each as likely."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    other = torch.randint(1, len(CLASSES), (len(chosen),), generator=generator)
+    given = labels.clone()
+    given[chosen] = (labels[chosen] + other) % len(CLASSES)
+    return given
 
 
 @torch.no_grad()
-def frozen_states(prefix: Prefix, items: list[Item], device: torch.device) -> list[Item]:
-    """The items with what the frozen layers make of their tokens, hidden (S, H): computed once, it never changes."""
-    states: list[Tensor] = []
-    for start in range(0, len(items), BATCH):
-        tokens = [item["tokens"] for item in items[start : start + BATCH]]
+def frozen_features(
+    prefix: Prefix, encode: Callable[[str], list[int]], texts: list[str], done: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """(N, H) float32 on the CPU: the mean over a text's tokens of what the frozen layers put out.
+
+    `done(n)` is called after each batch with the number of its texts.
+    """
+    tokens = [torch.tensor(encode(text)) for text in texts]
+    shortest_first = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    device = prefix.embed.weight.device
+    features = torch.empty(len(texts), prefix.embed.embedding_dim)
+    for start in range(0, len(texts), BATCH):
+        rows = shortest_first[start : start + BATCH]
+        batch = pad_sequence([tokens[i] for i in rows], batch_first=True).to(device)
+        lengths = torch.tensor([len(tokens[i]) for i in rows], device=device).unsqueeze(1)
+        real = torch.arange(batch.shape[1], device=device) < lengths  # (B, S)
         with autocast(device):
-            hidden = prefix(pad_sequence(tokens, batch_first=True).to(device)).cpu()
-        states += [row[: len(t)].clone() for row, t in zip(hidden, tokens, strict=True)]
-    kept = ("positions", "labels")
-    return [
-        {"hidden": hidden, **{name: item[name] for name in kept}} for item, hidden in zip(items, states, strict=True)
-    ]
-
-
-def collate(items: list[Item]) -> dict[str, Any]:
-    """hidden (B, S, H), positions (B, C), labels (B, C) with -100 where a name is shorter than the longest."""
-    fill = {"hidden": 0.0, "positions": 0, "labels": -100}
-    return {
-        name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
-        for name, value in fill.items()
-    }
+            hidden = prefix(batch)
+        features[rows] = ((hidden.float() * real.unsqueeze(2)).sum(1) / lengths).cpu()
+        done(len(rows))
+    return features

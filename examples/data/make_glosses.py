@@ -13,9 +13,10 @@ CLASSES = (
     "Tops act animal artifact attribute body cognition communication event feeling food group location motive "
     "object person phenomenon plant possession process quantity relation shape state substance time"
 ).split()
+KEPT = "animal artifact body communication food location person plant substance time".split()
 FIRST_NUMBER = 3  # lexicographer file of noun.Tops
-MAX_CHARACTERS = 48
-TEST, TRAIN = 512, 4096
+MAX_CHARACTERS = 64
+TEST, TRAIN = 2000, 6000
 
 here = Path(__file__).parent
 lines = Path(sys.argv[1]).read_text(encoding="utf8").splitlines()
@@ -28,7 +29,7 @@ for line in lines[len(notice) :]:
     if gloss and len(gloss) <= MAX_CHARACTERS:
         rows.setdefault(gloss.lower(), (CLASSES[int(fields.split()[1]) - FIRST_NUMBER], gloss))
 
-chosen = random.Random(0).sample(list(rows.values()), TEST + TRAIN)
+chosen = random.Random(0).sample([row for row in rows.values() if row[0] in KEPT], TEST + TRAIN)
 with open(here / "glosses.tsv", "w", encoding="utf8") as file:
     for i, (label, gloss) in enumerate(chosen):
         file.write(f"{'test' if i < TEST else 'train'}\t{label}\t{gloss}\n")

@@ -1,4 +1,4 @@
-"""The progress bar with the bucket shares, and the `epoch` of logs and checkpoints."""
+"""The progress bars, in terminals with the bucket shares, and the `epoch` of logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,20 @@ class BucketBar(ProgressCallback):
 
     def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().on_log(*args, logs=logs, **kwargs)
-        if self.training_bar is not None and logs and "geko_freeze" in logs:
-            shares = (f"{name} {logs[f'geko_{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
+        if self.training_bar is not None and logs and "geko/freeze" in logs:
+            shares = (f"{name} {logs[f'geko/{name}']:.0%}" for name in ("freeze", "light", "focus", "hard"))
             self.training_bar.set_postfix_str(", ".join(shares))
+
+
+class NotebookBarEnd(TrainerCallback):
+    """Makes the end of Transformers' bar in notebooks, a `NotebookProgressCallback`, follow the plans."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar.training_tracker is not None:
+            self.bar.training_tracker.total = state.max_steps
 
 
 class RunEpoch(TrainerCallback):

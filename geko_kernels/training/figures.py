@@ -38,17 +38,18 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
         weights = sampler.weights(self._consumed())
         names = [bucket.name.lower() for bucket in Bucket]
         measures = {
-            "geko_progress": self._progress(),
-            **{f"geko_{name}": share for name, share in zip(names, shares, strict=True)},
-            "geko_quarantined": int(state.quarantined.count_nonzero()) / len(state),
-            **{f"geko_phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
+            "geko/progress": self._progress(),
+            **{f"geko/{name}": share for name, share in zip(names, shares, strict=True)},
+            "geko/quarantined": int(state.quarantined.count_nonzero()) / len(state),
+            "geko/left_out": sampler.left_out,
+            **{f"geko/phase_{name}": w for name, w in zip(names[1:], weights[1:], strict=True)},
         }
         loss = mean_loss(new)
         if loss is not None:
-            measures["geko_loss"] = loss
-            measures["geko_accuracy"] = new["hits"] / new["labels"]
+            measures["geko/loss"] = loss
+            measures["geko/accuracy"] = new["hits"] / new["labels"]
         if new["nonfinite"]:
-            measures["geko_nonfinite"] = new["nonfinite"]
+            measures["geko/nonfinite"] = new["nonfinite"]
         return measures
 
     def get_efficiency_report(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from geko_kernels.config import GEKOConfig
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
-from geko_kernels.training.callbacks import BucketBar
+from geko_kernels.training.callbacks import BucketBar, NotebookBarEnd
 from geko_kernels.training.data import CausalCollator
 from geko_kernels.training.evaluation import EvaluationMixin
 from geko_kernels.training.figures import FiguresMixin
@@ -60,6 +60,8 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(BucketBar)
+        for bar in [each for each in self.callback_handler.callbacks if hasattr(each, "training_tracker")]:
+            self.add_callback(NotebookBarEnd(bar))
         self.sample_state: SampleState | None = self._new_state()
         self.sampler: GEKOSampler | None = None
         self.efficiency = self._new_efficiency()

@@ -111,7 +111,7 @@ class TestTrain:
         run = figures(tmp_path / "run")
         assert run["config"]["correct_loss"] == 0.25 and run["config"]["bucket_weights"] == [3, 2, 1]
         assert len(run["efficiency"]["epochs"]) == 1
-        assert [row["step"] for row in run["log_history"] if "geko_loss" in row] == [1, 2, 3]
+        assert [row["step"] for row in run["log_history"] if "geko/loss" in row] == [1, 2, 3]
 
     def test_resume_goes_on_where_the_run_stopped(self, model, prompts, finished_run, tmp_path, capsys):
         killed = tmp_path / "killed"

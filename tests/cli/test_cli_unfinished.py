@@ -208,7 +208,7 @@ class TestReport:
             (("efficiency", "epochs", 0, "buckets"), {}, "efficiency.epochs[0].buckets lacks FREEZE"),
             (("most_forgotten",), [1], "most_forgotten[0] is int"),
             (("num_samples",), "many", "num_samples is str"),
-            (("log_history",), [{"geko_loss": 1}], "log_history[0] lacks epoch"),
+            (("log_history",), [{"geko/loss": 1}], "log_history[0] lacks epoch"),
         ],
     )
     def test_damaged_figures(self, finished, tmp_path, capsys, path, value, message):

@@ -43,7 +43,7 @@ def result(trainer: Any) -> dict[str, Any]:
 def geko_result(trainer: gk.GEKOTrainer) -> dict[str, Any]:
     report, state = trainer.get_efficiency_report(), trainer.sample_state
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    shares = [[step[f"geko_{bucket}"] for bucket in ("freeze", "light", "focus", "hard")] for step in steps]
+    shares = [[step[f"geko/{bucket}"] for bucket in ("freeze", "light", "focus", "hard")] for step in steps]
     return {
         **result(trainer),
         "plan": trainer.sampler.plan.ids.tolist(),
@@ -51,7 +51,7 @@ def geko_result(trainer: gk.GEKOTrainer) -> dict[str, Any]:
         "epochs": [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in report["epochs"]],
         "counts": {name: report[name] for name in report if name not in ("seconds", "epochs")},
         "shares": shares,
-        "log": [[step["geko_loss"], step["geko_accuracy"]] for step in steps],
+        "log": [[step["geko/loss"], step["geko/accuracy"]] for step in steps],
         "changed": int(state.changed.sum()),
         "visits": [column.tolist() for column in trainer.efficiency.visits.visits()],
     }

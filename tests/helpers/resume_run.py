@@ -130,7 +130,7 @@ def trainer_in(setting: str, folder: str) -> gk.GEKOTrainer:
 
 def summary(trainer: gk.GEKOTrainer) -> dict[str, Any]:
     """All that has to be equal, to the bit."""
-    keys = ("loss", "learning_rate", "grad_norm", "geko_loss", "geko_freeze", "geko_progress", "step")
+    keys = ("loss", "learning_rate", "grad_norm", "geko/loss", "geko/freeze", "geko/progress", "step")
     report = trainer.get_efficiency_report()
     epochs = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in report["epochs"]]
     return {

@@ -111,6 +111,7 @@ GIVEN = {
     ("README.md", "In a loop of your own"): [loop_names],
     ("README.md", "With Transformers"): [trainer_names, sft_names, observed_names],
     ("docs/data.md", "Training data"): [trainer_names],
+    ("docs/guides/watching.md", "Without a tool"): [loop_names],
 }
 
 

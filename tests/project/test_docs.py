@@ -94,4 +94,4 @@ def test_logged_names_are_those_of_the_log(tmp_path):
     logged = {name for entry in trainer.state.log_history for name in entry if "geko" in name}
     rows = [line for line in text_of("docs/guides/watching.md").splitlines() if line.startswith("| `")]
     told = {name for line in rows for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
-    assert told == logged | {"geko_nonfinite"}
+    assert told == logged | {"geko/nonfinite", "geko/left_out", "geko/held_out_loss", "geko/held_out_accuracy"}

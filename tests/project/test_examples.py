@@ -26,11 +26,14 @@ def test_plain_loop_learns_and_skips():
     assert float(output.split()[-1]) > 0.95
 
 
-def test_demo_prints_both_arms_and_draws(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "told"), [((), "none of the 77 wrong labels"), (("--clean",), "suspects 0 of 256")]
+)
+def test_demo_prints_both_arms_and_draws(tmp_path, options, told):
     pytest.importorskip("transformers")
-    output = run_example("examples/demo.py", "--smoke", "--out", str(tmp_path))
-    for row in ("held-out accuracy", "held-out loss", "seconds of training"):
+    output = run_example("examples/demo.py", "--smoke", *options, "--out", str(tmp_path))
+    for row in ("held-out accuracy", "seconds of training", told):
         assert row in output
-    assert re.search(r"samples backpropagated\W+384\W+384\W", output)  # 6 epochs of 64; a random model freezes nothing
+    assert re.search(r"samples backpropagated\W+2560\W+25\d\d\W", output)  # 10 epochs of 256 each
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
     assert "</html>" in (tmp_path / "report.html").read_text()

@@ -203,7 +203,7 @@ class OwnCount(gk.GEKOTrainer):
 @pytest.mark.parametrize("cls", [Penalty, Twice, Wrapped, Ordered, Logs, OwnCount])
 def test_a_subclass_that_calls_the_hooks_trains(tmp_path, cls):
     trainer = train(tmp_path, cls, num_train_epochs=1)
-    assert trainer.state.global_step == 6 and len(curve(trainer, "geko_loss")) == 6
+    assert trainer.state.global_step == 6 and len(curve(trainer, "geko/loss")) == 6
     assert trainer.sample_state.times_seen.tolist() == [2 if cls is Twice else 1] * 24
     if cls is not Twice:
         assert trainer.get_efficiency_report()["saved_compute"] == 0

@@ -254,7 +254,7 @@ def test_what_is_learnt_by_heart_is_trained_to_its_end_and_cooled_down(tmp_path)
     assert report["by_heart"] and not report["ended"] and report["why"].startswith("The task is learnt by heart: ")
     assert len(held) == 40 and (seen[held] == 9).all() and int(seen.max()) == 12  # from the first quarter on
     assert weights(model).equal(raw.steps[-1])
-    progress, rates = curve(trainer, "geko_progress"), curve(trainer, "learning_rate")
+    progress, rates = curve(trainer, "geko/progress"), curve(trainer, "learning_rate")
     fall = next(i for i, rate in enumerate(rates) if rate < 1e-2 and progress[i] > 0.2)
     expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * share)) for share in progress[fall - 1 : -1]]
     assert rates[fall:] == pytest.approx(expected, rel=1e-3) and rates[-1] < 1e-3 and progress[fall] < 0.35

@@ -371,4 +371,4 @@ def test_a_loss_rounded_to_low_precision_is_taken(tmp_path):
     trainer = gk.GEKOTrainer(Rounded(), args, train_dataset=sentences(12), **options)
     trainer.train()
     assert not trainer._found.form.shift
-    assert curve(trainer) == pytest.approx(curve(trainer, "geko_loss"), rel=1e-4)
+    assert curve(trainer) == pytest.approx(curve(trainer, "geko/loss"), rel=1e-4)

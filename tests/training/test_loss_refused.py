@@ -101,7 +101,7 @@ def test_another_loss_is_refused(tmp_path, name):
         gk.GEKOTrainer(model(), arguments(tmp_path), **options).train()
     trainer = gk.GEKOTrainer(model(), arguments(tmp_path, shift_labels=name != "class weights"), **options)
     trainer.train()  # the way out that the message names
-    assert curve(trainer, "geko_loss") == pytest.approx(curve(trainer), rel=1e-4)
+    assert curve(trainer, "geko/loss") == pytest.approx(curve(trainer), rel=1e-4)
 
 
 class Squared(nn.Module):

@@ -37,7 +37,7 @@ def run_figures(num_epochs=6, num_samples=20_000):
                 "forgotten": 130 - 20 * epoch,
             }
         )
-        log_history += [{"epoch": epoch + k / 10, "geko_loss": loss, "geko_accuracy": accuracy} for k in range(1, 11)]
+        log_history += [{"epoch": epoch + k / 10, "geko/loss": loss, "geko/accuracy": accuracy} for k in range(1, 11)]
         log_history.append({"epoch": epoch + 1, "eval_loss": loss + 0.2})
     trained, probed = sum(e["samples"] for e in epochs), sum(e["probes"] for e in epochs)
     standard = num_epochs * num_samples

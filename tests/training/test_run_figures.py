@@ -131,18 +131,18 @@ def test_a_model_gone_nan_is_shown_as_nan(tmp_path, caplog):
     saved = {"save_strategy": "steps", "save_steps": 4}
     trainer = diverging(tmp_path, 8, **saved)
     trainer.train()
-    losses = curve(trainer, "geko_loss")
+    losses = curve(trainer, "geko/loss")
     assert all(map(math.isfinite, losses[:8])) and all(map(math.isnan, losses[8:]))
-    assert curve(trainer, "geko_nonfinite") == [4, 4, 4, 4]
+    assert curve(trainer, "geko/nonfinite") == [4, 4, 4, 4]
     report = trainer.get_efficiency_report()
     assert report["samples_nonfinite"] == 16 and report["samples_backward"] == 48
     assert [epoch["nonfinite"] for epoch in report["epochs"]] == [0, 16]
     assert math.isfinite(report["epochs"][0]["loss"]) and math.isnan(report["epochs"][1]["loss"])
-    assert caplog.text.count("The loss of 4 samples was NaN or infinite: geko_loss is NaN") == 1
+    assert caplog.text.count("The loss of 4 samples was NaN or infinite: geko/loss is NaN") == 1
     assert trainer.sample_state.last_loss.isfinite().all()
     written = strict(tmp_path / "geko_report.json")
     assert written["efficiency"]["epochs"][1]["loss"] is None
-    assert [row["geko_loss"] for row in written["log_history"] if "geko_loss" in row][8:] == [None] * 4
+    assert [row["geko/loss"] for row in written["log_history"] if "geko/loss" in row][8:] == [None] * 4
     page = write_report(tmp_path).read_text()
     assert "<b>NaN</b>" in page and "<td>NaN</td>" in page and "0.000" not in page
     assert "The loss of 16 visits was NaN or infinite." in page
@@ -215,7 +215,7 @@ def test_no_label_at_all_is_work_done_too(tmp_path):
     trainer.train()
     report = trainer.get_efficiency_report()
     assert report["samples_backward"] == report["samples_idle"] == 16 and report["saved_compute"] == 0
-    assert report["epochs"][0]["loss"] is None and "geko_loss" not in trainer.state.log_history[0]
+    assert report["epochs"][0]["loss"] is None and "geko/loss" not in trainer.state.log_history[0]
 
 
 def test_a_run_whose_visits_were_not_counted_reports_no_saving():

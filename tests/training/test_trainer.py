@@ -91,7 +91,7 @@ def test_the_loss_is_weighted(tmp_path):
         trainer = trainer_of(tmp_path, config=config, max_steps=1)
         trainer.train()
         losses.append(curve(trainer)[0])
-        assert curve(trainer, "geko_loss")[0] == pytest.approx(losses[0], rel=1e-5)
+        assert curve(trainer, "geko/loss")[0] == pytest.approx(losses[0], rel=1e-5)
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
 
 

@@ -92,7 +92,7 @@ def test_weights_move_along_the_curriculum_within_an_epoch(tmp_path):
     trainer.args.per_device_train_batch_size = 1
     trainer._train_batch_size = 1
     trainer.train()
-    phases = list(zip(*(curve(trainer, f"geko_phase_{name}") for name in ("hard", "focus", "light")), strict=True))
+    phases = list(zip(*(curve(trainer, f"geko/phase_{name}") for name in ("hard", "focus", "light")), strict=True))
     assert set(phases) == {(1, 2, 3), (2, 3, 1), (5, 2, 0)}
 
 
@@ -174,7 +174,7 @@ def test_report_and_logs(tmp_path):
     assert all(sum(epoch["buckets"].values()) == 24 for epoch in report["epochs"])
     assert report["epochs"][-1]["accuracy"] > report["epochs"][0]["accuracy"]
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    shares = [entry[f"geko_{name}"] for name in ("freeze", "light", "focus", "hard")]
+    shares = [entry[f"geko/{name}"] for name in ("freeze", "light", "focus", "hard")]
     assert sum(shares) == pytest.approx(1) and all(isinstance(share, float) for share in shares)
     assert [item["id"] for item in written["most_forgotten"]] == list(
         dict.fromkeys(item["id"] for item in written["most_forgotten"])

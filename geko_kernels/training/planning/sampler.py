@@ -122,6 +122,12 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
             yield unit
         self.position, self.handed_out = 0, True
 
+    @property
+    def left_out(self) -> float:
+        """Share of the samples that the plan at hand does not train."""
+        assert self.plan is not None
+        return max(1 - len(self.plan.ids) / self.total, 0.0)
+
     def set_epoch(self, epoch: int, start: float | None = None) -> None:
         """Draw the plan of `epoch`, unless it is the current plan and not yet handed out.
 

@@ -41,10 +41,12 @@ JSON: NaN and infinity are null. A dict of:
     config             `GEKOConfig.to_dict()`
     efficiency         the dict above
     log_history        `trainer.state.log_history`, the entries of `Trainer.log`; beside Transformers' own keys each
-                       training entry has geko_loss, geko_accuracy, geko_freeze, geko_light, geko_focus, geko_hard and
-                       geko_quarantined (shares of the samples), geko_progress and geko_phase_hard, geko_phase_focus,
-                       geko_phase_light (the current weights); if losses since the last entry were not finite, also
-                       geko_nonfinite (their number), and geko_loss is NaN
+                       training entry has geko/loss, geko/accuracy, geko/freeze, geko/light, geko/focus, geko/hard,
+                       geko/quarantined and geko/left_out (shares of the samples; the last of those that the epoch
+                       does not train), geko/progress and geko/phase_hard, geko/phase_focus, geko/phase_light (the
+                       current weights); if losses since the last entry were not finite, also geko/nonfinite (their
+                       number), and geko/loss is NaN; with `auto_stop` an entry each quarter of an epoch has
+                       geko/held_out_loss and geko/held_out_accuracy (of `stopping`'s curve)
     most_forgotten     up to 100 dicts {"id", "times", "loss", "bucket"}, most often forgotten first
     num_quarantined    how many samples are quarantined
     quarantined        up to 10,000 of their ids, highest loss first
@@ -177,7 +179,7 @@ class Efficiency:
         self.sums.zero_()
         if train["nonfinite"] + probe["nonfinite"] > 0 == self.train["nonfinite"] + self.probe["nonfinite"]:
             logger.warning(
-                f"The loss of {round(train['nonfinite'] + probe['nonfinite'])} samples was NaN or infinite: geko_loss "
+                f"The loss of {round(train['nonfinite'] + probe['nonfinite'])} samples was NaN or infinite: geko/loss "
                 "is NaN, and the learning state keeps their earlier rows. The model has probably diverged; a lower "
                 "learning_rate or a max_grad_norm may help. This warning comes once; samples_nonfinite keeps counting."
             )

@@ -120,7 +120,7 @@ def _work(efficiency: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _curves(run: Mapping[str, Any], quantity: str) -> dict[str, Curve]:
     """Points (epoch, value) of `quantity` on the training and the evaluation data, where they were logged."""
-    keys = {"training": f"geko_{quantity}", "evaluation": f"eval_{quantity}"}
+    keys = {"training": f"geko/{quantity}", "evaluation": f"eval_{quantity}"}
     logged = {
         name: [(row["epoch"], row[key]) for row in run["log_history"] if row.get(key) is not None]
         for name, key in keys.items()

@@ -233,9 +233,15 @@ class StoppingMixin(PlannedMixin):
         losses = held[labelled], held_swapped[labelled], seen, seen_swapped
         suspects = self._mislabelled(run) if at.source == "held_back" else 0.0
         best = rule.add(Look(epoch, *losses, float(right[labelled].mean())), suspects)
+        self._log_look(*rule.curve[-1][1:])
         if best and self._writes:
             with self.efficiency.timed("checkpoints"):
                 save_values(self._kept, run.average)
+
+    def _log_look(self, loss: float, accuracy: float) -> None:
+        due = self.control.should_log  # an entry of any kind clears it, and the step's own is still to come
+        self.log({"geko/held_out_loss": loss, "geko/held_out_accuracy": accuracy})
+        self.control.should_log = due
 
     def _mislabelled(self, run: StoppingRun) -> float:
         """Share of the training samples that the noise guard holds back."""
