@@ -155,7 +155,7 @@ def test_a_run_resumed_after_its_end_trains_nothing(tmp_path):
 
 def test_only_with_the_setting_that_it_was_started_with(whole, tmp_path):
     checkpoint = f"{whole[0].args.output_dir}/checkpoint-7"
-    with pytest.raises(ResumeError, match="written with auto_stop=True, this run has auto_stop=False: resume with"):
+    with pytest.raises(ResumeError, match="written with auto_stop=True, but this run has auto_stop=False: resume with"):
         auto_trainer(tmp_path, config=gk.GEKOConfig.uniform()).train(resume_from_checkpoint=checkpoint)
     plain = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(), max_steps=2, save_strategy="steps", save_steps=2)
     plain.train()
