@@ -155,14 +155,14 @@ def test_a_run_resumed_after_its_end_trains_nothing(tmp_path):
 
 def test_only_with_the_setting_that_it_was_started_with(whole, tmp_path):
     checkpoint = f"{whole[0].args.output_dir}/checkpoint-7"
-    with pytest.raises(ResumeError, match="written with auto_stop=True, this run has auto_stop=False: resume with"):
+    with pytest.raises(ResumeError, match="written with auto_stop=True, but this run has auto_stop=False: resume with"):
         auto_trainer(tmp_path, config=gk.GEKOConfig.uniform()).train(resume_from_checkpoint=checkpoint)
     plain = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(), max_steps=2, save_strategy="steps", save_steps=2)
     plain.train()
     other = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(auto_stop=True, auto_measure="accuracy"))
     with pytest.raises(ResumeError, match="auto_measure was 'loss', is 'accuracy': the kept weights are the best by"):
         other.train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ResumeError, match="written with auto_stop=False, this run has auto_stop=True"):
+    with pytest.raises(ResumeError, match="written with auto_stop=False, but this run has auto_stop=True"):
         auto_trainer(tmp_path).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
 
 
