@@ -144,7 +144,7 @@ class TestTrain:
         other = write_jsonl(tmp_path / "other.jsonl", rows)
         command = ("train", "--model", str(model), "--data", other, "--output-dir", str(killed), "--resume")
         text = refused(capsys, *command)
-        assert "--resume: " in text and "written with another train_dataset: of 24 items compared 24" in text
+        assert "--resume: " in text and "written with another train_dataset: of 24 items compared, 24" in text
 
 
 class TestReport:

@@ -162,7 +162,7 @@ def test_only_with_the_setting_that_it_was_started_with(whole, tmp_path):
     other = auto_trainer(tmp_path, config=gk.GEKOConfig.uniform(auto_stop=True, auto_measure="accuracy"))
     with pytest.raises(ResumeError, match="auto_measure was 'loss', is 'accuracy': the kept weights are the best by"):
         other.train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ResumeError, match="written with auto_stop=False, this run has auto_stop=True"):
+    with pytest.raises(ResumeError, match="written with auto_stop=False, but this run has auto_stop=True"):
         auto_trainer(tmp_path).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
 
 

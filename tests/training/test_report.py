@@ -141,7 +141,7 @@ def test_wrong_input_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="output_dir of a finished GEKOTrainer run"):
         write_report(tmp_path)
     (tmp_path / "geko_report.json").write_text('{"version": 1, "num_sam')
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="truncated or not JSON"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="version 99"):
         write(tmp_path, run_figures(1) | {"version": 99})
