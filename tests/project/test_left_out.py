@@ -137,5 +137,5 @@ def test_env_says_how_to_get_the_cpu_kernels(without_cpp, monkeypatch, capsys, c
     row = next(
         line for line in capsys.readouterr().out.splitlines() if line.startswith("  cpu    ") and "core" not in line
     )
-    assert "reference (plain PyTorch: right but slow), without cpp: No module named 'geko_kernels.not_built'" in row
+    assert "reference (plain PyTorch: correct but slow), without cpp: No module named 'geko_kernels.not_built'" in row
     assert row.endswith(advice)

@@ -124,9 +124,8 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
 
     @property
     def left_out(self) -> float:
-        """Share of the samples that the plan at hand does not train."""
-        assert self.plan is not None
-        return max(1 - len(self.plan.ids) / self.total, 0.0)
+        """Share of the samples that the current plan does not train; 0.0 before the first plan."""
+        return 0.0 if self.plan is None else max(1 - len(self.plan.ids) / self.total, 0.0)
 
     def set_epoch(self, epoch: int, start: float | None = None) -> None:
         """Draw the plan of `epoch`, unless it is the current plan and not yet handed out.
