@@ -56,9 +56,15 @@ def clean(run_dir: str, out: str, overwrite: bool) -> str:
     if not rows:
         raise UsageError(f"all {len(source.rows):,} rows of {known['data']} are suspected, so nothing would be left")
     _writer(out, source, rows, known["label"])(Path(out))
-    those = f': those with "suspected": true in {Path(run_dir) / SAMPLES_NAME}' if suspected else ""
+    samples = Path(run_dir) / SAMPLES_NAME
+    those = (
+        f': those with "suspected": true in {samples}'
+        if suspected
+        else f", since no label is suspected; {samples} ranks all labels by label_error, and a run with a smaller "
+        "noise_guard_margin suspects more"
+    )
     told = f"{out}: {len(rows):,} of {len(source.rows):,} rows of {known['data']}; {len(suspected):,} left out{those}"
-    return told + _lost_classes(source, suspected, known["label"], Path(run_dir) / SAMPLES_NAME)
+    return told + _lost_classes(source, suspected, known["label"], samples)
 
 
 def _lost_classes(source: Source, suspected: set[int], label: str, samples: Path) -> str:

@@ -159,6 +159,7 @@ def _make_task(options: TrainOptions) -> _Task:
         for part, labels in zip((records, held_out), numbers, strict=True)
     )
     assert train is not None
+    train.class_names = classes.names if classes else []  # the report names labels by them
     notes += [*train.notes, *(evaluation.notes if evaluation else ())]
     return _Task(model, tokenizer, records, train, evaluation, classes is not None, notes)
 

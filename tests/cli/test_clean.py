@@ -107,7 +107,11 @@ def test_nothing_suspected_leaves_all(run, tmp_path, data, capsys):
     suspect(run, ())
     capsys.readouterr()
     assert main(["clean", str(run), "--out", str(tmp_path / "all.jsonl")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'all.jsonl'}: 48 of 48 rows of {data}; 0 left out\n"
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'all.jsonl'}: 48 of 48 rows of {data}; 0 left out, since no label is suspected; "
+        f"{run / 'samples.jsonl'} ranks all labels by label_error, and a run with a smaller noise_guard_margin suspects "
+        "more\n"
+    )
     assert lines(tmp_path / "all.jsonl") == ROWS
 
 
@@ -200,6 +204,21 @@ def test_a_run_that_judged_nothing_or_suspects_all(run, tmp_path, capsys):
     )
     (run / "samples.jsonl").write_text("{")
     assert "samples.jsonl is damaged: line 1 is not JSON" in refusal(capsys, run, tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["suspected", "quarantined"])
+@pytest.mark.parametrize("value", ["false", 0])
+def test_a_verdict_that_was_edited_wrongly(run, tmp_path, capsys, name, value):
+    rows = read_samples(run)
+    rows[1][name] = value
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = f"{run / 'samples.jsonl'}, line 2: {name} must be true, false or null, got {value!r}"
+    assert refusal(capsys, run, tmp_path / "b.jsonl") == told
+
+
+def test_the_report_names_classes_as_the_data_do(finished):
+    labels = json.loads((finished / "geko_report.json").read_text())["labels"]
+    assert {row["label"]: row["samples"] for row in labels["listed"]} == {"colour": 25, "tree": 23}
 
 
 def test_a_class_of_which_nothing_is_left_is_named(run, tmp_path, capsys):

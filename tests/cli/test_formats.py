@@ -278,6 +278,8 @@ class TestFiles:
                 "the first record has the fields ['a;b']; `train` needs `text`, or `prompt` and `completion`",
             ),
             ("text,label\na,\n", "line 2: `label` is empty"),
+            ("text,label\na,x\nb, \n", "line 3: `label` is empty"),
+            ("text,label\na,x\nb,y\nc,x \n", "the labels 'x' and 'x ' differ only in blanks; write them alike"),
             ("text\n", "holds no records"),
         ],
     )

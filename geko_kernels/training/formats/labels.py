@@ -54,6 +54,7 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
         kinds = " and ".join(f"{_KINDS[kind]} in {place} ({label!r})" for kind, (place, label) in first.items())
         raise DataError(f"{train.source}: the label is {kinds}; write all labels alike")
     labels = sorted(set(given))
+    _check_blanks(train.source, labels)
     if len(labels) == 1:
         raise DataError(f"{train.source}: every record has the label {labels[0]!r}; a classifier needs two or more")
     names = [str(label).lower() if isinstance(label, bool) else str(label) for label in labels]
@@ -69,6 +70,14 @@ def find_classes(train: Records, own: dict[int, str]) -> Classes:
         next(iter(first)), "the labels are not 0, 1, ... without a gap, so they are taken as names"
     )
     return Classes(labels, names, f"{train.source}: {what}, numbered {pairs}")
+
+
+def _check_blanks(source: str, labels: list[Label]) -> None:
+    first: dict[str, Label] = {}
+    for label in labels:
+        other = first.setdefault(str(label).strip(), label)
+        if other != label:
+            raise DataError(f"{source}: the labels {other!r} and {label!r} differ only in blanks; write them alike")
 
 
 def _typed(label: Label, kind: type) -> Label:

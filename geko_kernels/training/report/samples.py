@@ -187,5 +187,8 @@ def read_samples(run_dir: str | os.PathLike[str]) -> list[Row] | None:
             raise ValueError(f"{path} is damaged: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("id"), int):
             raise ValueError(f"{path} is damaged: line {number} is no sample")
+        for name in ("suspected", "quarantined"):  # which users edit
+            if not isinstance(row.get(name), bool | None):
+                raise ValueError(f"{path}, line {number}: {name} must be true, false or null, got {row[name]!r}")
         rows.append(row)
     return rows
