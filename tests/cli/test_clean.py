@@ -109,8 +109,8 @@ def test_nothing_suspected_leaves_all(run, tmp_path, data, capsys):
     assert main(["clean", str(run), "--out", str(tmp_path / "all.jsonl")]) == 0
     assert capsys.readouterr().out == (
         f"{tmp_path / 'all.jsonl'}: 48 of 48 rows of {data}; 0 left out, since no label is suspected; "
-        f"{run / 'samples.jsonl'} ranks all labels by label_error, and a run with a smaller noise_guard_margin suspects "
-        "more\n"
+        f"{run / 'samples.jsonl'} ranks all labels by label_error, and a run with a smaller noise_guard_margin "
+        "suspects more\n"
     )
     assert lines(tmp_path / "all.jsonl") == ROWS
 

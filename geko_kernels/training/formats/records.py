@@ -135,7 +135,8 @@ def _check_field(where: str, told: str, field: str, value: Any) -> None:
         raise DataError(
             f"{where}: `{told}` must be text{' or a list of turns' if field in _LISTS else ''}, got {_short(value)}"
         )
-    if isinstance(value, (str, list)) and not (value.strip() if field == "label" else value):
+    blank = field == "label" and isinstance(value, str) and not value.strip()
+    if blank or (isinstance(value, (str, list)) and not value):
         raise DataError(f"{where}: `{told}` is empty; remove the record or fill it in")
     if isinstance(value, str):
         _check_text(where, told, value)
