@@ -55,7 +55,11 @@ def clean(run_dir: str, out: str, overwrite: bool) -> str:
     rows = [row for number, (_, row) in enumerate(source.rows) if number not in suspected]
     if not rows:
         raise UsageError(f"all {len(source.rows):,} rows of {known['data']} are suspected, so nothing would be left")
-    _writer(out, source, rows, known["label"])(Path(out))
+    write = _writer(out, source, rows, known["label"])
+    try:
+        write(Path(out))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
     samples = Path(run_dir) / SAMPLES_NAME
     those = (
         f': those with "suspected": true in {samples}'

@@ -13,8 +13,16 @@ def report(run_dir: str) -> str:
     """Make the report of `run_dir`; returns lines with its summary and its path."""
     try:
         run, checkpoint = read_figures(Path(run_dir))
-        page = write_report(run_dir)
     except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        page = write_report(run_dir)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the report of {run_dir} ({error}): it reads and writes files there; allow that, or give a "
+            "copy of the folder"
+        ) from error
+    except ValueError as error:
         raise UsageError(str(error)) from error
     images = sorted(path.name for path in Path(run_dir).glob("report_*.png"))
     unfinished = f"the run has not ended; the figures are those of {checkpoint}\n" if checkpoint else ""

@@ -26,7 +26,8 @@ from geko_kernels.training.report.report import write_report
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.trainer import GEKOTrainer
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, *_DENIED)
 
 
 class _Task(NamedTuple):
@@ -110,8 +111,10 @@ def _refusals_told(options: TrainOptions, begun: _Begun) -> Iterator[None]:
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
         if _cannot_write(error):
+            denied = getattr(error, "errno", None) in _DENIED
+            mend = "give another --output-dir, or allow writing there" if denied else "free some space"
             raise UsageError(
-                f"cannot write to {options.output_dir} ({error}): free some space; {_how_to_go_on(options)}"
+                f"cannot write to {options.output_dir} ({error}): {mend}; {_how_to_go_on(options)}"
             ) from error
         if begun.yes or isinstance(error, (RuntimeError, ModuleNotFoundError, BrokenPipeError)):
             raise

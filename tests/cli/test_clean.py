@@ -1,6 +1,7 @@
 """`geko clean`: the data of a run without the rows whose labels look wrong, and what it refuses."""
 
 import csv
+import errno
 import json
 import shutil
 
@@ -168,6 +169,15 @@ def test_out(run, data, tmp_path, capsys):
     assert "must be a file in a directory that exists" in refusal(capsys, run, tmp_path / "none" / "a.jsonl")
     told = refusal(capsys, run, data, "--overwrite")
     assert told == f"--out {data} would change the data that the run was trained on; give another file"
+
+
+def test_out_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
+    def denied(path, write):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(clean, "write_whole", denied)
+    out = tmp_path / "b.jsonl"
+    assert refusal(capsys, run, out) == f"--out {out} cannot be written (Permission denied); give another file"
 
 
 def test_no_run_no_samples_or_other_data(run, tmp_path, capsys):

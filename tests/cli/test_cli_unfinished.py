@@ -1,5 +1,6 @@
 """Runs that stop early: Ctrl-C, a full disk, a wrong checkpoint to go on from, the report of what there is."""
 
+import errno
 import json
 import os
 import resource
@@ -116,6 +117,15 @@ class TestDisk:
             "free some space; no checkpoint has been written, so the same command starts from the beginning"
         )
 
+    def test_no_permission(self, model, data, tmp_path, monkeypatch, capsys):
+        def denied(*args, **kwargs):
+            raise PermissionError(errno.EACCES, "Permission denied", "run/checkpoint-1")
+
+        monkeypatch.setattr(Trainer, "training_step", denied)
+        told = refusal(capsys, tmp_path, model=model, data=data)
+        assert told.startswith(f"cannot write to {tmp_path}/run ([Errno 13] Permission denied: 'run/checkpoint-1')")
+        assert "): give another --output-dir, or allow writing there; no checkpoint has been written" in told
+
     def test_no_memory(self, model, data, tmp_path, monkeypatch, capsys):
         def full(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -220,6 +230,13 @@ class TestReport:
         (tmp_path / "geko_report.json").write_text(json.dumps(run))
         told = refused(capsys, "report", str(tmp_path))
         assert told == f"geko_kernels report: {tmp_path}/geko_report.json is damaged: {message}\n"
+
+    def test_a_page_that_cannot_be_written(self, finished, tmp_path, capsys):
+        shutil.copy(finished / "geko_report.json", tmp_path)
+        (tmp_path / "report.html").mkdir()
+        told = refused(capsys, "report", str(tmp_path))
+        assert told.startswith(f"geko_kernels report: cannot make the report of {tmp_path} ([Errno 21] Is a directory")
+        assert told.endswith("reads and writes files there; allow that, or give a copy of the folder\n")
 
     def test_nothing_to_report(self, tmp_path, capsys):
         for text, message in (
