@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from geko_kernels.training.report.labels import label_figures
 from geko_kernels.training.report.summary import run_summary
 from geko_kernels.training.samples import SamplesMixin
 from geko_kernels.training.stopping.mixin import StoppingMixin
+
+logger = logging.getLogger(__name__)
 
 
 class FiguresMixin(SamplesMixin, StoppingMixin):
@@ -64,6 +67,11 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
 
     def _write_report(self) -> None:
         sampler = self._planned()
+        if self.state.global_step and not bool(sampler.state.times_seen.any()):
+            logger.warning(
+                "Nothing was learnt in this run: none of its samples has a label that counts (are all -100?), or every "
+                "loss was NaN or infinite."
+            )
         skipped = getattr(self.train_dataset, "skipped_rows", ())
         summary = run_summary(sampler.state, sampler, self.get_efficiency_report(), self.state.log_history, skipped)
         summary.update(self._stopping_report(skipped))

@@ -174,6 +174,15 @@ def test_a_rare_class_that_the_guard_holds_back_is_seen(reference, tmp_path, cap
     assert "<th>learnt</th><th>quarantined</th><th>right</th><th>visits a sample</th>" in page
 
 
+def test_a_run_without_a_label_that_counts_is_warned_of(tmp_path, caplog):
+    data = [{"input_ids": [3, 4], "labels": -100} for _ in range(8)]
+    trainer_of(tmp_path, data, model=tiny_classifier(), num_train_epochs=1).train()
+    assert [text for text in caplog.messages if "Nothing was learnt" in text] == [
+        "Nothing was learnt in this run: none of its samples has a label that counts (are all -100?), or every loss "
+        "was NaN or infinite."
+    ]
+
+
 def test_reports_of_a_trainer_and_of_an_observation(tmp_path):
     trainer = trainer_of(tmp_path, classified(24), model=tiny_classifier(), num_train_epochs=2)
     trainer.train()
