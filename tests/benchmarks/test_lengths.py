@@ -28,7 +28,7 @@ def test_an_arm_takes_fields_of_its_preset_and_switches_of_its_own():
     kind, budget = find_arm('auto:auto_measure="accuracy",trims=false,budget=1.25')
     assert kind.config.auto_stop and kind.config.auto_measure == "accuracy" and budget == 1.25
     assert not kind.trims and kind.answers and not find_arm("H:answers=false")[0].answers
-    with pytest.raises(ValueError, match="an arm is one of A, B"):
+    with pytest.raises(ValueError, match="an arm is one of A, A-restarts"):
         find_arm("A-stop:light_interval=3")
 
 

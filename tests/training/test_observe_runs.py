@@ -109,7 +109,7 @@ def test_report_of_an_observed_run(tmp_path):
 def test_data_parallel_is_refused(tmp_path, monkeypatch):
     trainer = standard(tiny_llama(), arguments(tmp_path), sentences(4))
     trainer.args._n_gpu = 2
-    with pytest.raises(ValueError, match="does not work with DataParallel: start the script with torchrun"):
+    with pytest.raises(ValueError, match="does not combine with DataParallel: start the script with torchrun"):
         gk.observe(trainer)
 
 

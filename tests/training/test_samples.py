@@ -104,7 +104,7 @@ def test_a_checkpoint_without_visits_is_told(run, tmp_path, caplog):
     fields = {**RUN, "num_train_epochs": 12, "save_strategy": "steps", "save_steps": 5}
     again = trainer_of(tmp_path, sentences(24) + sentences(2), learnable(), **fields)
     again.train(resume_from_checkpoint=str(checkpoint))
-    assert "checkpoint-15 has no geko_visits.safetensors: an earlier geko_kernels wrote it" in caplog.text
+    assert "checkpoint-15 has no geko_visits.safetensors, as an earlier geko_kernels wrote it" in caplog.text
     rows = rows_of(again)
     assert min(row["epochs"][0] for row in rows if row["epochs"]) == 2 and rows != rows_of(run)
 
