@@ -32,3 +32,10 @@ def check(task: str, parts: dict[str, list[str]], source: str) -> None:
                 f"{task}'s part {part!r} has {found['rows']} rows of SHA-256 {found['sha256'][:12]}..., not the "
                 f"{expected[part]['rows']} rows of {str(expected[part]['sha256'])[:12]}... that {source} gives"
             )
+
+
+def settle(task: str, lines: dict[str, list[str]], source: str, deal: bool) -> None:
+    """Check the parts' rows, after writing their hashes anew if `deal`. Raises `ValueError` if they are others."""
+    if deal:
+        write(task, lines)
+    check(task, lines, source)

@@ -105,10 +105,7 @@ def main() -> None:
     parser.add_argument("--deal", action="store_true", help=f"write the rows' hashes to {row_hashes.FILE.name}")
     given = parser.parse_args()
     parts = deal(read(problems()))
-    lines = {name: [row.line() for row in part] for name, part in parts.items()}
-    if given.deal:
-        row_hashes.write("G1", lines)
-    row_hashes.check("G1", lines, SOURCE)
+    row_hashes.settle("G1", {name: [row.line() for row in part] for name, part in parts.items()}, SOURCE, given.deal)
     from smollm2 import load_smollm2  # in examples/, on the path since benchmarks.end_to_end.engine was imported
 
     encode_one = load_smollm2()[1]
