@@ -4,8 +4,8 @@
 Llamas of SmolLM2-135M's size (compiled) and of about 1B parameters in bf16, fixed-length samples. GEKOTrainer runs with
 all weights 1, so every run is the same work; both arms take turns in the same processes (`scaling_run.py`). What it
 takes to synchronise the learning state of 10 million samples, to draw their plans and to probe is measured apart.
-Launches on one GPU run at the same time, each on a GPU of its own. Rows go to results/scaling.jsonl; exits with 1 if
-a launch failed. `--cpu` tries it out with gloo and tiny sizes, and writes nothing.
+Launches that fit run at the same time, each on GPUs of its own. Rows go to results/scaling.jsonl; exits with 1 if a
+launch failed. `--cpu` tries it out with gloo and tiny sizes, and writes nothing.
 """
 
 from __future__ import annotations
@@ -42,23 +42,20 @@ class Launch(NamedTuple):
 
 def stages(models: list[str], gpus: list[int], kinds: list[str], there: int) -> Iterator[list[Launch]]:
     """Launches that run at the same time, on `there` GPUs; one GPU has nothing to shard or to reduce."""
-    singles = [Launch(model, 1, "single") for model in models] if 1 in gpus else []
-    for first in range(0, len(singles), there):
-        yield singles[first : first + there]
     for count in gpus:
-        for model in models if count > 1 else ():
-            for kind in kinds:
-                yield [Launch(model, count, kind)]
+        launches = [Launch(model, count, kind) for model in models for kind in (kinds if count > 1 else ("single",))]
+        at_once = max(there // count, 1)
+        for first in range(0, len(launches), at_once):
+            yield launches[first : first + at_once]
 
 
-def start(launch: Launch, gpu: str | None, out: Path, cpu: bool) -> subprocess.Popen:
-    """`gpu` is the one that the launch sees; None lets it see all."""
+def start(launch: Launch, gpus: str, out: Path, cpu: bool) -> subprocess.Popen:
+    """`gpus` are those that the launch sees, as CUDA_VISIBLE_DEVICES has them."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(launch.gpus)]
     script = str(Path(__file__).with_name("scaling_run.py"))
     command = [sys.executable, *(torchrun if launch.gpus > 1 else []), script, launch.model, launch.kind, str(out)]
     environ = {**os.environ, "NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}  # without NVLink multicast
-    if gpu is not None:
-        environ["CUDA_VISIBLE_DEVICES"] = gpu
+    environ["CUDA_VISIBLE_DEVICES"] = gpus
     with (out / "log.txt").open("w") as log:
         return subprocess.Popen(
             [*command, *(["--cpu"] if cpu else [])], stdout=subprocess.DEVNULL, stderr=log, env=environ
@@ -84,8 +81,10 @@ def run(stage: list[Launch], gpus: list[str], cpu: bool) -> Iterator[tuple[Launc
         outs = [Path(folder) / str(place) for place in range(len(stage))]
         for out in outs:
             out.mkdir()
-        alone = [gpus[place] if launch.gpus == 1 and gpus else None for place, launch in enumerate(stage)]
-        processes = [start(*values, cpu) for values in zip(stage, alone, outs, strict=True)]
+        first, processes = 0, []
+        for launch, out in zip(stage, outs, strict=True):
+            processes.append(start(launch, ",".join(gpus[first : first + launch.gpus]), out, cpu))
+            first += launch.gpus
         deadline = time.monotonic() + LIMIT_S
         for launch, process, out in zip(stage, processes, outs, strict=True):
             yield launch, *finish(process, out, deadline)
