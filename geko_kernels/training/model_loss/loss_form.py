@@ -58,7 +58,7 @@ class Question:
     """A model, a `few` rows of its inputs (without labels), and ways to run them.
 
     Args:
-        model: as trained, but without DDP and torch.compile; `base` is the same without PEFT.
+        model: as trained, but without DDP (see `eager`); `base` is the same without PEFT.
         labels: of the few rows; the test labels have their shape and their name.
     """
 

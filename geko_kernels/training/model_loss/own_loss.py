@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -68,6 +69,13 @@ class _NoCrossEntropy(TorchFunctionMode):
 def unwrap_compiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile` and DistributedDataParallel."""
     while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def eager(model: nn.Module) -> nn.Module:
+    """`model` to be called without DDP; on the compiled module itself are the hooks by which FSDP2 gathers weights."""
+    while (inner := _inside(model)) is not None and not isinstance(model, FSDPModule):
         model = inner
     return model
 

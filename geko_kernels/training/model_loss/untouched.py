@@ -16,7 +16,7 @@ _PLAIN = (int, float, str, type(None), Tensor)
 
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside the context `model` is in eval mode without gradients.
+    """Inside the context `model` is in eval mode without gradients, and what torch.compile has wrapped runs eagerly.
 
     Afterwards its modules' modes, buffers and attributes that are numbers, texts or tensors are restored, and so are
     the random number generators.
@@ -33,7 +33,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     ]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
             for module, name, buffer, value in buffers:
                 set_buffer(module, name, buffer.copy_(value))
