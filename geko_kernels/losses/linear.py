@@ -114,10 +114,11 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
         upstream = upstream[:, None].expand(batch.labels.shape).flatten()
     coeff = torch.where(coeff != 0, coeff * upstream, 0)
     gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
-    chunks = Chunks(head, batch, buffer_rows(head, ctx.call.chunk_mib, gradients.narrow), gradients)
+    chunks = Chunks(head, batch, lambda rows: buffer_rows(head, ctx.call.chunk_mib, gradients.narrow, rows), gradients)
     every = torch.arange(len(coeff), device=coeff.device)
     positions, sources = torch.empty_like(every), torch.empty_like(every)
     kept = int(HostCopy(ops.direct.kept_rows_(coeff, every, positions, sources, 0, 0, len(every))).wait())
+    chunks.hold(chunks.room(kept))
     chunks.add_rows(statistics, positions[:kept], coeff, coeff)
     return _unpadded(gradients, head)
 

@@ -41,9 +41,12 @@ class Call:
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
-        rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow)
-        rows = rows if gradients is not None else min(rows, _SCORE_ROWS)
-        chunks = Chunks(head, self.batch, rows, gradients, self._all_kept, self.entropy)
+
+        def room(scored: int) -> int:
+            rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow, scored)
+            return rows if gradients is not None else min(rows, _SCORE_ROWS)
+
+        chunks = Chunks(head, self.batch, room, gradients, self._all_kept, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -79,7 +82,7 @@ class Call:
             or head.hidden.dtype != torch.float32
             or tokens * head.vocab > _AT_ONCE
             or int(self.scored.copy.values[0]) != tokens
-            or (self.chunk_mib is not None and buffer_rows(head, self.chunk_mib, False) != tokens)
+            or (self.chunk_mib is not None and buffer_rows(head, self.chunk_mib, False, tokens) != tokens)
         ):
             return None
         hidden, batch = head.hidden, self.batch

@@ -23,6 +23,7 @@ SAMPLE = 1024  # first rows, which show whether most rows are kept
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
 WHOLE_MIB = 2048  # by default all rows are held at once if they fit into this,
 CHUNK_MIB = 1024  # else a buffer of this size
+EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,26 @@ class Scored:
         self.copy = HostCopy(visits)
 
 
-def buffer_rows(head: Head, mib: float | None, narrow: bool) -> int:
-    """How many rows of logits to hold within `mib` MiB; by default `WHOLE_MIB` for all rows, or `CHUNK_MIB`.
+def buffer_rows(head: Head, mib: float | None, narrow: bool, scored: int) -> int:
+    """How many of `scored` rows of logits to hold within `mib` MiB; by default `WHOLE_MIB` for all, or `CHUNK_MIB`.
 
     If dW has 2 bytes an element (`narrow`), several flushes sum it in float32, which takes as much again as dW. If all
     rows fit into the budget and that memory together, all are held, and a single flush writes dW.
     """
-    tokens, columns = head.hidden.shape
-    row = head.weight.shape[0] * head.weight.element_size()
+    size = head.weight.element_size()
+    row = head.weight.shape[0] * size
     spared = head.weight.numel() * 2 if narrow else 0
-    others = HIDDEN_BYTES + HIDDEN_BYTES // 4  # temporaries of dX
-    if tokens * row + others <= (WHOLE_MIB if mib is None else mib) * 2**20 + spared:
-        return tokens
-    room = int((CHUNK_MIB if mib is None else mib) * 2**20) - others
-    return min(tokens, max(room // (row + columns * head.weight.element_size()), 8))
+    if scored * row <= (WHOLE_MIB if mib is None else mib) * 2**20 + spared:
+        return scored
+    room = int((CHUNK_MIB if mib is None else mib) * 2**20) - HIDDEN_BYTES - HIDDEN_BYTES // 4  # dX, and small tensors
+    return min(scored, max(room // (row + head.hidden.shape[1] * size), 8))  # with dW's operand
 
 
 class Chunks:
     """Passes over a batch with one buffer of logits.
 
     Args:
-        room: how many rows of logits the buffer holds.
+        room: how many rows of logits the buffer holds, of how many that are scored.
         gradients: what takes the gradients; None to score only.
         all_kept: every row is known to be kept.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
@@ -119,19 +119,28 @@ class Chunks:
         self,
         head: Head,
         batch: LabelBatch,
-        room: int,
+        room: Callable[[int], int],
         gradients: HeadGradients | None,
         all_kept: bool = False,
         entropy: Tensor | None = None,
     ) -> None:
-        self.head, self.batch, self.gradients, self.entropy = head, batch, gradients, entropy
-        device, dtype = head.hidden.device, head.weight.dtype
-        able = gradients is not None and ops.backend_name(device, dtype) == "triton"
+        self.head, self.batch, self.room, self.gradients, self.entropy = head, batch, room, gradients, entropy
+        able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
-        self.buffer = torch.empty(room, head.weight.shape[0], dtype=dtype, device=device)
-        self.positions = torch.empty(room, dtype=torch.int64, device=device)  # token of each slot of the buffer
-        self.sources = torch.empty_like(self.positions)
+        self.scaled: Tensor | None = None  # dW's operand of the next flush, if it is there ahead of time
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
+
+    def hold(self, rows: int, keep: int = 0) -> None:
+        """Take the memory of `rows` slots, if there is less, and move the logits in the first `keep` there."""
+        if keep and len(self.buffer) >= rows:
+            return
+        weight = self.head.weight
+        buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
+        if keep:
+            buffer[:keep] = self.buffer[:keep]
+        self.buffer = buffer
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=weight.device)  # token of each slot
+        self.sources = torch.empty_like(self.positions)
 
     def run(
         self,
@@ -143,25 +152,27 @@ class Chunks:
 
         Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
-        room = len(self.buffer)
         self.rows, self.targets = scored.rows, scored.targets
-        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), room)
+        most = self.room(len(self.rows))
+        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most)
         known = scored.copy.arrived()
         if not known:
+            early = most * len(self.head.weight) * self.head.weight.element_size() <= EARLY_MIB * 2**20
+            self.hold(most if early else ahead)
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
-        real = torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
-        self.statistics = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
+        real = torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
+        self.statistics = torch.zeros(5, len(self.rows), dtype=real, device=self.rows.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
+        self.hold(self.room(count), 0 if known else ahead)
         if known:
             self._logits(0, ahead, 0)
+        room = len(self.buffer)
         crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
         part, held = slice(0, 0), 0
         while part.stop < count:
-            left = count - part.stop
-            fills = -(-left // (room - held))
-            part = slice(part.stop, part.stop - (-left // fills))
+            part = self._next(part.stop, count, room - held)
             ready_from = self._score(part, held, ahead, update)
             ahead = 0
             if self.gradients is None or part.stop == count:
@@ -170,16 +181,27 @@ class Chunks:
             if crossing and self.used is None:
                 self.used = torch.zeros_like(self.statistics[0])
             result = update(self.statistics, False)
-            before, held = held, self._keep(result, part, held, ready_from)
+            coeff = result.coeff * factor(result)
+            before, held = held, self._keep(result, coeff, part, held, ready_from)
             self.fused = self.fused is not False and held - before > FUSED_SHARE * (part.stop - part.start)
             if 2 * held > room:
-                self._flush(result.coeff * factor(result), held, last=False)
+                self._flush(coeff, held, last=False)
                 held = 0
         result = update(self.statistics, True)
         if self.gradients is not None:
-            held = self._keep(result, part, held, ready_from) if count else 0
-            self._finish(result.coeff * factor(result), held, list(crossing.values()))
+            coeff = result.coeff * factor(result)
+            held = self._keep(result, coeff, part, held, ready_from) if count else 0
+            self._finish(coeff, held, list(crossing.values()))
         return result
+
+    def _next(self, start: int, count: int, room: int) -> slice:
+        """The scored rows of the next fill: fills of about equal size, each up to the end of a visit if that fits."""
+        left = count - start
+        stop = start - (-left // -(-left // room))
+        if stop < count:
+            end = int(self.visit.searchsorted(self.visit[stop - 1], "right"))
+            stop = end if end - start <= room else stop
+        return slice(start, stop)
 
     def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], ForwardResult]) -> int:
         """Statistics of the scored rows `part`; their logits go to slots from `held` on, where the first `ahead` are.
@@ -231,7 +253,7 @@ class Chunks:
         self.statistics.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
         return {start: self.rows[start:end]}
 
-    def _keep(self, result: ForwardResult, part: slice, held: int, ready_from: int) -> int:
+    def _keep(self, result: ForwardResult, coeff: Tensor, part: slice, held: int, ready_from: int) -> int:
         """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
         count = part.stop - part.start
         end = ops.direct.kept_rows_(result.coeff, self.rows, self.positions, self.sources, held, part.start, count)
@@ -239,6 +261,9 @@ class Chunks:
         batch = self.batch
         where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
         ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
+        self.scaled = None
+        if self.fused and self.gradients is not None and not kept.arrived():  # most rows are kept: a flush will follow
+            self.scaled = self.gradients.scale(self.positions, coeff, held + count)
         return int(kept.wait())
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
@@ -247,7 +272,8 @@ class Chunks:
         if self.used is not None:
             positions = self.positions[:held]
             self.used.index_copy_(0, positions, coeff.index_select(0, positions))
-        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last)
+        scaled, self.scaled = self.scaled, None
+        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last, scaled)
 
     def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
         """The last flush; then the rows of visits whose weight differs from its estimate, once more."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from geko_kernels import ops
 from geko_kernels.reference.visits import sum_dtype
 
 _COPIED = 2**24  # elements of a float16 tile that are in float32 at a time
-HIDDEN_BYTES = 16 * 2**20  # the first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
+HIDDEN_BYTES = 16 * 2**20  # a first piece of dX: 128 tiles of a GEMM, about one a multiprocessor
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -35,10 +37,19 @@ class WeightGradient:
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.compute = (rows, columns), dtype, compute
-        self.memory = torch.empty(-(-rows * columns // 2) * 2, dtype=dtype, device=device)
-        self.result = self.memory[: rows * columns].view(rows, columns)
+        self.shape, self.dtype, self.compute, self.device = (rows, columns), dtype, compute, device
         self.parts: list[Tensor] = []  # float32 sums of the rows, in order
+
+    @functools.cached_property
+    def memory(self) -> Tensor:
+        """Taken with the first product: until then the logits need what there is."""
+        rows, columns = self.shape
+        return torch.empty(-(-rows * columns // 2) * 2, dtype=self.dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        rows, columns = self.shape
+        return self.memory[: rows * columns].view(rows, columns)
 
     def add(self, tile: Tensor, hidden: Tensor, last: bool) -> None:
         """Args: tile (n, rows), hidden (n, columns); last: nothing will follow."""
@@ -135,26 +146,39 @@ class HeadGradients:
         if bias_dtype is not None:
             self.bias_grad = BiasGradient(vocab, bias_dtype, weight.device)
 
-    def add(self, tile: Tensor, positions: Tensor, missing: Tensor, coeff: Tensor, last: bool) -> None:
+    def add(
+        self,
+        tile: Tensor,
+        positions: Tensor,
+        missing: Tensor,
+        coeff: Tensor,
+        last: bool,
+        scaled: Tensor | None = None,
+    ) -> None:
         """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
 
         Args:
             tile (n, V) unscaled, contiguous, overwritten; positions (n or more,) distinct tokens; coeff (T,);
             missing (T,): the part of `coeff` that the sums of dW and d(bias) do not hold yet;
-            last: nothing will follow.
+            last: nothing will follow; scaled: what `scale` made of these positions and `missing`.
         """
         at = positions[: len(tile)]
         if self.weight_grad is not None:
-            fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
-            hidden = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
-            self.weight_grad.add(tile, hidden, last)
-            del hidden
+            if scaled is None:
+                fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
+                scaled = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
+            self.weight_grad.add(tile, scaled[: len(tile)], last)
+            del scaled
         if self.bias_grad is not None:
             self.bias_grad.add(tile, missing.index_select(0, at))
         if self.hidden_needed:
-            if self.hidden_grad is None:
-                self.hidden_grad = torch.zeros_like(self.hidden, dtype=self.hidden_dtype)
-            self._add_hidden(self.hidden_grad, tile, positions, coeff)
+            self._add_hidden(tile, positions, coeff)
+
+    def scale(self, positions: Tensor, missing: Tensor, count: int) -> Tensor | None:
+        """dW's operand for `add` ahead of time, of `count` positions of which a later call may use fewer."""
+        if self.weight_grad is None or self.weight.dtype == torch.float16:
+            return None
+        return ops.direct.gather_rows(self.hidden, positions, missing, count)
 
     def _held(self, dtype: torch.dtype | None) -> torch.dtype | None:
         return torch.float32 if dtype == torch.float16 else dtype
@@ -174,11 +198,19 @@ class HeadGradients:
         self.factor = factor
         return factor
 
-    def _add_hidden(self, out: Tensor, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
-        """Write dX to `out`; the rows of `tile` that are done make room for the next products."""
+    def _add_hidden(self, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+        """Write the rows of dX; the rows of `tile` that are done make room for the next products."""
         wide = torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
         wide = torch.float64 if tile.dtype == torch.float64 else wide
         columns, count = self.weight.shape[1], len(tile)
+        if self.hidden_grad is None:
+            self.hidden_grad = torch.empty_like(self.hidden, dtype=self.hidden_dtype)
+            product = self._first_product(self.hidden_grad, tile, wide)
+            if product is None or count < len(self.hidden):
+                self.hidden_grad.zero_()
+            if product is not None:
+                ops.direct.scatter_rows_(self.hidden_grad, product, positions, coeff, 0)
+                return
         room = min(count, max(1, HIDDEN_BYTES // (columns * wide.itemsize)))
         product = torch.empty(room, columns, dtype=wide, device=tile.device)
         start = 0
@@ -189,8 +221,26 @@ class HeadGradients:
                     product = free[: len(free) // columns * columns].view(-1, columns)
             rows = product[: count - start]
             multiply_(rows, tile[start : start + len(rows)], self.weight)
-            ops.direct.scatter_rows_(out, rows, positions, coeff, start)
+            ops.direct.scatter_rows_(self.hidden_grad, rows, positions, coeff, start)
             start += len(rows)
+
+    def _first_product(self, memory: Tensor, tile: Tensor, wide: torch.dtype) -> Tensor | None:
+        """`tile @ weight` in `wide`, in the memory of `tile`; None if the vocabulary is too small for that.
+
+        The first rows are computed in `memory`, that of dX, which nothing has been written to. They free so many rows
+        of the tile that the other rows are computed there, and the first are moved there.
+        """
+        columns, count = self.weight.shape[1], len(tile)
+        first = min(count, memory.numel() * memory.itemsize // (columns * wide.itemsize)) if columns else 0
+        if first * tile.shape[1] * tile.itemsize < count * columns * wide.itemsize or not first:
+            return None
+        ahead = memory.view(-1)[: first * columns * wide.itemsize // memory.itemsize].view(wide).view(first, columns)
+        multiply_(ahead, tile[:first], self.weight)
+        product = tile.view(-1)[: count * columns * wide.itemsize // tile.itemsize].view(wide).view(count, columns)
+        if first < count:
+            multiply_(product[first:], tile[first:], self.weight)
+        product[:first] = ahead
+        return product
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX (T, H), dW (V, H) and d(bias) (V,); None for what was not asked for."""

@@ -15,10 +15,10 @@ from geko_kernels.reference import rows as reference_rows
 
 
 def test_the_buffer_keeps_to_its_budget():
-    def rows(tokens, columns, vocab, mib, narrow=True):
+    def rows(tokens, columns, vocab, mib, narrow=True, scored=None):
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
         head = linear_chunks.Head(like.new_empty(tokens, columns), like.new_empty(vocab, columns), None, vocab)
-        return linear_chunks.buffer_rows(head, mib, narrow)
+        return linear_chunks.buffer_rows(head, mib, narrow, tokens if scored is None else scored)
 
     assert rows(8192, 4096, 128256, 1024) == 8192, "2 GiB of logits instead of 1 GiB and 1 GiB more for dW's sum"
     assert rows(8192, 4096, 128256, 1024, narrow=False) * (128256 + 4096) * 2 <= 1004 * 2**20
@@ -27,6 +27,7 @@ def test_the_buffer_keeps_to_its_budget():
     assert rows(16384, 2048, 151936, None) == rows(16384, 2048, 151936, 1024)
     assert rows(100, 16, 128, 1024) == 100
     assert rows(0, 16, 128, 1024) == 0
+    assert rows(32768, 2048, 151936, None, scored=8192) == 8192, "tokens without a label take no memory"
 
 
 @pytest.mark.parametrize("rows", [3, 200, 4001])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import geko_kernels as gk
 from geko_kernels import ops
-from geko_kernels.losses import linear_chunks
+from geko_kernels.losses import linear_call
 from geko_kernels.losses.linear_gradients import BiasGradient
 from geko_kernels.reference import rows as reference_rows
 
@@ -103,8 +103,8 @@ def test_gradients_of_the_head_over_many_rows(rows_held, kind, monkeypatch):
 
     exact = head_gradients(torchs, torch.float64, hidden, weight, bias)
     own = head_gradients(torchs, torch.float32, hidden, weight, bias)
-    monkeypatch.setattr(linear_chunks, "buffer_rows", lambda *_: rows_held)
-    monkeypatch.setattr("geko_kernels.losses.linear.buffer_rows", lambda *_: rows_held)
+    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: rows_held)
+    monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
     ours = head_gradients(
         lambda x, w, b: gk.weighted_linear_loss(x, w, labels, bias=b, reduction="token_mean"),
         *(torch.float32, hidden, weight, bias),
