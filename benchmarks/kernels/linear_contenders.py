@@ -41,7 +41,7 @@ class Contender:
             return None
 
 
-def _geko(case: Case, chunk_mib: int | None) -> LossOf:
+def geko(case: Case, chunk_mib: int | None) -> LossOf:
     state = gk.SampleState(case.shape.samples, gk.GEKOConfig(bucket_weights=_WEIGHTS), case.device)
     labels = case.labels.view(-1, LENGTH)
 
@@ -72,7 +72,7 @@ def _torch_linear(case: Case) -> LossOf:
     return lambda hidden, weight: loss(hidden, weight, case.labels, ignore_index=-100)
 
 
-def _liger(case: Case, chunk: int, wide: bool) -> LossOf:
+def liger(case: Case, chunk: int, wide: bool) -> LossOf:
     from liger_kernel.ops.fused_linear_cross_entropy import (  # type: ignore[import-not-found]
         LigerFusedLinearCrossEntropyFunction,
     )
@@ -98,14 +98,14 @@ def _quack(case: Case) -> LossOf:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("geko", partial(_geko, chunk_mib=None), ours=True, package="geko_kernels"),
-        Contender("geko-256", partial(_geko, chunk_mib=256), package="geko_kernels"),
+        Contender("geko", partial(geko, chunk_mib=None), ours=True, package="geko_kernels"),
+        Contender("geko-256", partial(geko, chunk_mib=256), package="geko_kernels"),
         Contender("torch", _torch),
         Contender("compile", _compile),
         Contender("torch-linear", _torch_linear),
-        Contender("liger-1", partial(_liger, chunk=1, wide=False), cpu=False, package="liger-kernel"),
-        Contender("liger-16", partial(_liger, chunk=16, wide=False), cpu=False, package="liger-kernel"),
-        Contender("liger-16-fp32", partial(_liger, chunk=16, wide=True), cpu=False, package="liger-kernel"),
+        Contender("liger-1", partial(liger, chunk=1, wide=False), cpu=False, package="liger-kernel"),
+        Contender("liger-16", partial(liger, chunk=16, wide=False), cpu=False, package="liger-kernel"),
+        Contender("liger-16-fp32", partial(liger, chunk=16, wide=True), cpu=False, package="liger-kernel"),
         Contender("cce", partial(_cce, exact=False), cpu=False, package="cut-cross-entropy"),
         Contender("cce-exact", partial(_cce, exact=True), cpu=False, package="cut-cross-entropy"),
         Contender("quack", _quack, cpu=False, package="quack-kernels"),

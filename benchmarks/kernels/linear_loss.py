@@ -1,6 +1,7 @@
 """`weighted_linear_loss` against its peers: the same inputs, one run, each checked before it is timed.
 
     python -m benchmarks.kernels.linear_loss [--device cpu] [--quick] [--contenders geko,liger-16] [--results DIR]
+    python -m benchmarks.kernels.linear_loss --frontier  # time against memory, see linear_frontier.py
 
 appends to DIR/linear_loss.jsonl and ends with each target, its measured ratio, and whether it was hit. See README.md.
 """
@@ -147,7 +148,12 @@ def show(row: Row) -> str:
 
 
 def main() -> int:
-    options = arguments(__doc__, FILE, CONTENDERS)
+    from benchmarks.kernels import linear_frontier  # it measures with this module
+
+    options = arguments(__doc__, FILE, CONTENDERS, linear_frontier.names())
+    if options.frontier:
+        frontier = linear_frontier.FILE, linear_frontier.SHAPES, linear_frontier.run, show
+        return run_all(options, *frontier, linear_frontier.frontier_targets, linear_frontier.draw)
     return run_all(options, FILE, QUICK_SHAPES if options.quick else SHAPES, run, show, linear_targets)
 
 

@@ -23,9 +23,11 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
+from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden, real_dtype
-from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
+from geko_kernels.losses.linear_chunks import Chunks, HostCopy, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
+from geko_kernels.losses.linear_head import Head, LabelBatch, block_columns, buffer_rows
 from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
@@ -114,12 +116,17 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
         upstream = upstream[:, None].expand(batch.labels.shape).flatten()
     coeff = torch.where(coeff != 0, coeff * upstream, 0)
     gradients = HeadGradients(head.hidden, head.weight, *_needed(ctx, weight, bias))
-    chunks = Chunks(head, batch, lambda rows: buffer_rows(head, ctx.call.chunk_mib, gradients.narrow, rows), gradients)
     every = torch.arange(len(coeff), device=coeff.device)
     positions, sources = torch.empty_like(every), torch.empty_like(every)
     kept = int(HostCopy(ops.direct.kept_rows_(coeff, every, positions, sources, 0, 0, len(every))).wait())
-    chunks.hold(chunks.room(kept))
-    chunks.add_rows(statistics, positions[:kept], coeff, coeff)
+    positions = positions[:kept]
+    budget = head, ctx.call.chunk_mib, gradients.narrow
+    if columns := block_columns(*budget, gradients.hidden_needed, kept):
+        add_blocks(head, batch, gradients, statistics, positions, coeff, columns)
+    else:
+        chunks = Chunks(head, batch, lambda rows: buffer_rows(*budget, rows), gradients)
+        chunks.hold(chunks.room(kept))
+        chunks.add_rows(statistics, positions, coeff, coeff)
     return _unpadded(gradients, head)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -11,15 +12,15 @@ from torch import Tensor
 
 from geko_kernels import ops
 from geko_kernels.losses.arguments import check_flag
-from geko_kernels.losses.linear_chunks import Chunks, Head, LabelBatch, Scored, buffer_rows
+from geko_kernels.losses.linear_chunks import Chunks, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
+from geko_kernels.losses.linear_head import SCORE_ROWS, Head, LabelBatch, block_columns, buffer_rows, score_rows
 from geko_kernels.losses.results import ForwardResult
 from geko_kernels.losses.state_arguments import state_arguments
 from geko_kernels.reference.rows import row_entropy
 from geko_kernels.state import SampleState
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
-_SCORE_ROWS = 4096  # a GEMM that only scores is no faster with more
 _AT_ONCE = 2**22  # elements of logits: 16 MiB
 LEFT_OUT = 0.25  # share of a small call's rows; leaving out fewer saves less than moving the kept rows costs
 
@@ -41,12 +42,8 @@ class Call:
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
-
-        def room(scored: int) -> int:
-            rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow, scored)
-            return rows if gradients is not None else min(rows, _SCORE_ROWS)
-
-        chunks = Chunks(head, self.batch, room, gradients, self._all_kept, self.entropy)
+        room, block = self._room(head, gradients)
+        chunks = Chunks(head, self.batch, room, gradients, block, self._all_kept, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -65,6 +62,22 @@ class Call:
         result = chunks.run(self.scored, update, lambda result: result.scale)
         check_flag(error, self.state, head.vocab)
         return result
+
+    def _room(self, head: Head, gradients: HeadGradients | None) -> tuple[Callable[[int], int], Callable[[int], int]]:
+        """How many rows, and how many columns of all rows, to hold of so many that are scored; see `Chunks`."""
+
+        def columns(scored: int) -> int:
+            if gradients is None:
+                return 0
+            return block_columns(head, self.chunk_mib, gradients.narrow, gradients.hidden_needed, scored)
+
+        def room(scored: int) -> int:
+            rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow, scored)
+            if columns(scored):  # dX and dW are not there yet
+                rows = score_rows(head, self.chunk_mib, scored)
+            return rows if gradients is not None else min(rows, SCORE_ROWS)
+
+        return room, columns
 
     @property
     def _all_kept(self) -> bool:

@@ -9,52 +9,20 @@ from the rows scored so far; if the estimate was wrong, the rows of that visit a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geko_kernels import ops
-from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
+from geko_kernels.losses.linear_blocks import add_blocks
+from geko_kernels.losses.linear_gradients import HeadGradients
+from geko_kernels.losses.linear_head import Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # first rows, which show whether most rows are kept
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
-WHOLE_MIB = 2048  # by default all rows are held at once if they fit into this,
-CHUNK_MIB = 1024  # else a buffer of this size
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
-
-
-@dataclass(frozen=True)
-class Head:
-    """`logits = hidden @ weight[:vocab].T + bias[:vocab]`; rows of the weight beyond `vocab` are zeros."""
-
-    hidden: Tensor  # (T, H), contiguous
-    weight: Tensor  # (ld, H)
-    bias: Tensor | None  # (ld,)
-    vocab: int
-
-    def logits(self, rows: Tensor | slice, out: Tensor) -> None:
-        """Write the logits of tokens `rows`, padding included, to `out` (len(rows), ld)."""
-        hidden = self.hidden[rows] if isinstance(rows, slice) else self.hidden.index_select(0, rows)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
-
-
-@dataclass(frozen=True)
-class LabelBatch:
-    """What the logits are scored against; see `weighted_loss`."""
-
-    labels: Tensor  # (B, S)
-    sample_ids: Tensor | None
-    ignore_index: int
-    shift: bool
-    softcap: float
-    token_weights: Tensor | None  # (B, S)
-    sample_weights: Tensor | None  # as the ops take them
 
 
 class HostCopy:
@@ -88,27 +56,13 @@ class Scored:
         self.copy = HostCopy(visits)
 
 
-def buffer_rows(head: Head, mib: float | None, narrow: bool, scored: int) -> int:
-    """How many of `scored` rows of logits to hold within `mib` MiB; by default `WHOLE_MIB` for all, or `CHUNK_MIB`.
-
-    If dW has 2 bytes an element (`narrow`), several flushes sum it in float32, which takes as much again as dW. If all
-    rows fit into the budget and that memory together, all are held, and a single flush writes dW.
-    """
-    size = head.weight.element_size()
-    row = head.weight.shape[0] * size
-    spared = head.weight.numel() * 2 if narrow else 0
-    if scored * row <= (WHOLE_MIB if mib is None else mib) * 2**20 + spared:
-        return scored
-    room = int((CHUNK_MIB if mib is None else mib) * 2**20) - HIDDEN_BYTES - HIDDEN_BYTES // 4  # dX, and small tensors
-    return min(scored, max(room // (row + head.hidden.shape[1] * size), 8))  # with dW's operand
-
-
 class Chunks:
     """Passes over a batch with one buffer of logits.
 
     Args:
         room: how many rows of logits the buffer holds, of how many that are scored.
         gradients: what takes the gradients; None to score only.
+        columns: how many columns of all scored rows to hold for the gradients (see `linear_blocks.py`), 0 for rows.
         all_kept: every row is known to be kept.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
@@ -121,12 +75,15 @@ class Chunks:
         batch: LabelBatch,
         room: Callable[[int], int],
         gradients: HeadGradients | None,
+        columns: Callable[[int], int] = lambda scored: 0,
         all_kept: bool = False,
         entropy: Tensor | None = None,
     ) -> None:
-        self.head, self.batch, self.room, self.gradients, self.entropy = head, batch, room, gradients, entropy
+        self.head, self.batch, self.room, self.columns = head, batch, room, columns
+        self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
+        self.buffer = head.hidden.new_empty(0, 0)
         self.scaled: Tensor | None = None  # dW's operand of the next flush, if it is there ahead of time
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 
@@ -165,6 +122,9 @@ class Chunks:
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
+        columns, gradients = self.columns(count), self.gradients
+        if columns:  # score only, at first
+            self.gradients, self.fused = None, False
         self.hold(self.room(count), 0 if known else ahead)
         if known:
             self._logits(0, ahead, 0)
@@ -192,6 +152,13 @@ class Chunks:
             coeff = result.coeff * factor(result)
             held = self._keep(result, coeff, part, held, ready_from) if count else 0
             self._finish(coeff, held, list(crossing.values()))
+        elif gradients is not None:
+            self.gradients, self.buffer = gradients, self.buffer[:0].clone()
+            positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
+            lists = (self.rows, positions, sources, 0, 0, count)
+            kept = int(HostCopy(ops.direct.kept_rows_(result.coeff, *lists)).wait())
+            coeff = result.coeff * factor(result)
+            add_blocks(self.head, self.batch, gradients, self.statistics, positions[:kept], coeff, columns)
         return result
 
     def _next(self, start: int, count: int, room: int) -> slice:
@@ -262,7 +229,8 @@ class Chunks:
         where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
         ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
         self.scaled = None
-        if self.fused and self.gradients is not None and not kept.arrived():  # most rows are kept: a flush will follow
+        foreseen = self.fused and self.buffer.dtype != torch.float16  # most rows are kept: a flush will follow
+        if foreseen and self.gradients is not None and not kept.arrived():
             self.scaled = self.gradients.scale(self.positions, coeff, held + count)
         return int(kept.wait())
 

@@ -65,6 +65,11 @@ class WeightGradient:
             multiply_(part, tile[:, start : start + len(part)].t(), hidden, add=not first)
             start += len(part)
 
+    def write(self, tile: Tensor, hidden: Tensor, start: int) -> None:
+        """Write the rows from `start` on, (tile's columns, columns), as one product to which nothing is added."""
+        multiply_(self.result[start : start + tile.shape[1]], tile.t(), hidden)
+        self.parts = [self.result]
+
     def _hold(self) -> None:
         rows, columns = self.shape
         wide = torch.float64 if self.compute == torch.float64 else torch.float32
@@ -107,8 +112,10 @@ class BiasGradient:
     def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.total = dtype, torch.zeros(vocab, dtype=sum_dtype(device), device=device)
 
-    def add(self, tile: Tensor, by_row: Tensor) -> None:
-        self.total += ops.direct.column_sums(tile, by_row)
+    def add(self, tile: Tensor, by_row: Tensor, columns: int | None = None, start: int = 0) -> None:
+        """Add the sums of the tile's first `columns` columns, which are those of the vocabulary from `start` on."""
+        sums = ops.direct.column_sums(tile, by_row)[:columns]
+        self.total[start : start + len(sums)] += sums
 
     def finish(self) -> Tensor:
         return self.total.to(self.dtype)
@@ -165,8 +172,7 @@ class HeadGradients:
         at = positions[: len(tile)]
         if self.weight_grad is not None:
             if scaled is None:
-                fitting = missing * self._refit(at, missing) if self.weight.dtype == torch.float16 else missing
-                scaled = ops.direct.gather_rows(self.hidden, positions, fitting, len(tile))
+                scaled = self._scaled(positions, missing, len(tile))
             self.weight_grad.add(tile, scaled[: len(tile)], last)
             del scaled
         if self.bias_grad is not None:
@@ -175,10 +181,25 @@ class HeadGradients:
             self._add_hidden(tile, positions, coeff)
 
     def scale(self, positions: Tensor, missing: Tensor, count: int) -> Tensor | None:
-        """dW's operand for `add` ahead of time, of `count` positions of which a later call may use fewer."""
-        if self.weight_grad is None or self.weight.dtype == torch.float16:
-            return None
-        return ops.direct.gather_rows(self.hidden, positions, missing, count)
+        """dW's operand for the tokens `positions[:count]`; None if dW is not asked for."""
+        return None if self.weight_grad is None else self._scaled(positions, missing, count)
+
+    def _scaled(self, positions: Tensor, missing: Tensor, count: int) -> Tensor:
+        fp16 = self.weight.dtype == torch.float16
+        fitting = missing * self._refit(positions[:count], missing) if fp16 else missing
+        return ops.direct.gather_rows(self.hidden, positions, fitting, count)
+
+    def wide(self, tile: Tensor) -> torch.dtype:
+        """The dtype in which products of `tile` are summed for dX."""
+        if tile.dtype == torch.float64:
+            return torch.float64
+        return torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
+
+    def write_hidden(self, product: Tensor, positions: Tensor, coeff: Tensor) -> None:
+        """Make dX `coeff * product` in the rows `positions`, and 0 in the others."""
+        make = torch.empty_like if len(product) == len(self.hidden) else torch.zeros_like
+        self.hidden_grad = make(self.hidden, dtype=self.hidden_dtype)
+        ops.direct.scatter_rows_(self.hidden_grad, product, positions, coeff, 0)
 
     def _held(self, dtype: torch.dtype | None) -> torch.dtype | None:
         return torch.float32 if dtype == torch.float16 else dtype
@@ -200,8 +221,7 @@ class HeadGradients:
 
     def _add_hidden(self, tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
         """Write the rows of dX; the rows of `tile` that are done make room for the next products."""
-        wide = torch.float32 if tile.is_cuda or tile.dtype == torch.float16 else tile.dtype
-        wide = torch.float64 if tile.dtype == torch.float64 else wide
+        wide = self.wide(tile)
         columns, count = self.weight.shape[1], len(tile)
         if self.hidden_grad is None:
             self.hidden_grad = torch.empty_like(self.hidden, dtype=self.hidden_dtype)

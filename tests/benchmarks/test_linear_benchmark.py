@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels import linear_cases, linear_loss, linear_targets, timing
+from benchmarks.kernels import linear_cases, linear_frontier, linear_loss, linear_targets, timing
 
 KEYS = {
     *("bench", "contender", "T", "H", "V", "dtype", "keep_share", "masked_share", "mode", "ms", "ms_p20", "ms_p80"),
@@ -42,3 +42,32 @@ def test_a_missing_peer_is_a_reason():
     case = linear_cases.make_case(SHAPES[0], torch.bfloat16, 1.0, 0.0, torch.device("cpu"))
     row = linear_loss.attempt(linear_loss.CONTENDERS["quack"], case, linear_cases.truth(case), {})
     assert row["ms"] is None and row["reason"]
+
+
+def test_the_frontier_has_rows_targets_and_a_picture(tmp_path):
+    shape, names = linear_cases.Shape(256, 32, 4096), ["torch", "geko", "geko-1"]
+    rows = list(linear_frontier.run([shape], [torch.bfloat16], names, torch.device("cpu")))
+    assert [(row["contender"], row["reason"]) for row in rows] == [(name, None) for name in ("gemms", *names)]
+    assert rows[1]["model_mib"] is None and rows[1]["peak_mib"] > rows[2]["peak_mib"] > rows[3]["peak_mib"]
+    assert rows[3]["model_mib"] == linear_frontier.linear_memory.predicted_mib(shape, 1)
+    rows = [row | {"gpu": "cpu: any", "torch": "2", "date": "2026-01-01"} for row in rows]
+    targets = {target.what: target.measured for target in linear_frontier.frontier_targets(rows)}
+    (against,) = (value for what, value in targets.items() if "geko at no more memory / torch" in what)
+    assert against == min(row["ms"] for row in rows[2:]) / rows[1]["ms"]
+    linear_frontier.draw(rows, tmp_path)
+    assert (tmp_path / "linear_frontier_cpu.png").stat().st_size > 1000
+
+
+def test_a_peer_counts_only_if_it_is_exact_and_within_our_memory():
+    def row(name, ms, mib, error):
+        where = {"T": 1, "H": 2, "V": 3, "gpu": "cpu: any", "model_mib": mib}
+        return {"contender": name, "ms": ms, "peak_mib": mib, "weight_error": error, **where}
+
+    rows = [row("torch", 3.0, 900.0, 2e-3), row("geko", 2.0, 800.0, 2e-3), row("geko-512", 2.4, 500.0, 2e-3)]
+    rows += [row("rough", 1.0, 600.0, 3e-3), row("small", 1.0, 400.0, 2e-3), row("peer", 2.0, 600.0, 2.1e-3)]
+    found = {target.what: (target.measured, target.bar) for target in linear_frontier.frontier_targets(rows)}
+    assert found == {
+        "1 x 2 x 3: geko at no more memory / torch (900 MiB)": (2 / 3, 1.0),
+        "1 x 2 x 3: geko at no more memory / peer (600 MiB)": (1.2, 1.0),
+        "1 x 2 x 3: time with 512 MiB / by default": (pytest.approx(1.2), 1.1),
+    }

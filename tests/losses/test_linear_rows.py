@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geko_kernels import ops
-from geko_kernels.losses import linear_chunks
+from geko_kernels.losses import linear_head
 from geko_kernels.losses.linear_gradients import WeightGradient, narrow_
 from geko_kernels.reference import rows as reference_rows
 
@@ -17,8 +17,8 @@ from geko_kernels.reference import rows as reference_rows
 def test_the_buffer_keeps_to_its_budget():
     def rows(tokens, columns, vocab, mib, narrow=True, scored=None):
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-        head = linear_chunks.Head(like.new_empty(tokens, columns), like.new_empty(vocab, columns), None, vocab)
-        return linear_chunks.buffer_rows(head, mib, narrow, tokens if scored is None else scored)
+        head = linear_head.Head(like.new_empty(tokens, columns), like.new_empty(vocab, columns), None, vocab)
+        return linear_head.buffer_rows(head, mib, narrow, tokens if scored is None else scored)
 
     assert rows(8192, 4096, 128256, 1024) == 8192, "2 GiB of logits instead of 1 GiB and 1 GiB more for dW's sum"
     assert rows(8192, 4096, 128256, 1024, narrow=False) * (128256 + 4096) * 2 <= 1004 * 2**20
