@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels.linear_cases import Shape
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES
-from geko_kernels.losses.linear_head import Head, block_columns, buffer_rows, score_rows
+from geko_kernels.losses.linear_head import Budget, Head
 
 SHAPES = (Shape(8192, 4096, 32000), Shape(8192, 2048, 151936), Shape(16384, 576, 49152))
 BUDGETS = (64, 96, 128, 256, 512, 1024, None)
@@ -21,15 +21,17 @@ _TOKEN = 80  # bytes a token: lists of rows, statistics, coefficients
 _WAIT = 0.05  # ms a fill: the host learns how many rows are kept
 
 
-def plan_of(shape: Shape, chunk_mib: float | None, itemsize: int, scored: int) -> tuple[int, int]:
+def plan_of(
+    shape: Shape, chunk_mib: float | None, itemsize: int, scored: int, kept_share: float = 1.0
+) -> tuple[int, int]:
     """(rows, columns) that a call holds on a GPU; columns are 0 where it holds rows."""
     like = torch.empty(0, dtype={2: torch.bfloat16, 4: torch.float32}[itemsize], device="meta")
     vocab = shape.vocab if shape.vocab % 8 == 0 else shape.aligned_vocab
     head = Head(like.new_empty(shape.tokens, shape.hidden), like.new_empty(vocab, shape.hidden), None, shape.vocab)
-    columns = block_columns(head, chunk_mib, itemsize == 2, True, scored)
-    if columns:
-        return score_rows(head, chunk_mib, scored), min(columns, shape.vocab)
-    return buffer_rows(head, chunk_mib, itemsize == 2, scored), 0
+    budget = Budget(head, chunk_mib, itemsize == 2, True)
+    if budget.by_blocks(scored):
+        return budget.score_rows(scored), min(budget.columns(round(kept_share * scored)), shape.vocab)
+    return budget.rows(scored), 0
 
 
 def predicted_mib(
@@ -37,7 +39,7 @@ def predicted_mib(
 ) -> float:
     """MiB at the peak of forward and backward beyond inputs, of which `scored` tokens have a label (default: all)."""
     scored = shape.tokens if scored is None else scored
-    rows, columns = plan_of(shape, chunk_mib, itemsize, scored)
+    rows, columns = plan_of(shape, chunk_mib, itemsize, scored, kept_share)
     vocab = shape.vocab if shape.vocab % 8 == 0 else shape.aligned_vocab
     width = shape.hidden * itemsize
     dx, dw, padded = shape.tokens * width, vocab * width, 0 if vocab == shape.vocab else vocab * width

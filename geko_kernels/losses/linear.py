@@ -27,7 +27,7 @@ from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden, real_dtype
 from geko_kernels.losses.linear_chunks import Chunks, HostCopy, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.linear_head import Head, LabelBatch, block_columns, buffer_rows
+from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
@@ -120,12 +120,12 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     positions, sources = torch.empty_like(every), torch.empty_like(every)
     kept = int(HostCopy(ops.direct.kept_rows_(coeff, every, positions, sources, 0, 0, len(every))).wait())
     positions = positions[:kept]
-    budget = head, ctx.call.chunk_mib, gradients.narrow
-    if columns := block_columns(*budget, gradients.hidden_needed, kept):
-        add_blocks(head, batch, gradients, statistics, positions, coeff, columns)
+    budget = Budget(head, ctx.call.chunk_mib, gradients.narrow, gradients.hidden_needed)
+    if budget.by_blocks(kept):
+        add_blocks(head, batch, gradients, statistics, positions, coeff, budget.columns(kept))
     else:
-        chunks = Chunks(head, batch, lambda rows: buffer_rows(*budget, rows), gradients)
-        chunks.hold(chunks.room(kept))
+        chunks = Chunks(head, batch, budget, gradients)
+        chunks.hold(budget.rows(kept))
         chunks.add_rows(statistics, positions, coeff, coeff)
     return _unpadded(gradients, head)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,7 +13,7 @@ from geko_kernels import ops
 from geko_kernels.losses.arguments import check_flag
 from geko_kernels.losses.linear_chunks import Chunks, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.linear_head import SCORE_ROWS, Head, LabelBatch, block_columns, buffer_rows, score_rows
+from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
 from geko_kernels.losses.state_arguments import state_arguments
 from geko_kernels.reference.rows import row_entropy
@@ -42,8 +41,9 @@ class Call:
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
-        room, block = self._room(head, gradients)
-        chunks = Chunks(head, self.batch, room, gradients, block, self._all_kept, self.entropy)
+        wanted = (gradients.narrow, gradients.hidden_needed) if gradients is not None else (False, False)
+        budget = Budget(head, self.chunk_mib, *wanted)
+        chunks = Chunks(head, self.batch, budget, gradients, self._all_kept, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -63,22 +63,6 @@ class Call:
         check_flag(error, self.state, head.vocab)
         return result
 
-    def _room(self, head: Head, gradients: HeadGradients | None) -> tuple[Callable[[int], int], Callable[[int], int]]:
-        """How many rows, and how many columns of all rows, to hold of so many that are scored; see `Chunks`."""
-
-        def columns(scored: int) -> int:
-            if gradients is None:
-                return 0
-            return block_columns(head, self.chunk_mib, gradients.narrow, gradients.hidden_needed, scored)
-
-        def room(scored: int) -> int:
-            rows = buffer_rows(head, self.chunk_mib, gradients is not None and gradients.narrow, scored)
-            if columns(scored):  # dX and dW are not there yet
-                rows = score_rows(head, self.chunk_mib, scored)
-            return rows if gradients is not None else min(rows, SCORE_ROWS)
-
-        return room, columns
-
     @property
     def _all_kept(self) -> bool:
         return self.state is None and self.batch.sample_weights is None
@@ -95,7 +79,7 @@ class Call:
             or head.hidden.dtype != torch.float32
             or tokens * head.vocab > _AT_ONCE
             or int(self.scored.copy.values[0]) != tokens
-            or (self.chunk_mib is not None and buffer_rows(head, self.chunk_mib, False, tokens) != tokens)
+            or (self.chunk_mib is not None and Budget(head, self.chunk_mib, False, True).rows(tokens) != tokens)
         ):
             return None
         hidden, batch = head.hidden, self.batch

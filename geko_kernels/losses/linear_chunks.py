@@ -16,7 +16,7 @@ from torch import Tensor
 from geko_kernels import ops
 from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.linear_head import Head, LabelBatch
+from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
@@ -60,9 +60,8 @@ class Chunks:
     """Passes over a batch with one buffer of logits.
 
     Args:
-        room: how many rows of logits the buffer holds, of how many that are scored.
+        budget: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
-        columns: how many columns of all scored rows to hold for the gradients (see `linear_blocks.py`), 0 for rows.
         all_kept: every row is known to be kept.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
@@ -73,13 +72,12 @@ class Chunks:
         self,
         head: Head,
         batch: LabelBatch,
-        room: Callable[[int], int],
+        budget: Budget,
         gradients: HeadGradients | None,
-        columns: Callable[[int], int] = lambda scored: 0,
         all_kept: bool = False,
         entropy: Tensor | None = None,
     ) -> None:
-        self.head, self.batch, self.room, self.columns = head, batch, room, columns
+        self.head, self.batch, self.budget = head, batch, budget
         self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
@@ -110,11 +108,11 @@ class Chunks:
         Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
         self.rows, self.targets = scored.rows, scored.targets
-        most = self.room(len(self.rows))
+        most = self._room(len(self.rows))
         ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most)
         known = scored.copy.arrived()
         if not known:
-            early = most * len(self.head.weight) * self.head.weight.element_size() <= EARLY_MIB * 2**20
+            early = most * self.head.row_bytes <= EARLY_MIB * 2**20
             self.hold(most if early else ahead)
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
         real = torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
@@ -122,10 +120,10 @@ class Chunks:
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
-        columns, gradients = self.columns(count), self.gradients
-        if columns:  # score only, at first
+        gradients = self.gradients
+        self.hold(self._room(count), 0 if known else ahead)
+        if self.budget.by_blocks(count):  # score only, at first
             self.gradients, self.fused = None, False
-        self.hold(self.room(count), 0 if known else ahead)
         if known:
             self._logits(0, ahead, 0)
         room = len(self.buffer)
@@ -153,13 +151,18 @@ class Chunks:
             held = self._keep(result, coeff, part, held, ready_from) if count else 0
             self._finish(coeff, held, list(crossing.values()))
         elif gradients is not None:
-            self.gradients, self.buffer = gradients, self.buffer[:0].clone()
+            self.buffer = self.buffer.new_empty(0, 0)
             positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
             lists = (self.rows, positions, sources, 0, 0, count)
             kept = int(HostCopy(ops.direct.kept_rows_(result.coeff, *lists)).wait())
-            coeff = result.coeff * factor(result)
-            add_blocks(self.head, self.batch, gradients, self.statistics, positions[:kept], coeff, columns)
+            known_rows = self.statistics, positions[:kept], result.coeff * factor(result)
+            add_blocks(self.head, self.batch, gradients, *known_rows, self.budget.columns(kept))
         return result
+
+    def _room(self, scored: int) -> int:
+        if self.gradients is None or self.budget.by_blocks(scored):
+            return self.budget.score_rows(scored)
+        return self.budget.rows(scored)
 
     def _next(self, start: int, count: int, room: int) -> slice:
         """The scored rows of the next fill: fills of about equal size, each up to the end of a visit if that fits."""

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import geko_kernels as gk
-from geko_kernels.losses import linear_call
 from geko_kernels.losses.linear_gradients import multiply_
+from geko_kernels.losses.linear_head import Budget
 
 ROWS, LENGTH, VOCAB, COLUMNS = 4, 24, 17, 24
 
@@ -46,7 +46,7 @@ def compare(device, values, labels, upstream, autocast):
 @pytest.mark.parametrize(("large", "upstream"), [(1.0, 1.0), (5000.0, 1.0), (1.0, 4096.0), (15000.0, 0.1)])
 def test_no_gradient_overflows_before_its_division(backend, device, monkeypatch, large, upstream, autocast, rows_held):
     """Summed first, dW of the large column is beyond 65504; divided by the number of tokens it is not."""
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: rows_held)
+    monkeypatch.setattr(Budget, "rows", lambda *_: rows_held)
     *values, labels = data(device, large=large)
     exact, peer, ours = compare(device, values, labels, upstream, autocast)
     for want, theirs, mine in zip(exact, peer, ours, strict=True):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import geko_kernels as gk
-from geko_kernels.losses import linear as linear_loss
 from geko_kernels.losses import linear_call, linear_chunks
+from geko_kernels.losses.linear_head import Budget
 from geko_kernels.reference import rows as reference_rows
 
 SMALL = 3  # rows of the buffer: most visits of the random cases then cross several fills
@@ -24,8 +24,8 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(linear_chunks, "AHEAD", 100)
     monkeypatch.setattr(linear_chunks, "SAMPLE", 1)
     monkeypatch.setattr(linear_chunks, "FUSED_SHARE", 0.5)
-    for module in (linear_call, linear_loss):
-        monkeypatch.setattr(module, "buffer_rows", lambda head, budget, narrow, scored: min(SMALL, scored))
+    monkeypatch.setattr(Budget, "rows", lambda self, scored: min(SMALL, scored))
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
 
 
 def make_head(case: Case, dtype: torch.dtype, device: str, with_bias: bool):
@@ -106,7 +106,7 @@ def peer_and_ours(hidden, weight, labels, ids, config=None, **options):
 @pytest.mark.parametrize("rows_held", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradients_are_within_twice_pytorchs_own_error(backend, device, monkeypatch, dtype, rows_held):
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: rows_held)
+    monkeypatch.setattr(Budget, "rows", lambda *_: rows_held)
     exact, peer, ours = peer_and_ours(*batch(device, dtype=dtype, learnt=[2]))
     for want, theirs, mine in zip(exact, peer, ours, strict=True):
         scale = want.abs().max()
@@ -154,7 +154,7 @@ def test_tokens_without_a_label_are_not_scored(reference, monkeypatch):
 
 
 def test_kept_rows_of_several_fills_share_a_gradient_gemm(reference, monkeypatch):
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: 32)
+    monkeypatch.setattr(Budget, "rows", lambda *_: 32)
     monkeypatch.setattr(linear_chunks, "AHEAD", 0)
     monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
     seen = count_rows(monkeypatch)
@@ -165,7 +165,7 @@ def test_kept_rows_of_several_fills_share_a_gradient_gemm(reference, monkeypatch
 
 
 def test_a_weight_that_was_not_foreseen_is_put_right(reference, monkeypatch):
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: 8)
+    monkeypatch.setattr(Budget, "rows", lambda *_: 8)
     hidden, weight, labels, ids = batch(rows=2, dtype=torch.float64, learnt=[0])
     hidden[0, 12:] = -hidden[0, 12:]  # looks learnt, until its last tokens
     hidden[1, 4:] = 3 * weight[labels[1, 4:]]  # looks wrong at first

@@ -10,6 +10,7 @@ import geko_kernels as gk
 from geko_kernels import ops
 from geko_kernels.losses import linear_call
 from geko_kernels.losses.linear_gradients import BiasGradient
+from geko_kernels.losses.linear_head import Budget
 from geko_kernels.reference import rows as reference_rows
 
 LONG = 262_144  # tokens
@@ -103,7 +104,7 @@ def test_gradients_of_the_head_over_many_rows(rows_held, kind, monkeypatch):
 
     exact = head_gradients(torchs, torch.float64, hidden, weight, bias)
     own = head_gradients(torchs, torch.float32, hidden, weight, bias)
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: rows_held)
+    monkeypatch.setattr(Budget, "rows", lambda *_: rows_held)
     monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
     ours = head_gradients(
         lambda x, w, b: gk.weighted_linear_loss(x, w, labels, bias=b, reduction="token_mean"),

@@ -13,6 +13,7 @@ from training import tiny_llama, weights
 
 import geko_kernels as gk
 from geko_kernels.losses import linear_call
+from geko_kernels.losses.linear_head import Budget
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -322,7 +323,7 @@ def test_lora_of_the_experts(tmp_path):
 )
 def test_no_logits_are_made_in_training(tmp_path, monkeypatch, fields):
     """With a buffer of 3 rows of logits nothing larger of the vocabulary's width is made."""
-    monkeypatch.setattr(linear_call, "buffer_rows", lambda *_: 3)
+    monkeypatch.setattr(Budget, "rows", lambda *_: 3)
     monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
     vocab = 47
     model = tiny_llama(vocab_size=vocab)
