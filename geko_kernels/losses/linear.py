@@ -272,9 +272,10 @@ def weighted_linear_loss(
         bias: (V,) or None.
         chunk_mib: the most memory in MiB for logits and their gradients at a time. Default: 2048 if all of them fit,
             else 1024. dX and dW come on top; if dW has 2 bytes an element and not all rows fit at once, so does as much
-            again as dW. On a GPU a V not divisible by 8 takes a padded copy of the weight. In float16, dX and dW are
-            held in float32 until the backward: before the upstream gradient multiplies them, float16's range is too
-            small.
+            again as dW. Where fewer than 512 rows fit, the logits may be computed twice, which takes no such sum and
+            costs a fourth GEMM. On a GPU a V not divisible by 8 takes a padded copy of the weight. In float16, dX and
+            dW are held in float32 until the backward: before the upstream gradient multiplies them, float16's range is
+            too small.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
             update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
         return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
