@@ -90,11 +90,11 @@ class Chunks:
         if keep and len(self.buffer) >= rows:
             return
         weight = self.head.weight
-        buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
+        buffer = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         if keep:
             buffer[:keep] = self.buffer[:keep]
         self.buffer = buffer
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=weight.device)  # token of each slot
+        self.positions = torch.empty(rows, dtype=torch.int64, device=weight.device)  # token of each slot
         self.sources = torch.empty_like(self.positions)
 
     def run(
@@ -108,20 +108,21 @@ class Chunks:
         Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
         self.rows, self.targets = scored.rows, scored.targets
-        most = self._room(len(self.rows))
+        tokens = self.rows.shape[0]
+        most = self._room(tokens)
         ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most)
         known = scored.copy.arrived()
         if not known:
-            early = most * self.head.row_bytes <= EARLY_MIB * 2**20
+            early = most * self.budget.row <= EARLY_MIB * 2**20
             self.hold(most if early else ahead)
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
         real = torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
-        self.statistics = torch.zeros(5, len(self.rows), dtype=real, device=self.rows.device)
+        self.statistics = torch.zeros(5, tokens, dtype=real, device=self.rows.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
         gradients = self.gradients
-        self.hold(self._room(count), 0 if known else ahead)
+        self.hold(most if count == tokens else self._room(count), 0 if known else ahead)
         if self.budget.by_blocks(count):  # score only, at first
             self.gradients, self.fused = None, False
         if known:

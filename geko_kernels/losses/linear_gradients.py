@@ -46,7 +46,7 @@ class WeightGradient:
         rows, columns = self.shape
         return torch.empty(-(-rows * columns // 2) * 2, dtype=self.dtype, device=self.device)
 
-    @property
+    @functools.cached_property
     def result(self) -> Tensor:
         rows, columns = self.shape
         return self.memory[: rows * columns].view(rows, columns)
@@ -55,8 +55,7 @@ class WeightGradient:
         """Args: tile (n, rows), hidden (n, columns); last: nothing will follow."""
         first = not self.parts
         if first and last and self.dtype == self.compute:
-            multiply_(self.result, tile.t(), hidden)
-            self.parts = [self.result]
+            self.write(tile, hidden, 0)
             return
         if first:
             self._hold()
@@ -67,8 +66,9 @@ class WeightGradient:
 
     def write(self, tile: Tensor, hidden: Tensor, start: int) -> None:
         """Write the rows from `start` on, (tile's columns, columns), as one product to which nothing is added."""
-        multiply_(self.result[start : start + tile.shape[1]], tile.t(), hidden)
-        self.parts = [self.result]
+        result = self.result
+        multiply_(result[start : start + tile.shape[1]], tile.t(), hidden)
+        self.parts = [result]
 
     def _hold(self) -> None:
         rows, columns = self.shape
@@ -82,14 +82,15 @@ class WeightGradient:
 
     def finish(self) -> Tensor:
         """The sum in `dtype`; 0 if nothing was added."""
+        result = self.result
         if not self.parts:
-            return self.result.zero_()
+            return result.zero_()
         if len(self.parts) == 2:
             inside, outside = self.parts
             narrow_(inside, self.memory)
-            self.result[len(inside) :] = outside
+            result[len(inside) :] = outside
         self.parts = []
-        return self.result
+        return result
 
 
 def narrow_(wide: Tensor, memory: Tensor) -> None:
@@ -225,8 +226,9 @@ class HeadGradients:
         columns, count = self.weight.shape[1], len(tile)
         if self.hidden_grad is None:
             self.hidden_grad = torch.empty_like(self.hidden, dtype=self.hidden_dtype)
-            product = self._first_product(self.hidden_grad, tile, wide)
-            if product is None or count < len(self.hidden):
+            small = count * columns * wide.itemsize <= HIDDEN_BYTES // 16
+            product = None if small else self._first_product(self.hidden_grad, tile, wide)
+            if count < self.hidden.shape[0]:
                 self.hidden_grad.zero_()
             if product is not None:
                 ops.direct.scatter_rows_(self.hidden_grad, product, positions, coeff, 0)
@@ -255,7 +257,7 @@ class HeadGradients:
         if first * tile.shape[1] * tile.itemsize < count * columns * wide.itemsize or not first:
             return None
         ahead = memory.view(-1)[: first * columns * wide.itemsize // memory.itemsize].view(wide).view(first, columns)
-        multiply_(ahead, tile[:first], self.weight)
+        multiply_(ahead, tile if first == count else tile[:first], self.weight)
         product = tile.view(-1)[: count * columns * wide.itemsize // tile.itemsize].view(wide).view(count, columns)
         if first < count:
             multiply_(product[first:], tile[first:], self.weight)

@@ -26,11 +26,6 @@ class Head:
     bias: Tensor | None  # (ld,)
     vocab: int
 
-    @property
-    def row_bytes(self) -> int:
-        """Of the logits of a token."""
-        return len(self.weight) * self.weight.element_size()
-
     def logits(self, rows: Tensor | slice, out: Tensor) -> None:
         """Write the logits of tokens `rows`, padding included, to `out` (len(rows), ld)."""
         hidden = self.hidden[rows] if isinstance(rows, slice) else self.hidden.index_select(0, rows)
@@ -53,34 +48,32 @@ class LabelBatch:
     sample_weights: Tensor | None  # as the ops take them
 
 
-@dataclass(frozen=True)
 class Budget:
     """How much of the logits to hold at a time within `mib` MiB, or by default. dX and dW are not part of it.
 
-    narrow: dW has 2 bytes an element, so several flushes sum it in float32, which takes as much again as dW.
-    dx: dX is asked for.
+    Args:
+        narrow: dW has 2 bytes an element, so several flushes sum it in float32, which takes as much again as dW.
+        dx: dX is asked for.
     """
 
-    head: Head
-    mib: float | None
-    narrow: bool
-    dx: bool
-
-    @property
-    def _bytes(self) -> int:
-        return int((CHUNK_MIB if self.mib is None else self.mib) * 2**20)
+    def __init__(self, head: Head, mib: float | None, narrow: bool, dx: bool) -> None:
+        (self.tokens, self.width), self.size = head.hidden.shape, head.weight.element_size()
+        self.vocab = head.weight.shape[0]
+        self.row = self.vocab * self.size
+        self.bytes = int((CHUNK_MIB if mib is None else mib) * 2**20)
+        self.spared = self.vocab * self.width * 2 if narrow else 0
+        self.whole = self.spared + (WHOLE_MIB * 2**20 if mib is None else self.bytes)
+        self.dx = dx
 
     def rows(self, scored: int) -> int:
         """How many of `scored` rows to hold.
 
         If all of them fit into the budget and the memory of a float32 sum together, all are held: one flush writes dW.
         """
-        row = self.head.row_bytes
-        spared = self.head.weight.numel() * 2 if self.narrow else 0
-        if scored * row <= (WHOLE_MIB if self.mib is None else self.mib) * 2**20 + spared:
+        if scored * self.row <= self.whole:
             return scored
-        room = self._bytes - HIDDEN_BYTES - HIDDEN_BYTES // 4  # a product of dX, and small tensors
-        return min(scored, max(room // (row + self.head.hidden[:1].nbytes), 8))  # with dW's operand
+        room = self.bytes - HIDDEN_BYTES - HIDDEN_BYTES // 4  # a product of dX, and small tensors
+        return min(scored, max(room // (self.row + self.width * self.size), 8))  # with dW's operand
 
     def by_blocks(self, scored: int) -> bool:
         """Whether to hold some columns of all rows instead, see `linear_blocks.py`.
@@ -89,22 +82,21 @@ class Budget:
         """
         if self.rows(scored) >= min(scored, LEAST_ROWS):
             return False
-        spared = self.head.weight.numel() * 2 if self.narrow else 0
-        return self._columns(self._bytes + spared, scored, copies=1) >= LEAST_COLUMNS
+        return self._columns(self.bytes + self.spared, scored, copies=1) >= LEAST_COLUMNS
 
     def columns(self, kept: int) -> int:
         """How many columns of `kept` rows to hold, a multiple of 64."""
-        return max(self._columns(self._bytes, kept, copies=int(kept < len(self.head.hidden))), LEAST_COLUMNS)
+        return max(self._columns(self.bytes, kept, copies=int(kept < self.tokens)), LEAST_COLUMNS)
 
     def _columns(self, room: int, kept: int, copies: int) -> int:
         """`copies`: of the kept hidden states, besides the scaled ones."""
-        hidden, size = self.head.hidden, self.head.weight.element_size()
-        operands = (1 + copies) * kept * hidden.shape[1] * size
-        sums = kept * hidden.shape[1] * max(4, size) - hidden.numel() * size if self.dx else 0  # dX follows the rest
-        return ((room - operands - sums) // (max(kept, 1) * size) - 2 * EDGE) // 64 * 64
+        operands = (1 + copies) * kept * self.width * self.size
+        sums = (
+            (kept * max(4, self.size) - self.tokens * self.size) * self.width if self.dx else 0
+        )  # dX follows the rest
+        return ((room - operands - sums) // (max(kept, 1) * self.size) - 2 * EDGE) // 64 * 64
 
     def score_rows(self, scored: int) -> int:
         """How many of `scored` rows to hold that are only scored, while there are no dX and dW yet."""
-        later = self.head.hidden.numel() + self.head.weight.numel() if self.by_blocks(scored) else 0
-        held = (self._bytes + later * self.head.weight.element_size()) // self.head.row_bytes
-        return min(scored, SCORE_ROWS, max(held, 8))
+        later = (self.tokens + self.vocab) * self.width * self.size if self.by_blocks(scored) else 0
+        return min(scored, SCORE_ROWS, max((self.bytes + later) // self.row, 8))

@@ -118,6 +118,7 @@ def test_a_row_of_weight_zero_may_be_infinite(reference, batch, monkeypatch, col
 def test_the_product_of_dx_in_the_memory_of_the_logits(reference, dtype, vocab, tokens, monkeypatch):
     """All rows kept, or some; with few classes it does not fit there."""
     monkeypatch.setattr(HeadGradients, "wide", lambda self, tile: torch.float32)  # as on a GPU
+    monkeypatch.setattr(linear_gradients, "HIDDEN_BYTES", 16)
     hidden, weight = torch.randn(tokens, COLUMNS).to(dtype), torch.randn(vocab, COLUMNS).to(dtype)
     coeff = torch.rand(tokens) + 0.5
     for kept in {tokens, max(1, tokens // 3)}:
