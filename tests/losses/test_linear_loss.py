@@ -107,6 +107,7 @@ def peer_and_ours(hidden, weight, labels, ids, config=None, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradients_are_within_twice_pytorchs_own_error(backend, device, monkeypatch, dtype, rows_held):
     monkeypatch.setattr(Budget, "rows", lambda *_: rows_held)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
     exact, peer, ours = peer_and_ours(*batch(device, dtype=dtype, learnt=[2]))
     for want, theirs, mine in zip(exact, peer, ours, strict=True):
         scale = want.abs().max()
@@ -155,6 +156,7 @@ def test_tokens_without_a_label_are_not_scored(reference, monkeypatch):
 
 def test_kept_rows_of_several_fills_share_a_gradient_gemm(reference, monkeypatch):
     monkeypatch.setattr(Budget, "rows", lambda *_: 32)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
     monkeypatch.setattr(linear_chunks, "AHEAD", 0)
     monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
     seen = count_rows(monkeypatch)
@@ -166,6 +168,7 @@ def test_kept_rows_of_several_fills_share_a_gradient_gemm(reference, monkeypatch
 
 def test_a_weight_that_was_not_foreseen_is_put_right(reference, monkeypatch):
     monkeypatch.setattr(Budget, "rows", lambda *_: 8)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
     hidden, weight, labels, ids = batch(rows=2, dtype=torch.float64, learnt=[0])
     hidden[0, 12:] = -hidden[0, 12:]  # looks learnt, until its last tokens
     hidden[1, 4:] = 3 * weight[labels[1, 4:]]  # looks wrong at first

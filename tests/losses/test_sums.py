@@ -105,6 +105,7 @@ def test_gradients_of_the_head_over_many_rows(rows_held, kind, monkeypatch):
     exact = head_gradients(torchs, torch.float64, hidden, weight, bias)
     own = head_gradients(torchs, torch.float32, hidden, weight, bias)
     monkeypatch.setattr(Budget, "rows", lambda *_: rows_held)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
     monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
     ours = head_gradients(
         lambda x, w, b: gk.weighted_linear_loss(x, w, labels, bias=b, reduction="token_mean"),

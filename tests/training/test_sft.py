@@ -324,6 +324,7 @@ def test_lora_of_the_experts(tmp_path):
 def test_no_logits_are_made_in_training(tmp_path, monkeypatch, fields):
     """With a buffer of 3 rows of logits nothing larger of the vocabulary's width is made."""
     monkeypatch.setattr(Budget, "rows", lambda *_: 3)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
     monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
     vocab = 47
     model = tiny_llama(vocab_size=vocab)
