@@ -190,6 +190,7 @@ def measure(
     batch = max(tokens // point.length, 1)
     count = batch * (STEPS + 8) * (2 if point.form == "packed" else 1)  # no contender begins a second epoch
     rows, clock = rows_of(point, MODELS[point.model]["vocab_size"], count), Clock(deadline, profile)
+    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # by what ran before
     try:
         with tempfile.TemporaryDirectory() as folder:
             model = model_of(point, device)
@@ -215,7 +216,7 @@ def measure(
     lengths = [len(row["input_ids"]) for row in rows]
     own = sum(lengths[batch * WARMUP : batch * STEPS]) if not point.joined else sum(clock.tokens[WARMUP:])
     flops = flops_per_token(point, weights, trained, sum(n * n for n in lengths) / sum(lengths))
-    return {"tokens": tokens, **figures(clock, own, flops, device), "loss": loss}
+    return {"tokens": tokens, **figures(clock, own, flops, device), "held_gib": held / 2**30, "loss": loss}
 
 
 def figures(clock: Clock, own: int, flops: float, device: torch.device) -> dict[str, Any]:
