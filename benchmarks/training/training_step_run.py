@@ -39,6 +39,7 @@ CONTENDERS = (
     "geko-liger",
     "trainer-liger",
     "sft-liger",
+    "geko-sft-liger",
 )
 WARMUP, STEPS = 8, 24
 
@@ -133,7 +134,7 @@ def _sft_of(name: str, point: Point, model: Any, rows: Any, common: dict[str, An
         dataset_kwargs={"skip_prepare_dataset": not packed},
     )
     named = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer(), "callbacks": [clock]}
-    if name == "geko-sft":
+    if name.startswith("geko-sft"):
         return gk.GEKOSFTTrainer(model, args, config=gk.GEKOConfig.recommended(), **named)
     return SFTTrainer(model, args, **named)
 
@@ -190,7 +191,6 @@ def measure(
     batch = max(tokens // point.length, 1)
     count = batch * (STEPS + 8) * (2 if point.form == "packed" else 1)  # no contender begins a second epoch
     rows, clock = rows_of(point, MODELS[point.model]["vocab_size"], count), Clock(deadline, profile)
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # by what ran before
     try:
         with tempfile.TemporaryDirectory() as folder:
             model = model_of(point, device)
@@ -216,7 +216,7 @@ def measure(
     lengths = [len(row["input_ids"]) for row in rows]
     own = sum(lengths[batch * WARMUP : batch * STEPS]) if not point.joined else sum(clock.tokens[WARMUP:])
     flops = flops_per_token(point, weights, trained, sum(n * n for n in lengths) / sum(lengths))
-    return {"tokens": tokens, **figures(clock, own, flops, device), "held_gib": held / 2**30, "loss": loss}
+    return {"tokens": tokens, **figures(clock, own, flops, device), "loss": loss}
 
 
 def figures(clock: Clock, own: int, flops: float, device: torch.device) -> dict[str, Any]:

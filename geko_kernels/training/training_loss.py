@@ -54,8 +54,6 @@ class LossMixin(DataMixin):
         return self._found
 
     def _routes(self, model: nn.Module) -> tuple[Route, ...]:
-        if self.args.use_liger_kernel:  # with labels, its models compute the loss without logits
-            return (Route.APART,)
         if is_compiled(model):
             return Route.LOSS_FUNCTION, Route.UNUSED
         return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED
