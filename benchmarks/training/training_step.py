@@ -35,7 +35,8 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.results import RESULTS, append, environment
-from benchmarks.training.training_step_data import MODELS, TOKENS, Point
+from benchmarks.training.models import MODELS
+from benchmarks.training.training_step_data import TOKENS, Point
 from benchmarks.training.training_step_run import CONTENDERS, measure
 
 FORMS = ("padded", "padding-free", "packed", "full")

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import geko_kernels as gk
+from benchmarks.training.models import MODELS
 from benchmarks.training.training_step_data import (
     JOINED,
-    MODELS,
     PEAKS,
     Point,
     collator_of,

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training import training_step
+from benchmarks.training.models import MODELS
 from benchmarks.training.training_step import Point, measure, points, table
-from benchmarks.training.training_step_data import MODELS, flops_per_token, packs_of, rows_of
+from benchmarks.training.training_step_data import flops_per_token, packs_of, rows_of
 
 CPU = torch.device("cpu")
 
