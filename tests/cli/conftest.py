@@ -1,5 +1,7 @@
 """Every test of the command line runs on the CPU, with one thread and without a network, and draws nothing itself."""
 
+import gc
+
 import pytest
 from command import one_cpu
 
@@ -13,6 +15,13 @@ def model(tmp_path_factory):
     from tiny_model import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """A command that fails collects garbage: 0.3 s and more if that looks at all that the tests before have left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
