@@ -27,7 +27,7 @@ def run_scripts(folder: Path, commands: Sequence[Sequence[object]], launcher: Se
     command = [sys.executable, *launcher, __file__, str(told), wanted]
     for _ in range(2):
         told.mkdir()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         printed = ["".join(path.read_text() for path in sorted(told.glob(f"{i}_*"))) for i in range(len(commands))]
         if ABORTED not in done.stderr:
             break
