@@ -288,7 +288,8 @@ def test_env_without_triton_says_so():
     """
     code = (
         "import sys, torch; sys.modules['triton'] = None; loaded = 'torch._dynamo' in sys.modules\n"
-        "from geko_kernels.cli import main; assert loaded or 'torch._dynamo' not in sys.modules; sys.exit(main(['env']))"
+        "from geko_kernels.cli import main; assert loaded or 'torch._dynamo' not in sys.modules\n"
+        "sys.exit(main(['env']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
