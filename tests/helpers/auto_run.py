@@ -145,7 +145,6 @@ def main() -> None:
         train_and_tell(Path(sys.argv[1]), "resumed", shard=True, resume=checkpoint, **saved)
     if dist.is_initialized():
         dist.barrier()
-        os._exit(0)  # as in distributed_run.py
 
 
 if __name__ == "__main__":
