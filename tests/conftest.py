@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -43,7 +44,7 @@ def keep_masks_bool():
     InterpreterBuilder.create_splat = create_splat
 
 
-def patch_once():
+def quicken():
     """Triton's interpreter patches `triton.language` anew at each call of each function: half of its time."""
     try:
         from triton.runtime import interpreter
@@ -58,11 +59,20 @@ def patch_once():
 
     interpreter._patch_lang = patch_lang
 
+    find = interpreter._get_np_dtype
+    found = functools.cache(find)  # it builds a table of all dtypes at each call
+
+    def np_dtype(of):
+        scalar = of.element_ty if isinstance(of, interpreter.tl.block_type) else of
+        return find(of) if isinstance(scalar, interpreter.tl.pointer_type) else found(scalar)
+
+    interpreter._get_np_dtype = np_dtype
+
 
 def pytest_configure(config):
     if not HAS_GPU:
         keep_masks_bool()
-        patch_once()
+        quicken()
     # the interpreter computes with numpy, which warns of the NaN and inf that some tests are about
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
