@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads of several workers take no core
 
@@ -25,6 +26,7 @@ _common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scop
 settings.register_profile("ci", max_examples=20, derandomize=True, **_common)
 settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+FROZEN = pytest.StashKey[int]()  # how many modules the garbage collector leaves out
 
 
 def keep_masks_bool():
@@ -78,10 +80,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
 
 
-def pytest_collection_finish(session):
+def pytest_runtest_setup(item):
     """Accelerate's `gc.collect` at the begin of each run, 0.3 s, need not look at all that has been imported."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > item.session.stash.get(FROZEN, 0):
+        gc.collect()
+        gc.freeze()
+        item.session.stash[FROZEN] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
