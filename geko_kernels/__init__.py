@@ -70,5 +70,6 @@ def __getattr__(name: str) -> Any:
         if error.name in ("trl", "datasets"):
             raise ImportError(f"{name} needs {error.name}: pip install trl") from error
         raise
-    globals()[name] = value
+    if name == "weighted_linear_loss":
+        globals()[name] = value  # called at each step, so found at once from then on
     return value
