@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import unruly_run
 from auto_run import few_samples
+from launching import launch
 
 from geko_kernels import ops
 from geko_kernels.training import planned
 
-SCRIPT = Path(unruly_run.__file__)
 SMALL = {"small 0": (0, {}), "small 1": (1, {}), "small 3": (3, {}), "small steps": (0, {"max_steps": 3})}
 
 
@@ -26,14 +23,11 @@ def runs(tmp_path_factory):
     before, ops._override = ops._override, "reference"
     (folder / "one.json").write_text(json.dumps(unruly_run.whole(folder, "one")))
     ops._override = before
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    environment["HF_HUB_OFFLINE"] = "1"
-    for what in ("killed", "broken", "rest"):
-        command = [*torchrun, str(SCRIPT), str(folder), what]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert (done.returncode == 0) == (what == "rest"), done.stderr[-4000:]
-        said[what] = done.stderr
+    names = "killed", "broken", "rest"
+    results = launch(folder, *((2, "unruly_run.py", str(folder), name) for name in names))
+    for name, (code, text) in zip(names, results, strict=True):
+        assert (code == 0) == (name == "rest"), text[-4000:]
+        said[name] = text
     return folder, said
 
 
