@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from geko_kernels.config import Bucket, GEKOConfig
 from geko_kernels.curriculum import MountainCurriculum, Phase
 from geko_kernels.extras import TRAINING
+from geko_kernels.losses.linear import weighted_linear_loss
 from geko_kernels.losses.logits import weighted_loss
 from geko_kernels.losses.results import SampleStats
 from geko_kernels.state import SampleState
 
 if TYPE_CHECKING:
-    from geko_kernels.losses.linear import weighted_linear_loss
     from geko_kernels.training.arguments import GEKOTrainingArguments
     from geko_kernels.training.data import IdCollator, IdDataset
     from geko_kernels.training.formats import load_dataset
@@ -22,17 +22,16 @@ if TYPE_CHECKING:
     from geko_kernels.training.trainer import GEKOMixin, GEKOTrainer
 
 _LAZY = {
-    "GEKOLoader": "training.loader",
-    "GEKOSampler": "training.planning.sampler",
-    "GEKOMixin": "training.trainer",
-    "GEKOSFTTrainer": "training.sft",
-    "GEKOTrainer": "training.trainer",
-    "GEKOTrainingArguments": "training.arguments",
-    "IdCollator": "training.data",
-    "IdDataset": "training.data",
-    "load_dataset": "training.formats",
-    "observe": "training.observe",
-    "weighted_linear_loss": "losses.linear",
+    "GEKOLoader": "loader",
+    "GEKOSampler": "planning.sampler",
+    "GEKOMixin": "trainer",
+    "GEKOSFTTrainer": "sft",
+    "GEKOTrainer": "trainer",
+    "GEKOTrainingArguments": "arguments",
+    "IdCollator": "data",
+    "IdDataset": "data",
+    "load_dataset": "formats",
+    "observe": "observe",
 }
 
 __version__ = "0.1.0"
@@ -59,17 +58,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What imports transformers or torch's compiler, on first use: a wait for those who need it alone."""
+    """The training classes on first use, so that transformers is imported by those who need it."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value = getattr(importlib.import_module(f"geko_kernels.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(f"geko_kernels.training.{_LAZY[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "accelerate"):
             raise ImportError(f"{name} needs {error.name}: {TRAINING}") from error
         if error.name in ("trl", "datasets"):
             raise ImportError(f"{name} needs {error.name}: pip install trl") from error
         raise
-    if name == "weighted_linear_loss":
-        globals()[name] = value  # called at each step, so found at once from then on
-    return value
