@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +26,21 @@ def runs(tmp_path_factory):
     before, ops._override = ops._override, "reference"
     (folder / "one.json").write_text(json.dumps(unruly_run.whole(folder, "one")))
     ops._override = before
-    names = "killed", "broken", "rest"
-    results = launch(folder, *((2, "unruly_run.py", str(folder), name) for name in names))
-    for name, (code, text) in zip(names, results, strict=True):
-        assert (code == 0) == (name == "rest"), text[-4000:]
-        said[name] = text
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(unruly_run.__file__)
+    environment = {
+        "PYTHONPATH": ":".join([str(script.parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name in ("killed", "broken"):  # by torchrun itself: which process it blames is part of the test
+        command = [*torchrun, str(script), str(folder), name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode != 0, done.stderr[-4000:]
+        said[name] = done.stderr
+    [(code, text)] = launch(folder, (2, "unruly_run.py", str(folder), "rest"))
+    assert code == 0, text[-4000:]
+    said["rest"] = text
     return folder, said
 
 
