@@ -1,15 +1,7 @@
 """Every test of the benchmarks runs on one thread, and the random stand-in for SmolLM2 has two layers of its eight."""
 
 import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from one_thread import one_thread  # noqa: F401  a fixture
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def few_steps(monkeypatch):
     """Four steps are timed after two, where the benchmark times 16 after 8."""
     for name, value in (("WARMUP", 2), ("STEPS", 6)):
         monkeypatch.setattr(f"benchmarks.training.training_step_run.{name}", value)
+
+
+def test_what_runs_apart_is_another_process_whose_end_is_a_row():
+    assert training_step.apart(os.getpid) != os.getpid()
+    assert training_step.apart(os._exit, 3) == {"error": "its process ended with 3"}
 
 
 @pytest.mark.parametrize("form", ["full", "padded", "padding-free"])

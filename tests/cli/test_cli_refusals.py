@@ -282,15 +282,8 @@ class TestEnvironmentVariables:
 
 
 def test_env_without_triton_says_so():
-    """As torch's builds for the CPU come: the C++ and the plain backend run without it.
-
-    The import of the package loads no torch._dynamo, which takes as long as torch.
-    """
-    code = (
-        "import sys, torch; sys.modules['triton'] = None; loaded = 'torch._dynamo' in sys.modules\n"
-        "from geko_kernels.cli import main; assert loaded or 'torch._dynamo' not in sys.modules\n"
-        "sys.exit(main(['env']))"
-    )
+    """As torch's builds for the CPU come: the C++ and the plain backend run without it."""
+    code = "import sys; sys.modules['triton'] = None; from geko_kernels.cli import main; sys.exit(main(['env']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr and "triton" in done.stdout

@@ -1,12 +1,3 @@
 """Every test of the project runs on one thread."""
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from one_thread import one_thread  # noqa: F401  a fixture

@@ -31,17 +31,10 @@ def given(monkeypatch):
 @pytest.mark.parametrize("config", [None, {"rope": False, "fused_linear_cross_entropy": True}])
 def test_layers_are_ligers_and_the_head_is_fused(reference, tmp_path, given, config):
     data, runs = sentences(12), []
-    for liger in (False, True):
+    for cls, liger, more in ((Trainer, False, {}), (gk.GEKOTrainer, True, {"config": gk.GEKOConfig.uniform()})):
         torch.manual_seed(0)
-        fields = {"num_train_epochs": 2, "use_liger_kernel": liger, "liger_kernel_config": config}
-        if liger:
-            args = arguments(tmp_path, **fields)
-            trainer = gk.GEKOTrainer(
-                tiny_llama(), args, default_data_collator, data, data, config=gk.GEKOConfig.uniform()
-            )
-        else:
-            args = arguments(tmp_path, **fields)
-            trainer = Trainer(tiny_llama(), args, default_data_collator, data, data)
+        args = arguments(tmp_path, num_train_epochs=2, use_liger_kernel=liger, liger_kernel_config=config)
+        trainer = cls(tiny_llama(), args, default_data_collator, data, data, **more)
         trainer.train()
         runs.append((curve(trainer), trainer.evaluate()["eval_loss"]))
     assert given == [{**(config or {}), "fused_linear_cross_entropy": False}]
@@ -60,3 +53,17 @@ def test_an_evaluation_passes_nothing_of_ligers_to_the_model(reference, tmp_path
     args = arguments(tmp_path, use_liger_kernel=True, prediction_loss_only=True)
     trainer = gk.GEKOTrainer(Strict(tiny_llama().config), args, train_dataset=sentences(4), eval_dataset=sentences(4))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(3.47, abs=0.2)
+
+
+def test_sft_takes_the_layers_and_refuses_ligers_loss_itself(reference, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from test_sft import rows, trainer_of
+
+    configs = []
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: configs.append(config))
+    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), use_liger_kernel=True, max_steps=1)
+    trainer.train()
+    assert configs == [{"fused_linear_cross_entropy": False}] and trainer._found.head is not None
+    whole = {"fused_linear_cross_entropy": True}
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), use_liger_kernel=True, liger_kernel_config=whole)

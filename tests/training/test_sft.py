@@ -229,17 +229,6 @@ def test_refused_by_name(tmp_path, name, value):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), **{name: value})
 
 
-def test_ligers_layers_are_served_and_its_loss_is_refused_as_by_sft(tmp_path, monkeypatch):
-    configs = []
-    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: configs.append(config))
-    trainer = trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), use_liger_kernel=True, max_steps=1)
-    trainer.train()
-    assert configs == [{"fused_linear_cross_entropy": False}] and trainer._found.head is not None
-    whole = {"fused_linear_cross_entropy": True}
-    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
-        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text"), use_liger_kernel=True, liger_kernel_config=whole)
-
-
 def test_streams_and_other_losses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="load it without streaming"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text").to_iterable_dataset(), max_steps=1)
