@@ -34,6 +34,7 @@ NAMES = {  # name: what the package learns from it
     "torch._C._functorch.get_unwrapped": "which tensor a transform has wrapped",
     "torch._C._functorch.is_functorch_wrapped_tensor": "whether a transform has wrapped a tensor",
     "torch._C._functorch.maybe_get_level": "which transform has wrapped a tensor",
+    "torch._disable_dynamo": "how torch.compile leaves a function out, loaded only when that is first called",
     "torch._foreach_lerp_": "how tensors move towards others in a few launches",
     "torch.Tensor._base": "which tensor a view is of",
     "torch.Tensor._is_view": "whether a tensor is a view",
@@ -77,6 +78,8 @@ def _required(path: str) -> Any:
 
 graph_task_id: Callable[[], int] = _required("torch._C._current_graph_task_id")  # -1 outside a backward
 _saved_tensors_hooks: Callable[[bool], Any] = _required("torch._C._autograd._top_saved_tensors_default_hooks")
+# without it torch._dynamo is imported with the package, half of the time that takes
+leave_out_of_compile: Callable[[Any], Any] = find("torch._disable_dynamo", torch.compiler.disable)
 # without it one launch for each tensor
 foreach_lerp_: Callable[[list[Tensor], list[Tensor], float], None] = find(
     "torch._foreach_lerp_",

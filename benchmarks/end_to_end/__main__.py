@@ -91,8 +91,7 @@ class Bench:
         task = TASKS[name]
         if not self.given.quick:
             return task
-        samples = 96 if name.startswith("R1") else 192
-        return replace(task, samples=samples, test=min(task.test, samples), epochs=min(task.epochs, 3), batch=32)
+        return replace(task, samples=96, test=min(task.test, 96), epochs=min(task.epochs, 3), batch=32)
 
     def ready(self, task: Task) -> tuple[Engine, Data]:
         kind = QUICK.get(task.network, task.network) if self.given.quick else task.network

@@ -1,9 +1,10 @@
 """D1 through `GEKOTrainer`: what `auto()` gives beside uniform training of a fixed length, by the trainer's own clock.
 
     python -m benchmarks.end_to_end.product d1.npz --arms auto uniform:1 uniform:3 --out product.jsonl
+    python -m benchmarks.end_to_end.product d1.npz --choosing --rate 1e-4 --arms uniform:1 --out choose.jsonl
 
-Both train all layers of SmolLM2-135M in bfloat16 autocast, 64 samples a batch, windows sorted by length. A uniform run
-has a cosine over its own length; `auto` has the most of `--most` epochs. With `--compile` the first arm
+Both train all layers of SmolLM2-135M in bfloat16 autocast, `--batch` samples a step, windows sorted by length. A
+uniform run has a cosine over its own length; `auto` has the most of `--most` epochs. With `--compile` the first arm
 pays for the compilation: `--arms uniform:0.02 auto ...` leaves it out of the seconds of the others.
 """
 
@@ -85,7 +86,7 @@ def run(model: LlamaForCausalLM, texts: Texts, arm: str, given: argparse.Namespa
     trainer = gk.GEKOTrainer(model, args, collate, Rows(texts, ids), config=config)
     trainer.train()
     seconds = time.perf_counter() - begin
-    test = trainer.evaluate(Rows(texts, texts.parts["test"]))
+    test = trainer.evaluate(Rows(texts, texts.parts["choose" if given.choosing else "test"]))
     report = json.loads((Path(folder) / "geko_report.json").read_text())
     counted = trainer.get_efficiency_report()
     kept = {key: counted[key] for key in ("seconds", "saved_compute", "samples_forward", "samples_backward")}
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--choosing", action="store_true", help="measure the rows to choose by, not the test rows")
     parser.add_argument("--compile", action="store_true", help="by regions; an arm before the others pays for it")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model and few samples, for tests")
     given = parser.parse_args()
@@ -122,6 +124,7 @@ def main() -> None:
                 "rate": given.rate,
                 "batch": given.batch,
                 "compiled": given.compile,
+                "choosing": given.choosing,
                 **environment(device),
             }
             | {"command": " ".join(sys.argv)},

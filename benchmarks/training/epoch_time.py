@@ -1,12 +1,16 @@
 """Wall time of training epochs: `transformers.Trainer`, GEKOTrainer with all weights 1, and with half of them FREEZE.
 
-`python -m benchmarks.training.epoch_time` on one GPU, alone on it (about 6 minutes on an H200): a random Llama of
-SmolLM2-135M's size in bf16, fixed-length samples, the same data, order and collator in every arm. The learning rate is
-0 and the rules are set so that a FREEZE sample stays FREEZE and the others keep weight 1: every epoch is the same work.
-Rows go to results/epoch_time.jsonl. `--tiny` tries it out anywhere.
+    python -m benchmarks.training.epoch_time
+    python -m benchmarks.training.epoch_time --model 1b --samples 128 --length 2048 --batch 4 --epochs 3
 
-Arms: standard; uniform (the trainer's own overhead); half_frozen (probes off); half_frozen_probes; planning (drawing
-the plan of 10 million samples, and the memory it takes beside the state).
+On one GPU, alone on it (the first about 6 minutes on an H200): a Llama with random weights in bf16, fixed-length
+samples, the same data, order and collator in every arm. The learning rate is 0 and the rules are set so that a FREEZE
+sample stays FREEZE and the others keep weight 1: every epoch is the same work. `step_ms` is the median of the steps
+after the first eight. Rows go to results/epoch_time.jsonl. `--tiny` tries it out anywhere.
+
+Arms: standard; uniform (the trainer's own overhead); half_frozen (probes off); half_frozen_probes; auto (all samples,
+an average of the weights, evaluations of 16 more samples; it ends after 1.25 epochs, as nothing is learnt); planning
+(drawing the plan of 10 million samples, and the memory it takes beside the state).
 """
 
 from __future__ import annotations
@@ -20,28 +24,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 import geko_kernels as gk
 from benchmarks.results import RESULTS, append, environment
+from benchmarks.training.clocks import EpochClock, StepClock
+from benchmarks.training.models import MODELS, new_model
 
-SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
-TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 # all samples count as right and sure; the Q-value, which the benchmark sets, decides who is FREEZE and who LIGHT
 STEADY: dict[str, Any] = {
     "correct_loss": 1e6,
@@ -58,25 +47,9 @@ CONFIGS = {
     "uniform": gk.GEKOConfig.uniform(),
     "half_frozen": gk.GEKOConfig(**STEADY, probes=False),
     "half_frozen_probes": gk.GEKOConfig(**STEADY),
+    "auto": gk.GEKOConfig.auto(selection=False, probes=False, noise_guard=False),
 }
-
-
-class EpochClock(TrainerCallback):
-    """Seconds from each epoch's begin, before its probes and plan, to its end on the device."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = self._now()
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(self._now() - self.begin)
+_EVALUATED, _WARM_UP = 16, 8
 
 
 class Samples(torch.utils.data.Dataset):
@@ -93,15 +66,16 @@ class Samples(torch.utils.data.Dataset):
 
 
 def trainer_of(arm: str, data: Samples, given: argparse.Namespace, folder: str) -> Trainer:
-    torch.manual_seed(0)
-    sizes = TINY if given.tiny else SMOLLM2_135M
-    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048))
+    model = new_model(given.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     fields = {
         "per_device_train_batch_size": given.batch,
+        "per_device_eval_batch_size": given.batch,
         "num_train_epochs": given.epochs,
         "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
         "bf16": not given.tiny,
         "torch_compile": given.compile,
+        "gradient_checkpointing": given.checkpointing,
         "logging_steps": 20,
         "save_strategy": "no",
         "report_to": [],
@@ -110,6 +84,8 @@ def trainer_of(arm: str, data: Samples, given: argparse.Namespace, folder: str) 
     }
     config = CONFIGS[arm]
     common: dict[str, Any] = {"train_dataset": data, "data_collator": default_data_collator}
+    if arm == "auto":
+        common["eval_dataset"] = Samples(_EVALUATED, given.length, MODELS[given.model]["vocab_size"])
     if config is None:
         return Trainer(model, TrainingArguments(folder, **fields), **common)
     trainer = gk.GEKOTrainer(model, gk.GEKOTrainingArguments(folder, **fields), config=config, **common)
@@ -125,12 +101,16 @@ def trainer_of(arm: str, data: Samples, given: argparse.Namespace, folder: str) 
 
 def run_arm(arm: str, data: Samples, given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        trainer, clock = trainer_of(arm, data, given, folder), EpochClock()
-        trainer.add_callback(clock)
+        trainer, clock, steps = trainer_of(arm, data, given, folder), EpochClock(), StepClock()
+        trainer.add_callback(clock), trainer.add_callback(steps)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         trainer.train()
     row: dict[str, Any] = {"arm": arm, "epoch_seconds": clock.seconds, "median": median(clock.seconds[1:])}
+    row["step_ms"] = median(steps.steps_ms(_WARM_UP))
     row["mean"] = sum(clock.seconds[1:]) / len(clock.seconds[1:])
     row["max"] = max(clock.seconds[1:])
+    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     row["steps_per_epoch"] = trainer.state.global_step / given.epochs
     if isinstance(trainer, gk.GEKOTrainer):
         report = trainer.get_efficiency_report()
@@ -174,20 +154,22 @@ def planning(count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=[*CONFIGS, "planning"], choices=[*CONFIGS, "planning"])
+    parser.add_argument("--model", default="135m", choices=list(MODELS))
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=5, help="the first warms up and is left out of the median")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every arm")
     parser.add_argument("--compile", action="store_true", help="torch_compile of the model, in every arm")
     parser.add_argument("--tiny", action="store_true", help="a dry run: a tiny model, nothing is written")
     given = parser.parse_args()
     if given.tiny:
-        given.samples, given.length, given.batch = 64, 16, 8
+        given.model, given.samples, given.length, given.batch = "tiny", 96, 16, 8
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packages = {name: version(name) for name in ("transformers", "accelerate")}
     shared = {**environment(device), **packages, "command": " ".join(sys.argv), "compile": given.compile}
-    sizes = {"samples": given.samples, "length": given.length, "batch": given.batch}
-    data = Samples(given.samples, given.length, (TINY if given.tiny else SMOLLM2_135M)["vocab_size"])
+    sizes = {name: getattr(given, name) for name in ("model", "samples", "length", "batch", "checkpointing")}
+    data = Samples(given.samples, given.length, MODELS[given.model]["vocab_size"])
     standard = None
     for arm in given.arms:
         row = planning(10**5 if given.tiny else 10**7) if arm == "planning" else {**run_arm(arm, data, given), **sizes}

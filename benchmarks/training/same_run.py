@@ -1,12 +1,13 @@
 """The same run on one and on several GPUs: one global batch, SmolLM2-135M, the rows of D1 or D2, GEKOTrainer with DDP.
 
-    python -m benchmarks.training.same_run d2.npz --arm recommended --folder one --out rows.jsonl
-    torchrun --nproc-per-node 4 -m benchmarks.training.same_run d2.npz --arm recommended --folder four --out rows.jsonl
-    torchrun ... --folder again --resume four/checkpoint-60 --out rows.jsonl
+    RUN="benchmarks.training.same_run d2.npz --arm recommended --out rows.jsonl"
+    python -m $RUN --folder one
+    torchrun --nproc-per-node 4 -m $RUN --folder four --save-at 60
+    torchrun --nproc-per-node 4 -m $RUN --folder again --resume four/checkpoint-60
 
-A row has the losses as they were logged, the test loss, what each epoch held, digests (SHA-256) of the weights, of the
-plan and of the learning state, and whether these are the same on every rank. `--out FILE` is written by rank 0, which
-leaves the learning state in FOLDER/state.pt. PyTorch's deterministic algorithms are on.
+A row has the losses as they were logged, the test loss, digests (SHA-256) of the weights, of the last plan and of the
+learning state, and whether these are the same on every rank. Rank 0 writes it, and the learning state to
+FOLDER/state.pt. PyTorch's deterministic algorithms are on where there are any.
 """
 
 from __future__ import annotations
@@ -72,9 +73,8 @@ def trainer_of(given: argparse.Namespace) -> tuple[gk.GEKOTrainer, Rows]:
         disable_tqdm=True,
     )
     model = (tiny_llama if given.tiny else load_smollm2)()[0]
-    return gk.GEKOTrainer(model, args, collate, Rows(texts, ids[: given.rows]), config=config), Rows(
-        texts, texts.parts["test"]
-    )
+    trainer = gk.GEKOTrainer(model, args, collate, Rows(texts, ids[: given.rows]), config=config)
+    return trainer, Rows(texts, texts.parts["test"])
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
 Llamas of SmolLM2-135M's size (compiled by regions) and of about 1B parameters in bf16, fixed-length samples.
 GEKOTrainer runs with all weights 1, so every run is the same work; both arms take turns in the same processes
 (`scaling_run.py`). What it takes to synchronise the learning state of 10 million samples, to draw their plans and to
-probe is measured apart.
-Launches that fit run at the same time, each on GPUs of its own. Rows go to results/scaling.jsonl; exits with 1 if a
-launch failed. `--cpu` tries it out with gloo and tiny sizes, and writes nothing.
+probe is measured apart. Launches that fit run at the same time, each on GPUs of its own. Rows go to
+results/scaling.jsonl; exits with 1 if a launch failed. `--cpu` tries it out with gloo and tiny sizes, and writes
+nothing.
 """
 
 from __future__ import annotations

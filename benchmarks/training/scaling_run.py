@@ -21,12 +21,14 @@ import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator
 from transformers.utils import logging
 
 import geko_kernels as gk
 from benchmarks.results import Row
-from benchmarks.training.epoch_time import SMOLLM2_135M, TINY, Samples
+from benchmarks.training.clocks import StepClock
+from benchmarks.training.epoch_time import Samples
+from benchmarks.training.models import SMOLLM2_135M, TINY
 from benchmarks.training.scaling_rows import selection_row, step_row
 
 ONE_BILLION = {
@@ -44,30 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 ROUNDS, WARM_UP, STEPS = 2, 5, 20
-os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block for all layers: seconds, not minutes
 TABLE, EPOCHS = 10_000_000, 3
-
-
-class StepClock(TrainerCallback):
-    """When each optimizer step has ended on the device; the host may run ahead, as it does in training."""
-
-    def __init__(self) -> None:
-        self.ends: list[Any] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            self.ends.append(torch.cuda.Event(enable_timing=True))
-            self.ends[-1].record()
-        else:
-            self.ends.append(time.perf_counter())
-
-    def steps_ms(self) -> list[float]:
-        """Milliseconds of each step after the warm-up."""
-        pairs = zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:], strict=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            return [begin.elapsed_time(end) for begin, end in pairs]
-        return [1e3 * (end - begin) for begin, end in pairs]
 
 
 def trainer_of(arm: str, given: argparse.Namespace) -> Trainer:
@@ -110,7 +89,7 @@ def steps_of(trainer: Trainer) -> list[float]:
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.train()
-    return clock.steps_ms()
+    return clock.steps_ms(WARM_UP)
 
 
 def free() -> None:
@@ -226,6 +205,7 @@ def main() -> None:
     given = parser.parse_args()
     given.length = 16 if given.cpu else 512
     logging.set_verbosity_error()
+    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block for all layers: seconds, not minutes
     run(given)
     if dist.is_initialized():
         dist.barrier()

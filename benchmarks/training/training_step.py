@@ -8,6 +8,7 @@ with `GEKOConfig.recommended()`, and `GEKOTrainer` with `uniform()`. Every conte
 the same batches and order through its own `train()`: AdamW (fused), bf16 autocast, a random model. Only SFTTrainer and
 GEKOSFTTrainer pack in their own ways. All samples are new, so that GEKO leaves none out.
 
+On a GPU each contender has a process of its own: Liger replaces layers of Transformers for all that follows.
 The time is that of 16 steps after 8, with the device idle at both ends. FLOPs are 6 a weight and token, 4 where the
 weight is frozen, and 12 * layers * hidden * length a token for attention; padding counts as no token. Points run in the
 order of their worth. What the budget leaves no time for, what is missing and what fails are rows too.
@@ -18,8 +19,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -29,7 +35,8 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.results import RESULTS, append, environment
-from benchmarks.training.training_step_data import MODELS, TOKENS, Point
+from benchmarks.training.models import MODELS
+from benchmarks.training.training_step_data import TOKENS, Point
 from benchmarks.training.training_step_run import CONTENDERS, measure
 
 FORMS = ("padded", "padding-free", "packed", "full")
@@ -117,11 +124,31 @@ def versions(device: torch.device, commit: str | None) -> dict[str, Any]:
     return shared
 
 
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a fork of this process, which has imported everything and not used the GPU."""
+    receives, sends = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: sends.send(function(*args)))
+    child.start()
+    sends.close()
+    try:
+        found = receives.recv()
+    except EOFError:
+        child.join()
+        return {"error": f"its process ended with {child.exitcode}"}
+    child.join()
+    return found
+
+
 def main() -> None:
     given = parse()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() begins nothing that a fork could not use
+    for package in ("trl", "peft", "liger_kernel.transformers"):
+        with suppress(ImportError):
+            importlib.import_module(package)
     deadline, rows = time.perf_counter() + given.budget_seconds, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shared = versions(device, given.commit)
+    run = apart if device.type == "cuda" else lambda function, *args: function(*args)
+    shared = run(versions, device, given.commit)
     switches = [tuple(word == "on" for word in words) for words in (given.compile, given.checkpointing)]
     attentions = ("flash_attention_2", "sdpa") if is_flash_attn_2_available() else ("sdpa",)
     for point in points(given.models, given.lengths, given.forms, *switches, attentions):
@@ -131,15 +158,13 @@ def main() -> None:
             if time.perf_counter() > deadline:
                 found: dict[str, Any] = {"tokens": tokens, "left_out": "not reached"}
             else:
-                found = measure(name, point, tokens, device, deadline, profile)
+                found = run(measure, name, point, tokens, device, deadline, profile)
             rows.append({"contender": name, "point": point._asdict(), **found})
             print(rows[-1], flush=True)
             if given.results is not None and profile is None:
                 append(given.results / "training_step.jsonl", {**rows[-1], **shared})
             gc.collect()
             torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     print(table(rows))
 
 

@@ -1,36 +1,14 @@
-"""The models, samples and batches of training_step.py: random, the same for all contenders."""
+"""The samples and batches of training_step.py: random, the same for all contenders."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
+from transformers import DataCollatorWithFlattening
 
-from benchmarks.training.epoch_time import SMOLLM2_135M, TINY
+from benchmarks.training.models import MODELS, new_model
 
-_LLAMA_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
-_LLAMA_8B = _LLAMA_1B | {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "tie_word_embeddings": False,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "135m": SMOLLM2_135M,
-    "1b": _LLAMA_1B,
-    "8b-lora": _LLAMA_8B,
-    "tiny": TINY,
-    "tiny-lora": TINY,
-}
 TOKENS = {"135m": 32768, "1b": 8192, "8b-lora": 4096, "tiny": 64, "tiny-lora": 64}  # a step's, where none are given
 JOINED = 8192  # at most, of samples in one row under SDPA, whose mask is (tokens, tokens)
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16 of the SXM cards, by their data sheets
@@ -91,20 +69,7 @@ def packs_of(rows: list[dict[str, list[int]]], tokens: int) -> list[list[dict[st
 
 
 def model_of(point: Point, device: torch.device) -> Any:
-    """Made on the device with random weights: float32, or bfloat16 under LoRA. ImportError without peft."""
-    lora = point.model.endswith("-lora")
-    if lora:
-        import peft
-    torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[point.model], max_position_embeddings=max(point.length, 2048))
-    with torch.device(device):
-        dtype = torch.bfloat16 if lora else torch.float32
-        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=point.attention)
-        if lora:
-            model = peft.get_peft_model(
-                model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-            )
-    return model.to(device)
+    return new_model(point.model, device, max(point.length, 2048), point.attention)
 
 
 def collator_of(point: Point) -> Any:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import geko_kernels as gk
+from benchmarks.training.models import MODELS
 from benchmarks.training.training_step_data import (
     JOINED,
-    MODELS,
     PEAKS,
     Point,
     collator_of,
@@ -39,6 +39,7 @@ CONTENDERS = (
     "geko-liger",
     "trainer-liger",
     "sft-liger",
+    "geko-sft-liger",
 )
 WARMUP, STEPS = 8, 24
 
@@ -133,7 +134,7 @@ def _sft_of(name: str, point: Point, model: Any, rows: Any, common: dict[str, An
         dataset_kwargs={"skip_prepare_dataset": not packed},
     )
     named = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer(), "callbacks": [clock]}
-    if name == "geko-sft":
+    if name.startswith("geko-sft"):
         return gk.GEKOSFTTrainer(model, args, config=gk.GEKOConfig.recommended(), **named)
     return SFTTrainer(model, args, **named)
 

@@ -237,7 +237,7 @@ def weighted_linear_loss(
 ) -> Tensor | tuple[Tensor, SampleStats] | tuple[Tensor, Tensor] | tuple[Tensor, SampleStats, Tensor]: ...
 
 
-@torch.compiler.disable
+@torch_private.leave_out_of_compile
 def weighted_linear_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -25,6 +25,7 @@ class EvaluationMixin(LossMixin):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         trains = "sample_ids" in inputs
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # is for Liger's fused loss
         if not trains and isinstance(self._base(), PreTrainedModel):
             if self._only_loss and self._evaluates_in_head(model, inputs):
                 return self._loss_in_head(model, inputs, return_outputs, num_items_in_batch)

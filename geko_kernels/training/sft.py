@@ -170,8 +170,6 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
     columns = getattr(data, "column_names", None) or ()
-    if getattr(args, "use_liger_kernel", False):
-        raise ValueError("GEKOSFTTrainer does not work with use_liger_kernel=True: set it to False")
     if getattr(args, "packing", False):
         _check_packing(args, config or GEKOConfig.recommended(), columns)
     kind = getattr(args, "loss_type", "nll")

@@ -13,7 +13,14 @@ from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, label_of
 from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
-from geko_kernels.training.model_loss.own_loss import Route, eager, in_one_graph, is_compiled, running, unwrap_compiled
+from geko_kernels.training.model_loss.own_loss import (
+    Route,
+    in_one_graph,
+    is_compiled,
+    module_to_call,
+    running,
+    unwrap_compiled,
+)
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds
 from geko_kernels.training.report.efficiency import count_tokens
@@ -40,7 +47,7 @@ class LossMixin(DataMixin):
         """How the model's loss is computed; determined at the first training batch, and again for a new model."""
         if self._found is None:
             self._found = find_loss_of(
-                eager(model),
+                module_to_call(model),
                 self._base(),
                 inputs,
                 label_of(inputs, self.label_names) or "labels",
@@ -54,8 +61,6 @@ class LossMixin(DataMixin):
         return self._found
 
     def _routes(self, model: nn.Module) -> tuple[Route, ...]:
-        if self.args.use_liger_kernel:  # with labels, its models compute the loss without logits
-            return (Route.APART,)
         if is_compiled(model):
             return Route.LOSS_FUNCTION, Route.UNUSED
         return Route.LOSS_FUNCTION, Route.CROSS_ENTROPY, Route.UNUSED

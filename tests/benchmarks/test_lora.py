@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from test_end_to_end import run, wordnet  # noqa: F401  a fixture
+from transformers import LlamaConfig
 
 from benchmarks.end_to_end.arms import ARMS, learning_rate
 from benchmarks.end_to_end.engine import load_network
@@ -28,7 +29,8 @@ def test_an_adapter_adds_its_low_rank_product_and_is_all_that_trains():
     torch.testing.assert_close(adapted(x), merged)
 
 
-def test_every_linear_layer_of_the_blocks_is_adapted_and_the_rest_frozen():
+def test_every_linear_layer_of_the_blocks_is_adapted_and_the_rest_frozen(monkeypatch):
+    monkeypatch.setattr("smollm2.LlamaConfig", LlamaConfig)  # all eight layers
     network, _ = load_network("tiny")
     linears = sum(isinstance(module, nn.Linear) for module in network.tail.layers.modules())
     tokens, positions = torch.arange(12).view(2, 6), torch.tensor([[2, 5]] * 2)

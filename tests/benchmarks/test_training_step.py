@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training import training_step
+from benchmarks.training.models import MODELS
 from benchmarks.training.training_step import Point, measure, points, table
-from benchmarks.training.training_step_data import MODELS, flops_per_token, packs_of, rows_of
+from benchmarks.training.training_step_data import flops_per_token, packs_of, rows_of
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Four steps are timed after two, where the benchmark times 16 after 8."""
+    for name, value in (("WARMUP", 2), ("STEPS", 6)):
+        monkeypatch.setattr(f"benchmarks.training.training_step_run.{name}", value)
+
+
+def test_what_runs_apart_is_another_process_whose_end_is_a_row():
+    assert training_step.apart(os.getpid) != os.getpid()
+    assert training_step.apart(os._exit, 3) == {"error": "its process ended with 3"}
 
 
 @pytest.mark.parametrize("form", ["full", "padded", "padding-free"])

@@ -88,6 +88,7 @@ class TestInterrupt:
                 cwd=Path(__file__).parents[2],
                 stdout=subprocess.DEVNULL,
                 stderr=told,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup pytest &` ignores it
             )
             try:
                 until = time.monotonic() + 120

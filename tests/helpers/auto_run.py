@@ -89,7 +89,7 @@ def report_of(trainer: gk.GEKOTrainer) -> dict[str, Any]:
 
 def train_and_tell(out: Path, name: str, shard: bool = False, resume: str | None = None, **fields: Any) -> None:
     """Train on noisy samples with plain SGD, whose rounding stays small, and write what has come of it."""
-    options = {"optim": "sgd", "learning_rate": 1.0, "per_device_train_batch_size": 10 // WORLD, "max_steps": 60}
+    options = {"optim": "sgd", "learning_rate": 1.0, "per_device_train_batch_size": 10 // WORLD, "max_steps": 45}
     options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
     several = {"ddp_backend": "gloo"} if WORLD > 1 else {}
     if shard and WORLD > 1:
@@ -145,7 +145,6 @@ def main() -> None:
         train_and_tell(Path(sys.argv[1]), "resumed", shard=True, resume=checkpoint, **saved)
     if dist.is_initialized():
         dist.barrier()
-        os._exit(0)  # as in distributed_run.py
 
 
 if __name__ == "__main__":

@@ -176,7 +176,6 @@ def main() -> None:
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():
         dist.barrier()
-        os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down, after all is done
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Loops over a `GEKOLoader` for its tests: `loader_run.py two OUT` under torchrun or alone, `loader_run.py kill OUT`.
+"""Loops over a `GEKOLoader` for its tests: `loader_run.py OUT` under torchrun or alone, and `kill`.
 
-`two` writes OUT/<rank>.json of the same global batches on any number of processes, resumed in their middle as well.
-`kill` trains with two workers, saves OUT/checkpoint.pt after every third batch and goes on from there if it is there;
-`--kill-at N` is a SIGKILL in the middle of the N-th batch. It ends with OUT/model.pt.
+The script writes OUT/<rank>.json of the same global batches on any number of processes, resumed in their middle too.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +119,10 @@ def two(out: Path) -> None:
 
 
 def kill(out: Path, kill_at: int) -> None:
+    """Train with two workers, save OUT/checkpoint.pt after every third batch and go on from there if it is there.
+
+    A SIGKILL comes in the middle of the `kill_at`-th batch. It ends with OUT/model.pt.
+    """
     loop, checkpoint = Loop(1, num_workers=2), out / "checkpoint.pt"
     trained = 0
     if checkpoint.exists():
@@ -140,19 +142,10 @@ def kill(out: Path, kill_at: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["two", "kill"])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--kill-at", type=int, default=-1)
-    given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.what == "kill":
-        kill(given.out, given.kill_at)
-        return
-    two(given.out)
+    two(Path(sys.argv[1]))
     if dist.is_initialized():
         dist.barrier()
-        os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down, after all is done
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Training runs for test_resume.py and kill_runs.py: `resume_run.py OUTPUT_DIR [--resume] [--kill-at STEP]`."""
+"""Training runs for test_resume.py and kill_runs.py."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -159,16 +158,3 @@ def run(folder: str, setting: str | None = None, resume: bool | str = False, kil
     trainer.add_callback(Doing(trainer, Path(folder, "doing")))
     trainer.train(resume_from_checkpoint=resume)
     Path(folder, "summary.json").write_text(json.dumps(summary(trainer)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--kill-at", type=int)
-    given = parser.parse_args()
-    run(given.folder, None, given.resume, given.kill_at)
-
-
-if __name__ == "__main__":
-    main()

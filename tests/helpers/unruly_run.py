@@ -198,7 +198,6 @@ def main() -> None:
         rest(out)
     if dist.is_initialized():
         dist.barrier()
-        os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down, after all is done
 
 
 if __name__ == "__main__":

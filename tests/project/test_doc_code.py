@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
-    """A copy of it, where a document's blocks run, with Trainer on the CPU and nothing reported elsewhere."""
+    """A copy of it, where a document's blocks run, with Trainer on the CPU, nothing reported elsewhere or drawn."""
     from transformers import TrainingArguments
 
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
@@ -67,6 +68,8 @@ def folder(made, tmp_path, monkeypatch):
         init(args)
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", on_the_cpu)
+    if importlib.util.find_spec("matplotlib"):
+        monkeypatch.setattr("geko_kernels.training.report.report._png", lambda figure: b"")  # the examples draw
     return tmp_path
 
 

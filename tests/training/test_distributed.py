@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
 SCENARIOS = ("selection", "accumulation", "weighed", "resumed", "packed", "packed_rows", "uniform", "sync", "fsdp2")
 
 
@@ -19,16 +16,10 @@ SCENARIOS = ("selection", "accumulation", "weighed", "resumed", "packed", "packe
 def runs(tmp_path_factory):
     """{scenario: [one process, rank 0 of two, rank 1 of two]}"""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        "PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    for folder, launch in zip(folders, ([], torchrun), strict=True):
-        command = [sys.executable, *launch, str(SCRIPT), str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+    for code, said in launch(
+        folders[1], *((1 + i, "distributed_run.py", str(folder)) for i, folder in enumerate(folders))
+    ):
+        assert code == 0, said[-4000:]
     places = [(folders[0], 0), (folders[1], 0), (folders[1], 1)]
     return {
         name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for folder, rank in places]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from training import tiny_llama
 
 from geko_kernels.training.model_loss.found_loss import find_loss_of
-from geko_kernels.training.model_loss.own_loss import Route, eager, unwrap_compiled
+from geko_kernels.training.model_loss.own_loss import Route, module_to_call, unwrap_compiled
 
 
 @pytest.fixture
@@ -36,11 +36,13 @@ def test_the_loss_is_found_with_the_weights_gathered_and_nothing_compiled(mesh):
     fully_shard(compiled, mesh=mesh)
     assert isinstance(compiled, FSDPModule) and not isinstance(model, FSDPModule)
     assert all(isinstance(weight, DTensor) for weight in compiled.parameters())
-    assert eager(compiled) is compiled and unwrap_compiled(compiled) is model
+    assert module_to_call(compiled) is compiled and unwrap_compiled(compiled) is model
     labels = torch.randint(0, 16, (2, 6))
     inputs = {"input_ids": labels, "labels": labels, "sample_ids": torch.arange(2)}
     asked = {"shift": None, "takes_num_items": True, "fuse": True, "processes": 1}
-    found = find_loss_of(eager(compiled), model, inputs, "labels", routes=(Route.LOSS_FUNCTION, Route.UNUSED), **asked)
+    found = find_loss_of(
+        module_to_call(compiled), model, inputs, "labels", routes=(Route.LOSS_FUNCTION, Route.UNUSED), **asked
+    )
     assert found.own and found.form.shift and found.form.route is Route.LOSS_FUNCTION
     assert calls == []
     compiled(**{name: value for name, value in inputs.items() if name != "sample_ids"}).loss.backward()
@@ -49,4 +51,4 @@ def test_the_loss_is_found_with_the_weights_gathered_and_nothing_compiled(mesh):
 
 def test_ddp_is_left_out(mesh):
     model = tiny_llama()
-    assert eager(torch.nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))) is model
+    assert module_to_call(torch.nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))) is model

@@ -8,43 +8,48 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from multiprocessing import get_context
 
+import loader_run
 import pytest
 import torch
+from launching import launch
 
 import geko_kernels as gk
 from geko_kernels.training.report.samples import read_samples
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "loader_run.py"
-ENVIRONMENT = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
 
+def killed(folder, at=-1):
+    """The exit code of a process that `loader_run.kill`s itself at batch `at`; it shares our imports.
 
-def start(*arguments, launch=()):
-    command = [sys.executable, *launch, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    Workers just forked may miss that their parent is gone, and so are ended with their group.
+    """
 
+    def work():
+        os.setsid()
+        with (folder / "log").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            torch.set_num_threads(1)
+            loader_run.kill(folder, at)
 
-def kill_at(folder, at):
-    """Its exit code. Workers just forked may miss that their parent is gone, and so are ended with their group."""
-    command = [sys.executable, str(SCRIPT), "kill", str(folder), "--kill-at", str(at)]
-    with (folder / "log").open("a") as log:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            return process.wait(timeout=200)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    process = get_context("fork").Process(target=work)
+    process.start()
+    try:
+        process.join(200)
+        return process.exitcode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """[one process, rank 0 of two, rank 1 of two], and the folder of the two."""
     one, both = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for folder, launch in ((one, ()), (both, torchrun)):
-        done = start("two", folder, launch=launch)
-        assert done.returncode == 0, done.stderr[-3000:]
+    launches = (1, "loader_run.py", str(one)), (2, "loader_run.py", str(both))
+    for code, said in launch(both, *launches, shared="geko_kernels.training.loader"):
+        assert code == 0, said[-3000:]
     return [
         json.loads((folder / f"{rank}.json").read_text()) for folder, rank in ((one, 0), (both, 0), (both, 1))
     ], both
@@ -108,12 +113,11 @@ def test_killed_and_resumed_in_mid_epoch_is_bit_for_bit_the_same(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    assert start("kill", whole).returncode == 0
+    assert killed(whole) == 0, (whole / "log").read_text()[-3000:]
     for at in (8, 17):
-        assert kill_at(broken, at) == -signal.SIGKILL, (broken / "log").read_text()[-3000:]
+        assert killed(broken, at) == -signal.SIGKILL, (broken / "log").read_text()[-3000:]
         assert (broken / "checkpoint.pt").exists() and not (broken / "model.pt").exists()
-    done = start("kill", broken)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert killed(broken) == 0, (broken / "log").read_text()[-3000:]
     ours, theirs = torch.load(broken / "model.pt"), torch.load(whole / "model.pt")
     assert ours["weights"] == theirs["weights"]
     for name, column in theirs["state"].items():

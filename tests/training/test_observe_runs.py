@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from training import arguments, classified, sentences, standard, tiny_classifier, tiny_llama
 from transformers import TrainerCallback
 
 import geko_kernels as gk
 from geko_kernels.training.observed_batches import _restarts
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "observe_run.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """[one process, rank 0 of two, rank 1 of two], and the folder of the two."""
-    environment = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     one, both = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    for folder, launch in ((one, ()), (both, TORCHRUN)):
-        command = [sys.executable, *launch, str(SCRIPT), str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+    launches = (1, "observe_run.py", str(one)), (2, "observe_run.py", str(both))
+    for code, said in launch(both, *launches):
+        assert code == 0, said[-3000:]
     places = (one, 0), (both, 0), (both, 1)
     return [json.loads((folder / f"{rank}.json").read_text()) for folder, rank in places], both
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from geko_kernels import GEKOConfig
+from geko_kernels.training.report import report
 from geko_kernels.training.report.report import write_report
 
 BUCKETS = ("FREEZE", "LIGHT", "FOCUS", "HARD")
@@ -66,9 +67,13 @@ def run_figures(num_epochs=6, num_samples=20_000):
     }
 
 
-def write(tmp_path, figures):
+def write(tmp_path, figures, painted=True):
+    """The page; its pictures are made but not `painted`, 0.1 s each, where a test reads its text alone."""
     (tmp_path / "geko_report.json").write_text(json.dumps(figures))
-    return write_report(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        if not painted:
+            patch.setattr(report, "_png", lambda figure: b"")
+        return write_report(tmp_path)
 
 
 class Page(HTMLParser):

@@ -224,7 +224,7 @@ def test_the_page_cuts_and_escapes_labels(tmp_path):
     assert "10 more labels with 20 samples." in text and "the first 20 of 30" in text
     assert "<td>–</td>" not in text and "<b>0 " not in text and f"&lt;b&gt;0 {'x' * 55}…" in text
     stopping = {"why": "It was best.", "held_back": [3, 4], "looked_at": "held_back", "swap_test": True, "curve": []}
-    text = write(tmp_path, run_figures(2, num_samples=60) | labels | {"stopping": stopping}).read_text()
+    text = write(tmp_path, run_figures(2, num_samples=60) | labels | {"stopping": stopping}, painted=False).read_text()
     assert "<th>held back</th><th>right</th><th>visits a sample</th>" in text
     with pytest.raises(ValueError, match=r"is damaged: labels.listed\[0\].label is int"):
         labels["labels"]["listed"][0]["label"] = 3

@@ -27,9 +27,9 @@ def figures_of(num_samples=20, **fields):
     return figures | none | fields
 
 
-def write_with(tmp_path, rows, **fields):
+def write_with(tmp_path, rows, painted=False, **fields):
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return write(tmp_path, figures_of(len(rows), **fields)).read_text(encoding="utf-8")
+    return write(tmp_path, figures_of(len(rows), **fields), painted).read_text(encoding="utf-8")
 
 
 def order(text, *headings):
@@ -92,7 +92,7 @@ def test_long_lists_are_folded_and_cut(tmp_path):
 
 
 def test_data_map_needs_two_visits(tmp_path):
-    text = write_with(tmp_path, [sample(i) for i in range(20)])
+    text = write_with(tmp_path, [sample(i) for i in range(20)], painted=True)
     assert "Chart: Data map" in text and (tmp_path / "report_map.png").exists()
     row = sample(0, label_probabilities=[0.2, None, 0.6])
     (tmp_path / "samples.jsonl").write_text(json.dumps(row))
@@ -118,7 +118,7 @@ def test_file_of_an_earlier_run_is_left_alone(tmp_path):
     write_with(tmp_path, [sample(i) for i in range(20)])
     assert read_sample_lists(tmp_path, figures_of(21)) is None
     assert read_sample_lists(tmp_path / "elsewhere", figures_of()) is None
-    assert "Data map" not in write(tmp_path, figures_of(21)).read_text()
+    assert "Data map" not in write(tmp_path, figures_of(21), painted=False).read_text()
 
 
 def test_damaged_file_is_named_with_its_line(tmp_path):

@@ -6,19 +6,17 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import kill_runs
 import pytest
+import resume_run
 import torch
 from resume_run import SETTINGS, after, summary, trainer_in, trainer_of
 from training import sentences, tiny_llama
 
 import geko_kernels as gk
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "resume_run.py"
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +41,12 @@ def whole(tmp_path_factory):
     return run_of
 
 
-def run(folder: Path, *extra: str) -> int:
-    environment = {"PYTHONPATH": ":".join([str(SCRIPT.parent), *sys.path]), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, SCRIPT, folder, *extra], env=environment, capture_output=True).returncode
+def exit_code(folder: Path, resume: bool = False, kill_at: int | None = None) -> int | None:
+    """Of a process that trains in `folder`; it shares our imports."""
+    process = get_context("fork").Process(target=resume_run.run, args=(str(folder), None, resume, kill_at))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def test_the_run_exercises_selection(whole):
@@ -62,9 +63,9 @@ def test_kill_9_at_a_random_step(whole, tmp_path):
     last = expected["curve"][-1]["step"]
     step = random.SystemRandom().randrange(6, last)
     print(f"killed in step {step} of {last}")
-    assert run(tmp_path, "--kill-at", str(step)) == -signal.SIGKILL
+    assert exit_code(tmp_path, kill_at=step) == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
-    assert run(tmp_path, "--resume") == 0
+    assert exit_code(tmp_path, resume=True) == 0
     resumed = json.loads((tmp_path / "summary.json").read_text())
     assert resumed == expected
 

@@ -221,7 +221,6 @@ def test_where_sft_drops_all_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_liger_kernel", True),
         ("label_smoothing_factor", 0.1),
         ("loss_type", "dft"),
     ],

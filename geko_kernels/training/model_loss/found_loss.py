@@ -45,7 +45,7 @@ def find_loss_of(
     """Determine the loss of `model` from a few rows of `inputs`, and whether its head can be fused with the loss.
 
     Args:
-        model: without DDP, see `eager`; `base` also without torch.compile and PEFT.
+        model: as `module_to_call` gives it; `base` is without PEFT and torch.compile too.
         inputs: the first training batch, with labels and sample_ids.
         shift: set by the user: the cross-entropy of the logits is trained, and the model's own loss is not tested.
         takes_num_items: Trainer passes `num_items_in_batch` to the model.

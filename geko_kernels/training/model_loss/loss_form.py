@@ -58,7 +58,7 @@ class Question:
     """A model, a `few` rows of its inputs (without labels), and ways to run them.
 
     Args:
-        model: as trained, but without DDP (see `eager`); `base` is the same without PEFT.
+        model: as `module_to_call` gives it; `base` is without PEFT and torch.compile too.
         labels: of the few rows; the test labels have their shape and their name.
     """
 

@@ -73,8 +73,11 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def eager(model: nn.Module) -> nn.Module:
-    """`model` to be called without DDP; on the compiled module itself are the hooks by which FSDP2 gathers weights."""
+def module_to_call(model: nn.Module) -> nn.Module:
+    """`model` without DDP and torch.compile, but with a compiled wrapper that FSDP2 has sharded.
+
+    accelerate compiles the model first, so the hooks that gather the weights are on that wrapper.
+    """
     while (inner := _inside(model)) is not None and not isinstance(model, FSDPModule):
         model = inner
     return model
