@@ -32,7 +32,7 @@ def add_blocks(
     if not count:
         return
     hidden = head.hidden if count == len(head.hidden) else head.hidden.index_select(0, positions)
-    scaled = gradients.scale(positions, coeff, count)
+    scaled = None if gradients.weight_grad is None else gradients.scale(positions, coeff, count)
     by_row = coeff.index_select(0, positions)
     total: Tensor | None = None  # of dX, unscaled
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -82,7 +82,6 @@ class Chunks:
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
         self.buffer = head.hidden.new_empty(0, 0)
-        self.scaled: Tensor | None = None  # dW's operand of the next flush, if it is there ahead of time
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 
     def hold(self, rows: int, keep: int = 0) -> None:
@@ -232,10 +231,10 @@ class Chunks:
         batch = self.batch
         where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
         ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
-        self.scaled = None
         foreseen = self.fused and self.buffer.dtype != torch.float16  # most rows are kept: a flush will follow
-        if foreseen and self.gradients is not None and not kept.arrived():
-            self.scaled = self.gradients.scale(self.positions, coeff, held + count)
+        if self.gradients is not None:
+            ahead = held + count if foreseen and not kept.arrived() else 0
+            self.gradients.scale_ahead(self.positions, coeff, ahead)
         return int(kept.wait())
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
@@ -244,8 +243,7 @@ class Chunks:
         if self.used is not None:
             positions = self.positions[:held]
             self.used.index_copy_(0, positions, coeff.index_select(0, positions))
-        scaled, self.scaled = self.scaled, None
-        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last, scaled)
+        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last)
 
     def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
         """The last flush; then the rows of visits whose weight differs from its estimate, once more."""

@@ -145,6 +145,7 @@ class HeadGradients:
         weight_dtype, bias_dtype = self._held(weight_dtype), self._held(bias_dtype)
         self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
         self.factor: Tensor | None = None  # of the float16 rows in the sum of dW
+        self.ahead: Tensor | None = None  # what `scale_ahead` left
         self.hidden_grad: Tensor | None = None
         vocab, columns = weight.shape
         self.weight_grad: WeightGradient | None = None
@@ -161,31 +162,32 @@ class HeadGradients:
         missing: Tensor,
         coeff: Tensor,
         last: bool,
-        scaled: Tensor | None = None,
     ) -> None:
         """Add the tokens `positions[:n]`, whose logits have the gradient `coeff[positions[:n], None] * tile`.
 
         Args:
             tile (n, V) unscaled, contiguous, overwritten; positions (n or more,) distinct tokens; coeff (T,);
             missing (T,): the part of `coeff` that the sums of dW and d(bias) do not hold yet;
-            last: nothing will follow; scaled: what `scale` made of these positions and `missing`.
+            last: nothing will follow.
         """
         at = positions[: len(tile)]
         if self.weight_grad is not None:
+            scaled, self.ahead = self.ahead, None
             if scaled is None:
-                scaled = self._scaled(positions, missing, len(tile))
+                scaled = self.scale(positions, missing, len(tile))
             self.weight_grad.add(tile, scaled[: len(tile)], last)
-            del scaled
+            del scaled  # dX takes its memory
         if self.bias_grad is not None:
             self.bias_grad.add(tile, missing.index_select(0, at))
         if self.hidden_needed:
             self._add_hidden(tile, positions, coeff)
 
-    def scale(self, positions: Tensor, missing: Tensor, count: int) -> Tensor | None:
-        """dW's operand for the tokens `positions[:count]`; None if dW is not asked for."""
-        return None if self.weight_grad is None else self._scaled(positions, missing, count)
+    def scale_ahead(self, positions: Tensor, missing: Tensor, count: int) -> None:
+        """Launch `scale` for the next call of `add` already, which will take the first of these tokens, if any."""
+        self.ahead = self.scale(positions, missing, count) if count and self.weight_grad is not None else None
 
-    def _scaled(self, positions: Tensor, missing: Tensor, count: int) -> Tensor:
+    def scale(self, positions: Tensor, missing: Tensor, count: int) -> Tensor:
+        """dW's operand for the tokens `positions[:count]`."""
         fp16 = self.weight.dtype == torch.float16
         fitting = missing * self._refit(positions[:count], missing) if fp16 else missing
         return ops.direct.gather_rows(self.hidden, positions, fitting, count)
