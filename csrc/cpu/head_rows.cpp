@@ -198,7 +198,10 @@ Tensor gather_rows(const Tensor& hidden, const Tensor& positions, const Tensor& 
         const int64_t t = position[i];
         if (foreign.outside(t, tokens)) return;
         const T* row = reinterpret_cast<const T*>(from) + t * columns;
-        for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = narrow<T>(widen(row[j]) * weight[t]);
+        const bool zero = weight[t] == 0;
+        for (int64_t j = 0; j < columns; ++j) {
+          to[i * columns + j] = zero ? T() : narrow<T>(widen(row[j]) * weight[t]);
+        }
       }
     });
   });
@@ -226,7 +229,8 @@ void scatter_rows_(
           if (foreign.outside(t, tokens)) return;
           const From* row = reinterpret_cast<const From*>(from) + i * columns;
           To* there = reinterpret_cast<To*>(to) + t * columns;
-          for (int64_t j = 0; j < columns; ++j) there[j] = narrow<To>(widen(row[j]) * weight[t]);
+          const bool zero = weight[t] == 0;
+          for (int64_t j = 0; j < columns; ++j) there[j] = zero ? To() : narrow<To>(widen(row[j]) * weight[t]);
         }
       });
     });

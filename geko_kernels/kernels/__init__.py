@@ -6,6 +6,7 @@ from geko_kernels.kernels import forward as _forward
 from geko_kernels.kernels import logits_grad as _logits_grad
 from geko_kernels.kernels import token_stats as _token_stats
 from geko_kernels.kernels.launch import on_own_device as _on_own_device
+from geko_kernels.kernels.rows import clear as _clear_rows
 from geko_kernels.kernels.rows import column_sums as _column_sums
 from geko_kernels.kernels.rows import gradient as _gradient_rows
 from geko_kernels.kernels.rows import lists as _linear_rows
@@ -28,5 +29,6 @@ gradient_rows_ = _on_own_device(_gradient_rows.gradient_rows_)
 score_rows_ = _on_own_device(_score_rows.score_rows_)
 gather_rows = _on_own_device(_move_rows.gather_rows)
 scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
+clear_rows_ = _on_own_device(_clear_rows.clear_rows_)
 column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)

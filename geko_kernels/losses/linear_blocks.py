@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
-from geko_kernels.losses.linear_gradients import HeadGradients, multiply_
+from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients, multiply_
 from geko_kernels.losses.linear_head import EDGE, Head, LabelBatch
 
 
@@ -42,10 +42,7 @@ def add_blocks(
         stop, stride = start + width, -(-width // EDGE) * EDGE + EDGE
         tile = memory[: count * stride].view(count, stride)
         block, weight = tile[:, :width], head.weight[start:stop]
-        if head.bias is None:
-            torch.mm(hidden, weight.t(), out=block)
-        else:
-            torch.addmm(head.bias[start:stop], hidden, weight.t(), out=block)
+        _logits(hidden, weight, None if head.bias is None else head.bias[start:stop], block)
         labels = (batch.labels - start).clamp_(-1, width).remainder_(stride)  # outside of the block: beyond it
         where = (positions, None, None, labels, statistics, 0, count, count)
         ops.direct.gradient_rows_(tile, *where, stride, batch.shift, batch.softcap)
@@ -61,3 +58,20 @@ def add_blocks(
     del memory, tile, block, scaled, hidden
     if total is not None:
         gradients.write_hidden(total, positions, coeff)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`F.linear(hidden, weight, bias)` to `out`, rounded once as there; the rows of `out` may lie apart.
+
+    On a GPU, `addmm` to such rows rounds the product before the bias is added: then the gradients of bfloat16 were off
+    by twice as much.
+    """
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    elif not hidden.is_cuda or hidden.element_size() > 2:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+    else:
+        step = max(1, HIDDEN_BYTES // (4 * out.shape[1]))
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows] = torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32).add_(bias)

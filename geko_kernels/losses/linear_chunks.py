@@ -2,7 +2,8 @@
 
 The buffer is filled with logits, whose statistics give the visits' weights. Rows of nonzero weight are turned into
 gradients and kept at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. An
-asynchronous copy tells the host how many rows are kept. If a visit continues in the next fill, its weight is estimated
+asynchronous copy tells the host how many rows are kept. Where nearly all are, the next fills take all rows, those of
+weight 0 as zeros, and the host does not wait for them. If a visit continues in the next fill, its weight is estimated
 from the rows scored so far; if the estimate was wrong, the rows of that visit are computed again.
 """
 
@@ -22,6 +23,7 @@ from geko_kernels.losses.results import ForwardResult
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # first rows, which show whether most rows are kept
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
+DENSE_SHARE = 0.95  # share of kept rows above which it is faster not to ask how many are kept, and to take all
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
 
 
@@ -65,7 +67,9 @@ class Chunks:
         all_kept: every row is known to be kept.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
-    Attributes: fused: whether one launch computes a row's statistics and gradient; None until that is decided.
+    Attributes:
+        fused: whether one launch computes a row's statistics and gradient; None until that is decided.
+        dense: whether the next fill takes all rows, those of weight 0 as zeros. Then the host does not wait for it.
     """
 
     def __init__(
@@ -81,8 +85,14 @@ class Chunks:
         self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
         self.fused = (True if all_kept else None) if able else False
+        self.dense = bool(self.fused) and self._may_be_dense
         self.buffer = head.hidden.new_empty(0, 0)
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
+
+    @property
+    def _may_be_dense(self) -> bool:
+        """float16 fits its range to the kept rows, and a row of weight 0 may be infinite."""
+        return self.head.weight.dtype != torch.float16
 
     def hold(self, rows: int, keep: int = 0) -> None:
         """Take the memory of `rows` slots, if there is less, and move the logits in the first `keep` there."""
@@ -141,10 +151,12 @@ class Chunks:
             result = update(self.statistics, False)
             coeff = result.coeff * factor(result)
             before, held = held, self._keep(result, coeff, part, held, ready_from)
-            self.fused = self.fused is not False and held - before > FUSED_SHARE * (part.stop - part.start)
+            share = (held - before) / (part.stop - part.start)
+            self.fused = self.fused is not False and share > FUSED_SHARE
             if 2 * held > room:
                 self._flush(coeff, held, last=False)
                 held = 0
+                self.dense = self.dense or (self.fused and share > DENSE_SHARE and self._may_be_dense)
         result = update(self.statistics, True)
         if self.gradients is not None:
             coeff = result.coeff * factor(result)
@@ -226,6 +238,10 @@ class Chunks:
     def _keep(self, result: ForwardResult, coeff: Tensor, part: slice, held: int, ready_from: int) -> int:
         """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
         count = part.stop - part.start
+        if self.dense:
+            self.tokens = self.rows[part]
+            return count
+        self.tokens = self.positions
         end = ops.direct.kept_rows_(result.coeff, self.rows, self.positions, self.sources, held, part.start, count)
         kept = HostCopy(end)
         batch = self.batch
@@ -240,17 +256,19 @@ class Chunks:
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
         """Run the gradient GEMMs on the rows in slots [0, held)."""
         assert self.gradients is not None
+        tile, tokens = self.buffer[:held], self.tokens[:held]
         if self.used is not None:
-            positions = self.positions[:held]
-            self.used.index_copy_(0, positions, coeff.index_select(0, positions))
-        self.gradients.add(self.buffer[:held], self.positions, coeff, coeff, last)
+            self.used.index_copy_(0, tokens, coeff.index_select(0, tokens))
+        if self.dense:
+            ops.direct.clear_rows_(tile, tokens, coeff)
+        self.gradients.add(tile, tokens, coeff, coeff, last)
 
     def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
         """The last flush; then the rows of visits whose weight differs from its estimate, once more."""
         wrong = 0
         if self.used is not None:
-            positions = self.positions[:held]
-            self.used.index_copy_(0, positions, coeff.index_select(0, positions))
+            tokens = self.tokens[:held]
+            self.used.index_copy_(0, tokens, coeff.index_select(0, tokens))
             missing, rows = coeff - self.used, torch.cat(crossing)
             again, sources = torch.empty_like(rows), torch.empty_like(rows)
             wrong = int(HostCopy(ops.direct.kept_rows_(missing, rows, again, sources, 0, 0, len(rows))).wait())

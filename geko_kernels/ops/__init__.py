@@ -43,6 +43,7 @@ _SCHEMAS = {
     "Tensor labels, Tensor tokens, int first, int last, int ready_from, int vocab, bool shift, float softcap) -> ()",
     "gather_rows": "(Tensor hidden, Tensor positions, Tensor coeff, int count) -> Tensor",
     "scatter_rows_": "(Tensor(a!) out, Tensor product, Tensor positions, Tensor coeff, int first) -> ()",
+    "clear_rows_": "(Tensor(a!) tile, Tensor positions, Tensor coeff) -> ()",
     "column_sums": "(Tensor tile, Tensor by_row) -> Tensor",
     "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
 }
@@ -200,6 +201,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "score_rows_": lambda *_: None,
     "gather_rows": lambda hidden, _positions, _coeff, count: hidden.new_empty((count, hidden.shape[1])),
     "scatter_rows_": lambda *_: None,
+    "clear_rows_": lambda *_: None,
     "column_sums": lambda tile, _by_row: tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device)),
     "rescale_": lambda *_: None,
 }
@@ -221,6 +223,7 @@ gradient_rows_ = torch.ops.geko.gradient_rows_.default
 score_rows_ = torch.ops.geko.score_rows_.default
 gather_rows = torch.ops.geko.gather_rows.default
 scatter_rows_ = torch.ops.geko.scatter_rows_.default
+clear_rows_ = torch.ops.geko.clear_rows_.default
 column_sums = torch.ops.geko.column_sums.default
 rescale_ = torch.ops.geko.rescale_.default
 
@@ -246,7 +249,7 @@ def _direct(op: str) -> Callable[..., Any]:
 
 
 _ROW_OPS = ("scored_rows", "kept_rows_", "gradient_rows_", "score_rows_", "gather_rows", "scatter_rows_")
-direct = SimpleNamespace(**{op: _direct(op) for op in (*_ROW_OPS, "column_sums", "rescale_")})
+direct = SimpleNamespace(**{op: _direct(op) for op in (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_")})
 
 
 def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleType | None:

@@ -268,6 +268,12 @@ def _scatter_rows(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor
     _check_range("positions", first, first + len(product), len(positions))
 
 
+def _clear_rows(tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+    _check("tile", tile, (None, None), _REAL, tile.device)
+    _check("positions", positions, (len(tile),), _INT64, tile.device)
+    _check("coeff", coeff, (None,), _STATISTICS, tile.device)
+
+
 def _column_sums(tile: Tensor, by_row: Tensor) -> None:
     _check("tile", tile, (None, None), _REAL, tile.device)
     _check("by_row", by_row, (len(tile),), _STATISTICS, tile.device)
@@ -290,6 +296,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "gradient_rows_": _gradient_rows,
     "gather_rows": _gather_rows,
     "scatter_rows_": _scatter_rows,
+    "clear_rows_": _clear_rows,
     "column_sums": _column_sums,
     "rescale_": _rescale,
 }

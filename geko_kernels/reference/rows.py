@@ -145,15 +145,30 @@ def _gradient(x: Tensor, target: Tensor, top: Tensor, log_sum: Tensor, softcap: 
 
 
 def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int) -> Tensor:
-    """`hidden[at] * coeff[at]` with `at = positions[:count]`: (count, H), in the dtype of hidden (T, H)."""
+    """`hidden[at] * coeff[at]` with `at = positions[:count]`: (count, H), in the dtype of hidden (T, H).
+
+    A coefficient of 0 gives zeros, whatever the row holds.
+    """
     at = positions[:count]
-    return (hidden[at] * coeff[at, None]).to(hidden.dtype)
+    return _times(hidden[at], coeff[at, None]).to(hidden.dtype)
 
 
 def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor, first: int) -> None:
-    """`out[at] = product * coeff[at]` with `at = positions[first : first + len(product)]`, out (T, H) of any dtype."""
+    """`out[at] = product * coeff[at]` with `at = positions[first : first + len(product)]`, out (T, H) of any dtype.
+
+    A coefficient of 0 gives zeros, whatever the row holds.
+    """
     at = positions[first : first + len(product)]
-    out[at] = (product * coeff[at, None]).to(out.dtype)
+    out[at] = _times(product, coeff[at, None]).to(out.dtype)
+
+
+def _times(rows: Tensor, coeff: Tensor) -> Tensor:
+    return (rows * coeff).masked_fill_(coeff == 0, 0)
+
+
+def clear_rows_(tile: Tensor, positions: Tensor, coeff: Tensor) -> None:
+    """`tile[coeff[positions] == 0] = 0`: tile (n, V), positions (n,) int64, coeff (T,)."""
+    tile[coeff[positions] == 0] = 0
 
 
 def column_sums(tile: Tensor, by_row: Tensor) -> Tensor:

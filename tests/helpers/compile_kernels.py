@@ -117,6 +117,7 @@ def call_rows(dtype: torch.dtype, vocab: int, shift: bool, softcap: float) -> No
         kernels.gradient_rows_(tile, slots, sources, last, labels, tokens, 0, 64, 64, vocab - 3, shift, softcap)
     kernels.gather_rows(hidden, slots, tokens[0], 64)
     kernels.scatter_rows_(hidden, torch.empty(64, 100), slots, tokens[0], 0)
+    kernels.clear_rows_(tile, slots, tokens[0])
     kernels.column_sums(tile, tokens[0, :64])
     kernels.rescale_(tile, torch.ones(()))
 

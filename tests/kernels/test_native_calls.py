@@ -189,6 +189,7 @@ def rows_call(op, **changes):
         "scatter_rows_": {
             **{"out": many(4, 3), "product": many(4, 3), "positions": index, "coeff": torch.ones(4), "first": 0},
         },
+        "clear_rows_": {"tile": many(4, 3), "positions": index, "coeff": torch.ones(4)},
         "column_sums": {"tile": many(4, 3), "by_row": torch.ones(4)},
         "rescale_": {"values": many(4), "factor": torch.ones(())},
         "scored_rows": {"labels": index[:, None], "sample_ids": None, "vocab": 5, "ignore_index": -100, "shift": False},
@@ -214,6 +215,7 @@ def rows_call(op, **changes):
         ("gather_rows", {"coeff": torch.ones(3)}, r"coeff must be .*\(4,\).*\(3,\)"),
         ("scatter_rows_", {"first": 1}, r"positions must lie in \[0, 4\), got \[1, 5\)"),
         ("scatter_rows_", {"product": many(4, 4)}, r"product must be .*\(any, 3\).*\(4, 4\)"),
+        ("clear_rows_", {"positions": torch.arange(3)}, r"positions must be .*\(4,\).*\(3,\)"),
         ("column_sums", {"by_row": torch.ones(5)}, r"by_row must be .*\(4,\).*\(5,\)"),
         ("rescale_", {"factor": torch.ones(2)}, r"factor must be .*\(\).*\(2,\)"),
         ("scored_rows", {"sample_ids": torch.zeros(2).long()}, r"sample_ids must be .*\(4,\).*\(2,\)"),

@@ -120,6 +120,20 @@ def test_moved_rows_of_every_backend(backend, device):
     assert not outs[0][2].equal(hidden[2]) and outs[0][8].equal(hidden[8])
 
 
+def test_a_coefficient_of_zero_clears_its_row(backend, device):
+    """Whatever the row holds."""
+    hidden, positions = torch.randn(9, 37, device=device).bfloat16(), torch.tensor([8, 2, 5, 0], device=device)
+    coeff = torch.randn(9, device=device)
+    coeff[[2, 5]] = 0
+    hidden[2], hidden[3, :2] = torch.nan, torch.inf
+    gathered, scattered, tile = ops.gather_rows(hidden, positions, coeff, 4), hidden.clone(), hidden[2:6].clone()
+    ops.scatter_rows_(scattered, tile, positions, coeff, 0)
+    ops.clear_rows_(tile, positions, coeff)
+    assert not gathered[1:3].any() and gathered[[0, 3]].all()
+    assert not scattered[[2, 5]].any() and scattered[8].isnan().all() and scattered[1].equal(hidden[1])
+    assert not tile[1:3].any() and tile[0].isnan().all() and tile[3].equal(hidden[5])
+
+
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_rescale_of_every_backend(backend, device, factor):
     values = torch.randn(100, 173, device=device).bfloat16()

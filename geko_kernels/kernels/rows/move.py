@@ -28,7 +28,7 @@ def _move_rows_kernel(
 ):
     """`out[i] = x[t] * coeff[t]`, or with SCATTER `out[t] = x[i] * coeff[t]`, t = positions[first + i].
 
-    A position that is no token gathers zeros and scatters nothing.
+    A coefficient of 0 gives zeros. A position that is no token gathers zeros and scatters nothing.
     """
     width = tl.full([], columns, tl.int64)
     for i in range(tl.program_id(0), count, tl.num_programs(0)):
@@ -42,7 +42,7 @@ def _move_rows_kernel(
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < columns
-            values = tl.load(x + column, mask=inside & known, other=0.0).to(tl.float32) * coefficient
+            values = tl.load(x + column, mask=inside & (coefficient != 0), other=0.0).to(tl.float32) * coefficient
             written = inside & known if SCATTER else inside
             tl.store(out + column, values.to(out_ptr.dtype.element_ty), mask=written)
 
