@@ -58,6 +58,14 @@ def test_files_that_a_document_names_exist(document):
     assert not missing, f"{document} names {missing}"
 
 
+def test_architecture_names_every_file():
+    named = {path for name in FILE.findall(text_of("docs/architecture.md")) for path in ROOT.glob(name)}
+    files = {path for part in ("geko_kernels", "csrc") for path in (ROOT / part).rglob("*")}
+    code = {path for path in files if path.suffix in (".py", ".cpp", ".h", ".cu") and path.name != "__init__.py"}
+    assert len(code) > 100
+    assert not sorted(str(path.relative_to(ROOT)) for path in code - named)
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(document):
     for link in links_of(document):
