@@ -8,7 +8,8 @@ import re
 import pytest
 from documents import DOCUMENTS, ROOT, anchors_of, links_of, text_of
 
-from geko_kernels.cli import environment
+import geko_kernels as gk
+from geko_kernels.cli import _parser, environment
 
 VARIABLES = ROOT / "docs" / "environment.md"
 READS = re.compile(r"(?:environ(?:\.get|\.setdefault|\.pop)?|getenv)\s*[\[(]\s*[\"'](GEKO_\w+)")
@@ -73,6 +74,21 @@ def test_links_lead_somewhere(document):
         target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
         assert target.exists(), f"{document} links to {link}"
         assert not anchor or anchor in anchors_of(str(target.relative_to(ROOT))), f"{document} links to {link}"
+
+
+def test_every_option_of_the_command_line_is_documented_and_no_other():
+    commands = next(action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    options = {name for command in commands.values() for action in command._actions for name in action.option_strings}
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of("docs/guides/command-line.md")))
+    assert told == {name for name in options if name.startswith("--")} | {"--version"}
+
+
+def test_every_public_name_and_field_of_the_settings_is_documented():
+    entries = "".join(text_of(document) for document in DOCUMENTS if document.startswith("docs/api/"))
+    assert set(gk.__all__) <= set(re.findall(r"^::: geko_kernels\.(\w+)$", entries, re.M))
+    for kind in (gk.GEKOConfig, gk.GEKOTrainingArguments):
+        told = set(re.findall(r"\w+", kind.__doc__))
+        assert not set(kind.__annotations__) - told, f"{kind.__name__} says nothing of them"
 
 
 def test_every_page_is_in_the_navigation():
