@@ -23,12 +23,13 @@ from geko_kernels.losses.arguments import (
     num_items_tensor,
 )
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
-from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden, real_dtype
+from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden
 from geko_kernels.losses.linear_chunks import Chunks, Head, HostCopy, LabelBatch, Scored, buffer_rows
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
+from geko_kernels.reference.visits import real_dtype
 from geko_kernels.state import SampleState
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES, HeadGradients
 from geko_kernels.losses.results import ForwardResult
+from geko_kernels.reference.visits import real_dtype
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # first rows, which show whether most rows are kept
@@ -149,8 +150,7 @@ class Chunks:
         known = scored.copy.arrived()
         if not known:
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
-        real = torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
-        self.statistics = torch.zeros(5, len(self.rows), dtype=real, device=self.buffer.device)
+        self.statistics = torch.zeros(5, len(self.rows), dtype=real_dtype(self.buffer), device=self.buffer.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
