@@ -254,7 +254,18 @@ class GEKOConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GEKOConfig:
         """The config that `to_dict` described; raises `ValueError` for unknown fields."""
+        if not isinstance(fields, dict):
+            raise TypeError(f"fields must be a dict, as to_dict() returns, got {type(fields).__name__}")
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"config has unknown fields {unknown}; was it written by a newer geko_kernels?")
         return cls(**fields)
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless `config` is a GEKOConfig or None."""
+    if config is not None and not isinstance(config, GEKOConfig):
+        raise TypeError(
+            f"config must be a GEKOConfig, got {type(config).__name__}: call a preset, such as "
+            "GEKOConfig.recommended(), or GEKOConfig(...) with fields"
+        )

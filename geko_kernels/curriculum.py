@@ -41,6 +41,8 @@ class MountainCurriculum:
         return self._row(progress)[2]
 
     def _row(self, progress: float) -> tuple[Phase, float, tuple[float, float, float]]:
+        if not hasattr(progress, "__float__"):
+            raise TypeError(f"progress must be a number in [0, 1], got {progress!r}")
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must be in [0, 1], got {progress}")
         return next((row for row in _PHASES if progress < row[1]), _PHASES[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.columns import COLUMNS, NAMES, SAVED
-from geko_kernels.config import Bucket, GEKOConfig
+from geko_kernels.config import Bucket, GEKOConfig, check_config
 from geko_kernels.reference.visits import quality_of
 from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
@@ -64,11 +65,12 @@ class SampleState:
         self, num_samples: int, config: GEKOConfig | None = None, device: torch.device | str | int = "cpu"
     ) -> None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples must be an int, got {num_samples!r}")
+            sized = hasattr(num_samples, "__len__")  # a dataset, which may be long
+            got = f"{type(num_samples).__name__}; pass its length" if sized else repr(num_samples)
+            raise TypeError(f"num_samples must be an int, got {got}")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if config is not None and not isinstance(config, GEKOConfig):
-            raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        check_config(config)
         self.num_samples = num_samples
         self.config = config or GEKOConfig()
         self.columns: list[Tensor] = []
@@ -109,6 +111,8 @@ class SampleState:
     def bucket_weights(self, weights: Tensor | tuple[float, float, float]) -> None:
         if weights is self.weights:  # after `state.bucket_weights *= 2`
             return
+        if not _are_numbers(weights):
+            raise TypeError(f"bucket_weights must be assigned three numbers (HARD, FOCUS, LIGHT), got {weights!r}")
         if len(weights) != 3:
             raise ValueError(
                 f"bucket_weights must be assigned three weights (HARD, FOCUS, LIGHT), got {len(weights)}; for all "
@@ -230,6 +234,14 @@ def _by_bucket(columns: dict[str, Tensor]) -> dict[str, Tensor]:
         return columns
     rest = {name: column for name, column in columns.items() if name != "weights"}
     return {**rest, "bucket_weights": weights.flip(0)}
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether it has one dimension, an order, and numbers."""
+    if isinstance(values, Tensor):
+        return values.dim() == 1
+    ordered = hasattr(values, "__len__") and not isinstance(values, Mapping | Set)
+    return ordered and all(hasattr(value, "__float__") for value in values)
 
 
 def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:

@@ -34,7 +34,9 @@ def make_config(options: TrainOptions) -> GEKOConfig:
     try:
         return GEKOConfig.from_dict({**known, **options.geko})
     except (TypeError, ValueError) as error:
-        raise UsageError(f"geko: {error}") from error
+        fitting = options.auto and options.preset != "recommended"
+        hint = "; --auto sets auto_stop, for which the default --preset recommended is made" if fitting else ""
+        raise UsageError(f"geko: {error}{hint}") from error
 
 
 def make_arguments(options: TrainOptions) -> GEKOTrainingArguments:

@@ -122,7 +122,11 @@ def check_inplace(logits: Tensor) -> None:
 def _check_kind(key: str, tensor: object) -> None:
     """Raise unless the argument `key` is a plain tensor, perhaps of a subclass; sample_ids may be None."""
     if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
-        hint = "; this model returned no logits" if key == "logits" and tensor is None else ""
+        hint = ""
+        if key == "logits" and (tensor is None or getattr(tensor, "logits", None) is not None):
+            hint = "; this model returned no logits" if tensor is None else "; pass its logits"
+        elif isinstance(tensor, list) or type(tensor).__module__ == "numpy":
+            hint = f"; use torch.as_tensor({key})"
         raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
     if hasattr(tensor, "full_tensor"):
         raise TypeError(f"{key} must be a plain tensor, got a {type(tensor).__name__}; use {key}.full_tensor()")
@@ -197,7 +201,8 @@ def _check_ids(shape: torch.Size, device: torch.device, sample_ids: Tensor | Non
         raise TypeError(f"sample_ids must be int64, got {sample_ids.dtype}; use sample_ids.long()")
     if sample_ids.shape not in (shape[:1], shape):
         shapes = " or ".join(str(tuple(allowed)) for allowed in (shape[:1], shape)[: len(shape)])
-        raise ValueError(f"sample_ids must be {shapes}, got {tuple(sample_ids.shape)}")
+        hint = "; do not flatten a batch of (B, S, ...): each row would be a visit" if len(shape) == 1 else ""
+        raise ValueError(f"sample_ids must be {shapes}, got {tuple(sample_ids.shape)}{hint}")
     if state is not None and state.device != device:
         raise ValueError(
             f"state must be on the device of the labels, {device}, got {state.device}; make it with device=..."
@@ -210,7 +215,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            hint = "; pass its weight, and its bias as bias" if isinstance(tensor, torch.nn.Module) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
         if hasattr(tensor, "full_tensor"):
             raise TypeError(
                 f"{name} must be a plain tensor, got a {type(tensor).__name__}: gather it first, by unshard() of its "

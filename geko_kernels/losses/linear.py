@@ -24,13 +24,14 @@ from geko_kernels.losses.arguments import (
 )
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
 from geko_kernels.losses.linear_blocks import add_blocks
-from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden, real_dtype
+from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden
 from geko_kernels.losses.linear_chunks import Chunks, HostCopy, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
+from geko_kernels.reference.visits import real_dtype
 from geko_kernels.state import SampleState
 
 

@@ -127,10 +127,6 @@ def products(
     return of_hidden, of_weight, of_bias
 
 
-def real_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def autocast_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`hidden` in the dtype in which `F.linear` would run."""
     kind = hidden.device.type

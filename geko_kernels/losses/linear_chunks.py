@@ -19,6 +19,7 @@ from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
+from geko_kernels.reference.visits import real_dtype
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
 SAMPLE = 1024  # first rows, which show whether most rows are kept
@@ -125,8 +126,8 @@ class Chunks:
             early = most * self.budget.row <= EARLY_MIB * 2**20
             self.hold(most if early else ahead)
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
-        real = torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
-        self.statistics = torch.zeros(5, tokens, dtype=real, device=self.rows.device)
+        dtype = real_dtype(self.head.weight)
+        self.statistics = torch.zeros(5, tokens, dtype=dtype, device=self.rows.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)

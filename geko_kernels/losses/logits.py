@@ -25,6 +25,7 @@ from geko_kernels.losses.logits_autograd import apply_loss, apply_native, apply_
 from geko_kernels.losses.results import ForwardResult, SampleStats, stats_of
 from geko_kernels.losses.state_arguments import prediction_of, state_arguments
 from geko_kernels.losses.weights import prepare_weights
+from geko_kernels.reference.visits import real_dtype
 from geko_kernels.state import SampleState
 
 
@@ -154,9 +155,8 @@ def weighted_loss(
     weighted = token_weights is not None or sample_weights is not None
     if weighted:
         look = eager and (logits.device.type == "cpu" or debugging())
-        real = torch.float64 if logits.dtype == torch.float64 else torch.float32
         labels, token_weights, sample_weights = prepare_weights(
-            labels, sample_ids, ignore_index, real, token_weights, sample_weights, look
+            labels, sample_ids, ignore_index, real_dtype(logits), token_weights, sample_weights, look
         )
     native = ops.native(logits) if eager else None
     if eager and logits.device.type == "cpu" and native is None:

@@ -16,7 +16,7 @@ from geko_kernels import torch_private
 from geko_kernels.extras import warn_user
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
-from geko_kernels.reference.visits import sum_dtype
+from geko_kernels.reference.visits import real_dtype, sum_dtype
 
 # rules and state; the columns in the order of `geko_kernels.columns`, or none without a state
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
@@ -148,12 +148,8 @@ def _entries(labels: Tensor, sample_ids: Tensor | None) -> int | torch.SymInt:
     return labels.numel() if sample_ids is not None and sample_ids.dim() == 2 else labels.shape[0]
 
 
-def _real(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _fake_token_stats(logits: Tensor, labels: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty((5, labels.numel()), dtype=_real(logits))
+    return logits.new_empty((5, labels.numel()), dtype=real_dtype(logits))
 
 
 def _fake_sample_update(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geko_kernels.columns import num_samples_of, table_of
 from geko_kernels.reference.layout import Layout, layout
-from geko_kernels.reference.visits import VisitMeans, learn, sum_dtype, visit_means, write_rows_
+from geko_kernels.reference.visits import VisitMeans, learn, real_dtype, sum_dtype, visit_means, write_rows_
 
 
 class Reduction(enum.IntEnum):
@@ -30,10 +30,6 @@ class Reduction(enum.IntEnum):
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def token_stats(
@@ -50,8 +46,8 @@ def token_stats(
     where = layout(labels, sample_ids, -1, logits.shape[-1], ignore_index, shift)
     scored = where.scored
     if not logits.shape[-1]:
-        return torch.zeros(5, labels.numel(), dtype=_compute_dtype(logits), device=logits.device)
-    z = _cap(logits.flatten(0, 1)[scored].to(_compute_dtype(logits)), softcap)
+        return torch.zeros(5, labels.numel(), dtype=real_dtype(logits), device=logits.device)
+    z = _cap(logits.flatten(0, 1)[scored].to(real_dtype(logits)), softcap)
     top = z.amax(-1)
     total = (z - top[:, None]).exp().sum(-1)
     at_target = z.gather(1, where.target[scored, None])[:, 0]

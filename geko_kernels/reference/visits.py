@@ -59,6 +59,11 @@ class Learnt(NamedTuple):
     correct: Tensor
 
 
+def real_dtype(inputs: Tensor) -> torch.dtype:
+    """The dtype of statistics and losses of logits or hidden states."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which to sum many float32: in float32, a long sum loses small terms."""
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

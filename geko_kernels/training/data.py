@@ -71,11 +71,20 @@ class IdCollator:
         label_names: Sequence[str] = ("labels",),
         weights: Sequence[str] = (),
     ) -> None:
+        if not callable(collator):
+            raise TypeError(
+                f"collator must be callable, got {type(collator).__name__}: give the one that makes batches"
+            )
         self.weights = tuple(weights)
         self.collator, self.prepare, self.label_names = collator, prepare, tuple(label_names)
         self.passes_ids = takes_ids(collator)
 
     def __call__(self, features: Sequence[Identified]) -> MutableMapping[str, Any]:
+        if not all(isinstance(feature, Identified) for feature in features):
+            bare = next(type(each).__name__ for each in features if not isinstance(each, Identified))
+            raise TypeError(
+                f"IdCollator takes the items of an IdDataset, got {bare}: wrap the data, IdDataset(dataset)"
+            )
         ids = [feature.sample_id for feature in features]
         items = [feature.item for feature in features]
         weights: dict[str, list[Any]] = {}
@@ -179,6 +188,8 @@ LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transforme
 def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(item, Mapping) or item.get("input_ids") is None:
         found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
+        if isinstance(item, Mapping) and not item:
+            found = "none of the columns that the model's forward takes (remove_unused_columns drops the others)"
         raise ValueError(
             f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise the dataset, or give a "
             "data_collator that does so"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geko_kernels.config import GEKOConfig
+from geko_kernels.config import GEKOConfig, check_config
 from geko_kernels.state import SampleState
 from geko_kernels.training.fingerprint import fingerprint, named_items
 from geko_kernels.training.loop_batches import Batch, BatchSource, check_int
@@ -94,8 +94,7 @@ class GEKOLoader:
         check_int("num_epochs", num_epochs, 1)
         check_int("seed", seed, 0)
         check_int("num_workers", num_workers, 0)
-        if config is not None and not isinstance(config, GEKOConfig):
-            raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        check_config(config)
         for name in ("batch_tokens", "probe_batch_size"):
             if getattr(config, name, None) is not None:
                 raise ValueError(f"config.{name} is for GEKOTrainer: GEKOLoader's batches have batch_size samples")

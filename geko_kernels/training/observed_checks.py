@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from geko_kernels.config import GEKOConfig
+from geko_kernels.config import check_config
 from geko_kernels.training.parallel import check_parallel
 from geko_kernels.training.trainer import GEKOMixin
 
@@ -19,8 +19,7 @@ def check_trainer(trainer: Any, config: Any) -> None:
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     if isinstance(trainer, GEKOMixin):
         raise TypeError(f"{type(trainer).__name__} records its samples already: see its sample_state")
-    if config is not None and not isinstance(config, GEKOConfig):
-        raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+    check_config(config)
     if "compute_loss" in vars(trainer):
         raise ValueError("the trainer is observed already, or its compute_loss is patched: close() that first")
     check_parallel(trainer, "observe")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from geko_kernels.config import GEKOConfig
+from geko_kernels.config import GEKOConfig, check_config
 from geko_kernels.state import SampleState
 from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.bases import arguments_of, check_bases, trainer_below
@@ -41,13 +41,15 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         check_bases(cls, GEKOMixin)
 
     def __init__(self, *args: Any, config: GEKOConfig | None = None, tokenizer: Any = None, **named: Any) -> None:
-        if config is not None and not isinstance(config, GEKOConfig):
-            raise TypeError(f"config must be a GEKOConfig, got {type(config).__name__}")
+        check_config(config)
         given = arguments_of(trainer_below(type(self), GEKOMixin), args, named)
         if tokenizer is not None:
             if given.get("processing_class") is not None:
                 raise TypeError("tokenizer is another name of processing_class: give one of them")
             given["processing_class"] = tokenizer
+        data = given.get("train_dataset")
+        if isinstance(data, IterableDataset) or not (data is None or has_length(data)):  # Trainer asks for max_steps
+            raise ValueError("GEKOTrainer needs a train_dataset with a length and items by index, not an iterable one")
         super().__init__(**given)
         self.config = config or GEKOConfig.recommended()
         self._check_arguments()
@@ -82,10 +84,6 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
                 "GEKOTrainer plans its epochs itself, so it does not work with "
                 "train_sampling_strategy='batch_rebalance': leave it out"
             )
-        if isinstance(self.train_dataset, IterableDataset) or not (
-            self.train_dataset is None or has_length(self.train_dataset)
-        ):
-            raise ValueError("GEKOTrainer needs a train_dataset with a length and items by index, not an iterable one")
         if isinstance(self.train_dataset, Mapping) and 0 not in self.train_dataset:  # a DatasetDict too
             raise ValueError(
                 f"train_dataset must give its items by index, got a {type(self.train_dataset).__name__} with the keys "

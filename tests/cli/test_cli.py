@@ -240,3 +240,4 @@ def test_auto_finds_the_run_s_length(model, prompts, tmp_path, capsys):
         capsys, "train", "--model", "m", "--data", "d", "--output-dir", "o", "--auto", "--preset", "original"
     )
     assert "geko: use_curriculum must be False with auto_stop=True, got True" in told
+    assert "; --auto sets auto_stop, for which the default --preset recommended is made" in told

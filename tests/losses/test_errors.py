@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from geko_kernels.losses.arguments import num_items_tensor
 LOGITS, LABELS, IDS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.arange(2)
 
 
+class ModelOutput(NamedTuple):
+    logits: torch.Tensor
+
+
 def call(**changes):
     arguments = {"logits": LOGITS, "labels": LABELS, "sample_ids": IDS, "state": gk.SampleState(2), **changes}
     return gk.weighted_loss(**arguments)
@@ -24,6 +29,7 @@ def call(**changes):
     ("changes", "error", "message"),
     [
         ({"logits": None}, TypeError, "logits must be a torch.Tensor, got NoneType; this model returned no logits"),
+        ({"logits": ModelOutput(LOGITS)}, TypeError, "logits must be a torch.Tensor, got ModelOutput; pass its logits"),
         ({"logits": [1.0]}, TypeError, "logits must be a torch.Tensor, got list"),
         ({"logits": LOGITS.int()}, TypeError, "logits must be float32, bfloat16, float16 or float64, got torch.int32"),
         ({"logits": LOGITS[0, 0]}, ValueError, "logits must be (B, S, V) or (B, V) with V >= 1, got (5,)"),
@@ -34,7 +40,21 @@ def call(**changes):
         ({"labels": LABELS.flatten()}, ValueError, "labels must be (2, 3) for logits of (2, 3, 5), got (6,)"),
         ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the device of logits, cpu, got meta"),
         ({"sample_ids": None}, ValueError, "sample_ids must be given with a state"),
-        ({"sample_ids": [0, 1]}, TypeError, "sample_ids must be a torch.Tensor, got list"),
+        (
+            {"sample_ids": [0, 1]},
+            TypeError,
+            "sample_ids must be a torch.Tensor, got list; use torch.as_tensor(sample_ids)",
+        ),
+        (
+            {"labels": LABELS.numpy()},
+            TypeError,
+            "labels must be a torch.Tensor, got ndarray; use torch.as_tensor(labels)",
+        ),
+        (
+            {"logits": LOGITS.flatten(0, 1), "labels": LABELS.flatten()},
+            ValueError,
+            "sample_ids must be (6,), got (2,); do not flatten a batch of (B, S, ...): each row would be a visit",
+        ),
         ({"sample_ids": IDS.int()}, TypeError, "sample_ids must be int64, got torch.int32; use sample_ids.long()"),
         ({"sample_ids": torch.arange(3)}, ValueError, "sample_ids must be (2,) or (2, 3), got (3,)"),
         ({"sample_ids": IDS.to("meta")}, ValueError, "sample_ids must be on the device of logits, cpu, got meta"),

@@ -236,6 +236,7 @@ def test_bad_values_raise_on_the_cpu_before_anything_is_counted(reference):
         ({"weight": torch.zeros(50, 23)}, ValueError, r"weight must be \(V, 24\)"),
         ({"weight": torch.zeros(50, 24, dtype=torch.bfloat16)}, TypeError, "weight must be torch.float32 like hidden"),
         ({"weight": [1.0]}, TypeError, "weight must be a torch.Tensor"),
+        ({"weight": torch.nn.Linear(24, 50)}, TypeError, "got Linear; pass its weight, and its bias as bias"),
         ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\)"),
         ({"bias": torch.zeros(50, dtype=torch.int64)}, TypeError, "bias must be of a floating-point dtype"),
         ({"labels": torch.zeros(4, 15, dtype=torch.int64)}, ValueError, "labels must be"),

@@ -8,7 +8,8 @@ import re
 import pytest
 from documents import DOCUMENTS, ROOT, anchors_of, links_of, text_of
 
-from geko_kernels.cli import environment
+import geko_kernels as gk
+from geko_kernels.cli import _parser, environment
 
 VARIABLES = ROOT / "docs" / "environment.md"
 READS = re.compile(r"(?:environ(?:\.get|\.setdefault|\.pop)?|getenv)\s*[\[(]\s*[\"'](GEKO_\w+)")
@@ -58,6 +59,14 @@ def test_files_that_a_document_names_exist(document):
     assert not missing, f"{document} names {missing}"
 
 
+def test_architecture_names_every_file():
+    named = {path for name in FILE.findall(text_of("docs/architecture.md")) for path in ROOT.glob(name)}
+    files = {path for part in ("geko_kernels", "csrc") for path in (ROOT / part).rglob("*")}
+    code = {path for path in files if path.suffix in (".py", ".cpp", ".h", ".cu") and path.name != "__init__.py"}
+    assert len(code) > 100
+    assert not sorted(str(path.relative_to(ROOT)) for path in code - named)
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(document):
     for link in links_of(document):
@@ -65,6 +74,21 @@ def test_links_lead_somewhere(document):
         target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
         assert target.exists(), f"{document} links to {link}"
         assert not anchor or anchor in anchors_of(str(target.relative_to(ROOT))), f"{document} links to {link}"
+
+
+def test_every_option_of_the_command_line_is_documented_and_no_other():
+    commands = next(action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    options = {name for command in commands.values() for action in command._actions for name in action.option_strings}
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of("docs/guides/command-line.md")))
+    assert told == {name for name in options if name.startswith("--")} | {"--version"}
+
+
+def test_every_public_name_and_field_of_the_settings_is_documented():
+    entries = "".join(text_of(document) for document in DOCUMENTS if document.startswith("docs/api/"))
+    assert set(gk.__all__) <= set(re.findall(r"^::: geko_kernels\.(\w+)$", entries, re.M))
+    for kind in (gk.GEKOConfig, gk.GEKOTrainingArguments):
+        told = set(re.findall(r"\w+", kind.__doc__))
+        assert not set(kind.__annotations__) - told, f"{kind.__name__} says nothing of them"
 
 
 def test_every_page_is_in_the_navigation():

@@ -155,3 +155,13 @@ def test_phases_come_in_order(one, other):
 def test_progress_outside_the_run(progress):
     with pytest.raises(ValueError, match=re.escape("progress must be in [0, 1], got")):
         gk.MountainCurriculum().weights(progress)
+
+
+def test_progress_that_is_no_number():
+    with pytest.raises(TypeError, match=r"progress must be a number in \[0, 1\], got '0.5'"):
+        gk.MountainCurriculum().weights("0.5")
+
+
+def test_fields_that_are_no_dict():
+    with pytest.raises(TypeError, match=r"fields must be a dict, as to_dict\(\) returns, got NoneType"):
+        gk.GEKOConfig.from_dict(None)

@@ -52,7 +52,13 @@ def test_a_new_state():
         ((0,), ValueError, "num_samples must be at least 1, got 0"),
         ((2.0,), TypeError, "num_samples must be an int, got 2.0"),
         ((True,), TypeError, "num_samples must be an int, got True"),
+        (([0.0] * 9,), TypeError, "num_samples must be an int, got list; pass its length"),
         ((2, {"quality": "std"}), TypeError, "config must be a GEKOConfig, got dict"),
+        (
+            (2, gk.GEKOConfig.auto),
+            TypeError,
+            r"got method: call a preset, such as GEKOConfig.recommended\(\)",
+        ),
     ],
 )
 def test_arguments(arguments, error, message):
@@ -99,6 +105,16 @@ def test_the_list_of_columns_is_the_columns():
 def test_bad_bucket_weights_are_refused(weights):
     state = gk.SampleState(2, gk.GEKOConfig(bucket_weights=(3, 1, 0)))
     with pytest.raises(ValueError, match="bucket_weights must"):
+        state.bucket_weights = weights
+    assert state.bucket_weights.tolist() == [0, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "weights", [3.0, "abc", {gk.Bucket.HARD: 3, gk.Bucket.FOCUS: 1, gk.Bucket.LIGHT: 0}, {3, 1, 0}, (3, "1", 0)]
+)
+def test_bucket_weights_that_are_not_three_numbers_in_order_are_refused(weights):
+    state = gk.SampleState(2)
+    with pytest.raises(TypeError, match=r"must be assigned three numbers \(HARD, FOCUS, LIGHT\), got "):
         state.bucket_weights = weights
     assert state.bucket_weights.tolist() == [0, 0, 1, 3]
 

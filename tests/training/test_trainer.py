@@ -192,6 +192,24 @@ def test_merged_rows_count_for_each_sample(tmp_path):
             torch.testing.assert_close(state.last_loss, expected.last_loss, rtol=1e-3, atol=1e-3)
 
 
+def test_a_collator_without_ids_or_function_is_refused():
+    with pytest.raises(TypeError, match=r"items of an IdDataset, got dict: wrap the data, IdDataset\(dataset\)"):
+        gk.IdCollator(default_data_collator)(sentences(2))
+    with pytest.raises(TypeError, match="collator must be callable, got NoneType"):
+        gk.IdCollator(None)
+
+
+@pytest.mark.parametrize("steps", [-1, 3])
+def test_a_stream_is_refused_before_trainer_asks_for_max_steps(tmp_path, steps):
+    with pytest.raises(ValueError, match="needs a train_dataset with a length and items by index, not an iterable one"):
+        trainer_of(tmp_path, iter(sentences(4)), max_steps=steps)
+
+
+def test_columns_that_the_model_does_not_take_are_named_as_the_reason(tmp_path):
+    with pytest.raises(ValueError, match=r"`input_ids`, got none of the columns .* \(remove_unused_columns drops"):
+        gk.GEKOTrainer(tiny_llama(), arguments(tmp_path), train_dataset=[{"text": "a"}] * 8).train()
+
+
 def test_a_collator_that_hides_whose_tokens_they_are_is_refused(tmp_path):
     def merge(items):
         tokens = torch.tensor([token for item in items for token in item["input_ids"]])

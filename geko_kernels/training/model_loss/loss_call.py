@@ -45,7 +45,6 @@ def forward_loss(
     num_items: Tensor | int | None = None,
     weights: Mapping[str, Tensor] | None = None,
     forward_only: bool = False,
-    update: bool = True,
     entropy: bool = False,
 ) -> ModelLoss:
     """`weighted_loss(model(**inputs).logits, labels, sample_ids, state, reduction="token_mean")`.
@@ -57,7 +56,7 @@ def forward_loss(
         inputs: without labels and sample_ids.
         shifted: labels that a collator has already shifted, instead of `labels`.
         weights: `token_weights` beside the labels, `sample_weights`, or both.
-        forward_only: a probe: no graph, but the state counts the visits if `update`.
+        forward_only: a probe: no graph, but `state`, if given, counts the visits.
         entropy: of labels (B, S) return each token's.
     """
     shift = form.shift and shifted is None
@@ -73,7 +72,7 @@ def forward_loss(
             "pad the samples, each in its own row (packing=False, padding_free=False), or train LoRA"
         )
     if forward_only:
-        options["update"] = update and state is not None
+        options["update"] = state is not None
     targets = labels if shifted is None else shifted
     given = inputs if form.route is Route.APART else {**inputs, label_name: labels}
     with ExitStack() as stack:
