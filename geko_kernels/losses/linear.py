@@ -262,10 +262,11 @@ def weighted_linear_loss(
     """`weighted_loss(F.linear(hidden, weight, bias), ...)` without ever holding all logits.
 
     Tokens whose label is ignored enter no GEMM, and rows whose weight is 0 enter no gradient GEMM. If a share p of the
-    rows is kept, the three GEMMs cost `(1 + 2 p) / 3` of their full cost. (On a CPU with up to 16 MiB of logits, rows
-    of weight 0 are left out only if they are more than a quarter.) The gradient of a frozen `weight` or `hidden` costs
-    nothing. dW is summed in float32. `reduction="none"` costs one more GEMM of the kept rows, because its gradients are
-    computed in the backward.
+    rows is kept, the three GEMMs cost `(1 + 2 p) / 3` of their full cost. (Few rows of weight 0 may enter as zeros,
+    where leaving them out costs more: up to a quarter on a CPU with up to 16 MiB of logits; on a GPU a twentieth, if
+    the budget takes several fills.) The gradient of a frozen `weight` or `hidden` costs nothing. dW is summed in
+    float32. `reduction="none"` costs one more GEMM of the kept rows, because its gradients are computed in the
+    backward.
 
     Args:
         hidden: (B, S, H), or (B, H) where each row is one visit; float32, bfloat16, float16 or float64.
@@ -278,7 +279,7 @@ def weighted_linear_loss(
             dW are held in float32 until the backward: before the upstream gradient multiplies them, float16's range is
             too small.
         labels, sample_ids, state, reduction, shift, ignore_index, num_items, softcap, token_weights, sample_weights,
-            update, return_stats: as in `weighted_loss`. Rows of sample weight 0 cost no gradient GEMM.
+            update, return_stats: as in `weighted_loss`. A sample weight of 0 gives rows of weight 0.
         return_entropy: also return each token's entropy, `-(p * p.log()).sum(-1)` with `p = softmax(logits)`, in nats:
             float32 (float64 for float64), of the labels' shape, without gradient; 0 where a token predicts nothing
             or its label does not count.
