@@ -177,7 +177,7 @@ def test_what_a_run_leaves_can_be_loaded(tmp_path):
     ("metadata", "message"),
     [
         ({"config": "[1, 2"}, "/s is damaged: Expecting"),
-        ({"config": "7"}, "/s is damaged: 'int' object is not iterable"),
+        ({"config": "7"}, "/s is damaged: fields must be a dict, as to_dict.. returns, got int"),
         ({"config": '{"warp": 9}'}, "/s is damaged: config has unknown fields"),
         ({"config": '{"quality": 3}'}, "/s is damaged: quality must be one of"),
         ({"config": '{"bucket_weights": [1' + "0" * 400 + ", 1, 1]}"}, "/s is damaged: int too large"),
