@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HIDDEN = 2  # tokens masked for the test
+_LONGER = 8  # tokens of a test row, if the rows have one token
 
 
 def few_rows(
@@ -17,7 +18,8 @@ def few_rows(
     """(inputs, labels) of a few rows, cut to a few tokens; None if they cannot be cut.
 
     A packed row is cut within its first sample. With one label a row, rows are repeated up to `most_rows`. Otherwise a
-    few tokens of the last row are masked, to see whether the model ignores their labels as padding.
+    few tokens of the last row are masked, to see whether the model ignores their labels as padding. Rows of one token
+    with one label are made longer, since a model that shifts its labels has no loss for them.
     """
     tokens = inputs.get("input_ids")
     size = len(labels)
@@ -54,9 +56,17 @@ def few_rows(
         return value
 
     some, few = cut(labels), {name: cut(value) for name, value in inputs.items()}
+    if length and some.shape == few["input_ids"].shape and some.shape[1] == 1:
+        return {name: _longer(value) for name, value in few.items()}, _longer(some)
     if not by_row and masked and few["attention_mask"].shape[1] > 2 * HIDDEN:
         few["attention_mask"][-1, slice(HIDDEN) if left else slice(-HIDDEN, None)] = 0
     return few, some if by_row else some[:, :most_tokens]
+
+
+def _longer(value: Any) -> Any:
+    """A tensor of (B, 1, ...) as (B, _LONGER, ...), its only position repeated."""
+    one = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == 1
+    return value.repeat_interleave(_LONGER, 1) if one else value
 
 
 # for FlashAttention: where the samples of a packed row begin, and the length of the longest

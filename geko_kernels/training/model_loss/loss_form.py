@@ -53,6 +53,12 @@ class _Answer(NamedTuple):
     def equals(self, loss: float) -> bool:
         return abs(self.own - loss) <= self.tolerance
 
+    def fits(self, form: LossForm, terms: float) -> bool:
+        """Whether it is the cross-entropy in that form plus `terms`; a mean of no labels is NaN in both."""
+        if not self.valid[form] and not math.isfinite(self.own):
+            return True
+        return self.equals(self.plain[form] + terms)
+
 
 class Question:
     """A model, a `few` rows of its inputs (without labels), and ways to run them.
@@ -224,7 +230,7 @@ def find_loss_form(question: Question, takes_num_items: bool, routes: Sequence[R
         return None
     for route in routes:
         terms = [question.other_terms(labels, route) for labels in asked]
-        fits = [f for f in question.forms if all(a.equals(a.plain[f] + t) for a, t in zip(known, terms, strict=True))]
+        fits = [f for f in question.forms if all(a.fits(f, t) for a, t in zip(known, terms, strict=True))]
         fits = [form for form in fits if not form.masks] or fits
         if len(fits) > 1:
             fits = [form for form in fits if form.shift == _shifts_first(question, route)]
