@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.data import label_of
 from geko_kernels.training.model_loss.found_loss import computes_loss
 from geko_kernels.training.model_loss.own_loss import find_loss
@@ -32,7 +34,8 @@ class EvaluationMixin(LossMixin):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         if not trains and self._returns_loss(model, inputs):
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, terms, outputs, *_ = self._forward_loss(model, inputs, num_items_in_batch)
+        loss, terms, outputs, stats, _ = self._forward_loss(model, inputs, num_items_in_batch)
+        loss = loss if trains else _nan_without_labels(loss, stats, num_items_in_batch)
         factor = 1.0
         if trains and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             factor = self.accelerator.num_processes  # DDP and FSDP average the gradients
@@ -71,7 +74,8 @@ class EvaluationMixin(LossMixin):
     ) -> Any:
         """`_own_loss` up to rounding; the outputs have no logits."""
         num_items = num_items if self._takes_num_items else None
-        loss, terms, outputs, *_ = self._forward_loss(model, inputs, num_items)
+        loss, terms, outputs, stats, _ = self._forward_loss(model, inputs, num_items)
+        loss = _nan_without_labels(loss, stats, num_items)
         if terms is not None:
             loss = loss + terms.to(loss.device)
         if self.args.average_tokens_across_devices and num_items is not None:
@@ -97,3 +101,9 @@ class EvaluationMixin(LossMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items)
         finally:
             self.model_accepts_loss_kwargs = ours
+
+
+def _nan_without_labels(loss: Tensor, stats: SampleStats, num_items: Tensor | int | None) -> Tensor:
+    """() the loss, NaN if no label counts: the mean of none, as in Trainer; 0 would lower the mean of the batches."""
+    counted = stats.num_tokens.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
+    return loss.masked_fill(counted == 0, float("nan"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import transformers as T
-from training import arguments, curve, sentences, standard, tiny_config, tiny_llama, weights
+from training import arguments, curve, sentences, standard, tiny_llama, trainer_of, weights
 
 import geko_kernels as gk
 
@@ -18,9 +20,7 @@ def one_thread(reference):
 def both(folder, data, model=tiny_llama, eval_dataset=None, **fields):
     """(GEKOTrainer, Trainer), not yet trained."""
     args = arguments(folder, **{"train_sampling_strategy": "sequential", "optim": "sgd", **fields})
-    ours = gk.GEKOTrainer(
-        model(), args, train_dataset=data, eval_dataset=eval_dataset, config=gk.GEKOConfig.uniform()
-    )
+    ours = gk.GEKOTrainer(model(), args, train_dataset=data, eval_dataset=eval_dataset, config=gk.GEKOConfig.uniform())
     return ours, standard(model(), args, data, data_collator=ours.data_collator, eval_dataset=eval_dataset)
 
 
@@ -52,3 +52,35 @@ def test_a_first_batch_in_which_little_is_predicted(tmp_path, first, model):
     assert len(curve(theirs)) == 18 and ours._found.form.shift == (model is tiny_llama)
     torch.testing.assert_close(curve(ours), curve(theirs), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metrics", [None, lambda _: {}])
+@pytest.mark.parametrize("unlabelled", [1, 4, 9])
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_evaluation_batch_without_labels_gives_nan(tmp_path, size, unlabelled, metrics):
+    """A loss of 0 would lower the mean: 3.1 where the labelled samples have 3.5."""
+    held_out = [{**item, "labels": [-100] * 8} if i < unlabelled else item for i, item in enumerate(sentences(9))]
+    pair = both(tmp_path, sentences(8), eval_dataset=held_out, per_device_eval_batch_size=size)
+    losses = []
+    for trainer in pair:
+        trainer.compute_metrics = metrics
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[1]] * 2, rel=1e-5, nan_ok=True)
+    assert math.isnan(losses[1]) == (unlabelled >= size)
+
+
+class NoLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.embed(input_ids))}
+
+
+def test_an_evaluation_batch_without_labels_gives_nan_for_a_module_without_a_loss(tmp_path):
+    rows = [{"input_ids": [1, 2, 3], "labels": [4, 5, 6]}] * 4
+    trainer = trainer_of(tmp_path, rows, model=NoLoss(), per_device_eval_batch_size=1)
+    labelled = trainer.evaluate(rows)["eval_loss"]
+    assert 2 < labelled < 5
+    assert math.isnan(trainer.evaluate([*rows, {"input_ids": [1, 2, 3], "labels": [-100] * 3}])["eval_loss"])
