@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from geko_kernels.training.data import IdCollator, IdDataset
+from geko_kernels.training.data import LABEL_KEYS, IdCollator, IdDataset
+from geko_kernels.training.kept_columns import check_kept, without_columns
 from geko_kernels.training.planning.packing import Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
 from geko_kernels.training.stopping.mixin import StoppingMixin
@@ -46,19 +48,25 @@ class DataMixin(StoppingMixin):
         before = self._signature_columns
         self._signature_columns = [*before, *(name for name in self._weight_columns if name in dataset.column_names)]
         try:
-            return self._remove_unused_columns(dataset, description="training")
+            kept = self._remove_unused_columns(dataset, description="training")
         finally:
             self._signature_columns = before
+        check_kept(dataset.column_names, kept.column_names, self._names_of_labels(), type(self.model).__name__)
+        return kept
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if description == _TRAINING:
             self._audit.saw("_get_collator_with_removed_columns")
         remover = super()._get_collator_with_removed_columns(data_collator, description)
-        return (
-            IdCollator(data_collator, getattr(remover, "_remove_columns", None), self.label_names, self._weight_columns)
-            if description == _TRAINING
-            else remover
-        )
+        if description != _TRAINING:
+            return remover
+        remove = getattr(remover, "_remove_columns", None)
+        if remove is not None:
+            remove = partial(without_columns, remove, self._names_of_labels(), type(self.model).__name__)
+        return IdCollator(data_collator, remove, self.label_names, self._weight_columns)
+
+    def _names_of_labels(self) -> frozenset[str]:
+        return frozenset((*self.label_names, *LABEL_KEYS, *self._weight_columns))
 
     def _drawable(self) -> Tensor | None:
         data = self.train_dataset
