@@ -53,7 +53,10 @@ def load_files(
     names = (STATE_NAME, SAMPLER_NAME, EFFICIENCY_NAME, _TRAINER_STATE)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: it has no {', '.join(missing)}")
+        told = f"it has no {', '.join(missing)}" if folder.is_dir() else "there is no such folder"
+        if folder.is_dir() and missing == list(names[:3]):
+            told += ". Another trainer wrote it: load the model from it, and start a new run"
+        raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: {told}")
     _check_trainer_state(folder / _TRAINER_STATE)
     state = SampleState.load(folder / STATE_NAME, device)
     if len(state) != num_samples:

@@ -165,11 +165,16 @@ class PlannedMixin(BeginningMixin):
                 "The run continues with other settings than its checkpoint has, so it will differ from an "
                 "uninterrupted one. " + ". ".join(changed) + "."
             )
+        if self.args.ignore_data_skip and batches and not finished:
+            raise ValueError(
+                f"{checkpoint} was written within an epoch, and ignore_data_skip=True would train that epoch's first "
+                "samples again: set it to False. GEKOTrainer passes over what has been trained without loading it"
+            )
         epoch = sampler.epoch + finished
         over = self.state.global_step >= self._run_steps if self.counts_steps else epoch >= self._num_epochs
         if over and changed:
             logger.warning(f"The checkpoint's run is past the end of this one (epoch {epoch}): nothing is trained.")
-        return epoch, 0 if finished or self.args.ignore_data_skip else batches
+        return epoch, 0 if finished else batches
 
     def _run_epoch(self, *, model: nn.Module, epoch: int, **given: Any) -> None:
         self._audit.saw("_run_epoch")

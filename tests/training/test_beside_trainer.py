@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import datasets
 import pytest
 import torch
 import transformers as T
@@ -84,3 +85,49 @@ def test_an_evaluation_batch_without_labels_gives_nan_for_a_module_without_a_los
     labelled = trainer.evaluate(rows)["eval_loss"]
     assert 2 < labelled < 5
     assert math.isnan(trainer.evaluate([*rows, {"input_ids": [1, 2, 3], "labels": [-100] * 3}])["eval_loss"])
+
+
+@pytest.mark.parametrize("collator", [None, T.default_data_collator])
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_a_model_that_hides_its_arguments_keeps_no_columns(tmp_path, kind, collator):
+    model = torch.compile(tiny_llama(), backend="eager")
+    told = r"the forward of OptimizedModule takes .* here \['input_ids'\]\)\. .*remove_unused_columns=False"
+    with pytest.raises(ValueError, match=told):
+        trainer_of(tmp_path, kind(sentences(8)), model=model, data_collator=collator).train()
+    trainer = trainer_of(
+        tmp_path, kind(sentences(8)), model=model, data_collator=collator, remove_unused_columns=False, max_steps=1
+    )
+    trainer.train()
+    assert curve(trainer) == [pytest.approx(3.47, abs=0.2)]
+
+
+def test_a_collator_may_make_the_inputs_of_the_labels(tmp_path):
+    def copied(items):
+        labels = torch.tensor([item["labels"] for item in items])
+        return {"input_ids": labels, "labels": labels}
+
+    rows = [{"labels": [1 + i] * 4} for i in range(8)]
+    trainer = trainer_of(tmp_path, rows, data_collator=copied, num_train_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_checkpoint_within_an_epoch_is_not_resumed_with_ignore_data_skip(tmp_path):
+    """Trainer begins the epoch anew and ends after as many steps, so a part of the last epoch is missing."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    whole, _ = both(tmp_path / "a", sentences(8), **saved)
+    whole.train()
+    again, _ = both(tmp_path / "b", sentences(8), **saved, ignore_data_skip=True)
+    with pytest.raises(ValueError, match=r"written within an epoch, and ignore_data_skip=True .* False"):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))  # at its end nothing is to be skipped
+    assert weights(again.model).equal(weights(whole.model))
+
+
+def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
+    ours, theirs = both(tmp_path, sentences(8), max_steps=2, save_strategy="steps", save_steps=1)
+    theirs.train()
+    with pytest.raises(ValueError, match=r"it has no geko_state.* Another trainer wrote it: load the model from it"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ValueError, match="checkpoint-9 cannot be resumed by GEKOTrainer: there is no such folder"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
