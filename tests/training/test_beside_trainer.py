@@ -131,3 +131,19 @@ def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
         ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     with pytest.raises(ValueError, match="checkpoint-9 cannot be resumed by GEKOTrainer: there is no such folder"):
         ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+@pytest.mark.parametrize("name", ["index", "sample_id", "sample_ids"])
+def test_a_column_of_the_users_may_have_a_name_of_ours(tmp_path, name):
+    data = [{**item, name: 100 + i} for i, item in enumerate(sentences(8))]
+    ours, theirs = both(tmp_path, data)
+    ours.train()
+    theirs.train()
+    torch.testing.assert_close(curve(ours), curve(theirs), rtol=1e-5, atol=1e-6)
+    assert ours.sample_state.times_seen.tolist() == [3] * 8
+
+
+def test_sample_ids_in_the_batch_are_ours(tmp_path):
+    data = [{**item, "sample_ids": 100 + i} for i, item in enumerate(sentences(8))]
+    with pytest.raises(ValueError, match="already has 'sample_ids', a name that GEKO needs; rename that column"):
+        trainer_of(tmp_path, data, remove_unused_columns=False).train()
