@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ class BeginningMixin(LoadingMixin):
     sample_state: SampleState | None
     _snapshot: Snapshot | None  # at the start of a run that may have to restart with a smaller batch
     _saved: Path | None  # the checkpoint of the run's current step
+    _until_patched: ExitStack  # ends when Trainer has put Liger's kernels into the model
 
     def _forget_model(self) -> None:
         """Forget what is known about the model's layers."""
@@ -57,6 +60,7 @@ class BeginningMixin(LoadingMixin):
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
         self._audit.need("train", "the run did not begin with it")
+        self._until_patched.close()
         assert self.sample_state is not None
         if self.args.auto_find_batch_size:  # called again after running out of memory
             if self._snapshot is None:
@@ -81,6 +85,18 @@ class BeginningMixin(LoadingMixin):
             reduce_max = partial(dist.all_reduce, op=dist.ReduceOp.MAX) if several else None
             visits = VisitLog(len(self.sample_state), self.args.device, reduce_max)
         return Efficiency(self.args.device, dist.all_reduce if several else None, visits)
+
+
+@contextmanager
+def liger_layers_alone(args: Any) -> Iterator[None]:
+    """Inside the context Liger's fused loss, which hides the logits, is off: GEKO's takes its place."""
+    given = args.liger_kernel_config
+    if args.use_liger_kernel:
+        args.liger_kernel_config = {**(given or {}), "fused_linear_cross_entropy": False}
+    try:
+        yield
+    finally:
+        args.liger_kernel_config = given
 
 
 class Snapshot:

@@ -277,6 +277,8 @@ class Observation(TrainerCallback):
         if not fused and not logits:
             kinds = ", ".join(type(outputs).__name__ for outputs in seen) or "none were seen"
             hint = "; call the model with return_dict=True, so that its outputs have names" if "tuple" in kinds else ""
+            if self._trainer.args.use_liger_kernel:
+                hint += "; leave Liger's loss out: liger_kernel_config={'fused_linear_cross_entropy': False}"
             raise ValueError(f"observe needs the model's logits, but its outputs ({kinds}) have none{hint}")
         visits: ObservedVisits | None
         if fused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from geko_kernels.training.agreement import check_processes
 from geko_kernels.training.audit import bypassed
-from geko_kernels.training.beginning import BeginningMixin
+from geko_kernels.training.beginning import BeginningMixin, liger_layers_alone
 from geko_kernels.training.checkpoint import (
     SAMPLER_NAME,
     drop_set_aside,
@@ -83,7 +84,9 @@ class PlannedMixin(BeginningMixin):
         self._audit.saw("train")
         self.efficiency.predictions = self.sample_state.predictions
         self.efficiency.switch("other")
-        output = super().train(resume_from_checkpoint, *rest, **named)
+        with ExitStack() as self._until_patched:
+            self._until_patched.enter_context(liger_layers_alone(self.args))
+            output = super().train(resume_from_checkpoint, *rest, **named)
         self._audit.end(self.state.global_step - self._begun_at[0])
         self._end_epoch()
         self.efficiency.switch(None)

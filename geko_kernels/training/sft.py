@@ -45,7 +45,7 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
     Raises:
         ValueError: a packing strategy that cuts documents, if GEKO chooses or weights documents or the data have
-            weights; token_weights of text; a loss other than "nll"; Liger kernels; iterable datasets; at the first
+            weights; token_weights of text; a loss other than "nll"; Liger's fused loss; iterable datasets; at the first
             training batch, prompt tuning with packed rows.
     """
 

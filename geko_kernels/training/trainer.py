@@ -53,9 +53,6 @@ class GEKOMixin(FiguresMixin, EvaluationMixin):
         super().__init__(**given)
         self.config = config or GEKOConfig.recommended()
         self._check_arguments()
-        if self.args.use_liger_kernel:  # its fused loss hides the logits, and GEKO's takes its place
-            layers_alone = {"fused_linear_cross_entropy": False}
-            self.args.liger_kernel_config = {**(self.args.liger_kernel_config or {}), **layers_alone}
         if self._replaces is None and given.get("data_collator") is None and _is_causal(self._base()):
             ends = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
             self.data_collator = CausalCollator(next((token for token in ends if token is not None), 0))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from training import arguments, curve, sentences, tiny_llama
-from transformers import LlamaForCausalLM, Trainer, default_data_collator
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import geko_kernels as gk
@@ -36,10 +37,42 @@ def test_layers_are_ligers_and_the_head_is_fused(reference, tmp_path, given, con
         args = arguments(tmp_path, num_train_epochs=2, use_liger_kernel=liger, liger_kernel_config=config)
         trainer = cls(tiny_llama(), args, default_data_collator, data, data, **more)
         trainer.train()
+        assert args.liger_kernel_config == config
         runs.append((curve(trainer), trainer.evaluate()["eval_loss"]))
     assert given == [{**(config or {}), "fused_linear_cross_entropy": False}]
     assert isinstance(trainer.model.model.norm, FasterNorm) and trainer._found.head is not None
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_are_the_users_for_callbacks_other_trainers_and_after_an_error(reference, tmp_path, given):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **named):
+            seen.append(args.liger_kernel_config)
+
+        def on_step_end(self, args, state, control, **named):
+            raise KeyError
+
+    args, data = arguments(tmp_path, use_liger_kernel=True, max_steps=1), sentences(4)
+    for cls in (gk.GEKOTrainer, Trainer, gk.GEKOTrainer):
+        trainer = cls(tiny_llama(), args, default_data_collator, data, callbacks=[Look()])
+        with pytest.raises(KeyError):
+            trainer.train()
+    assert seen == [None] * 3 and args.liger_kernel_config is None
+    layers = {"fused_linear_cross_entropy": False}
+    assert given == [layers, None, layers]
+
+
+def test_observe_says_how_to_keep_the_logits(tmp_path, monkeypatch):
+    def fused(model, config):
+        model.register_forward_hook(lambda _module, _inputs, outputs: CausalLMOutput(loss=outputs.loss))
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", fused)
+    trainer = Trainer(tiny_llama(), arguments(tmp_path, use_liger_kernel=True), default_data_collator, sentences(4))
+    gk.observe(trainer)
+    with pytest.raises(ValueError, match=r"liger_kernel_config=\{'fused_linear_cross_entropy': False\}"):
+        trainer.train()
 
 
 class Strict(LlamaForCausalLM):
