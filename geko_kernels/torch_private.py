@@ -36,6 +36,7 @@ NAMES = {  # name: what the package learns from it
     "torch._C._functorch.maybe_get_level": "which transform has wrapped a tensor",
     "torch._disable_dynamo": "how torch.compile leaves a function out, loaded only when that is first called",
     "torch._foreach_lerp_": "how tensors move towards others in a few launches",
+    "torch.nn.Module._compiled_call_impl": "what Module.compile has made of a module",
     "torch.Tensor._base": "which tensor a view is of",
     "torch.Tensor._is_view": "whether a tensor is a view",
     "torch.Tensor._version": "whether a tensor was written to",
@@ -104,6 +105,25 @@ stream_address: Callable[[int], int] = find(
     "torch._C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 _FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """What `module.compile()` has made of its call; None if it was not called."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def is_full_graph(call: Any) -> bool:
+    """Whether torch.compile has made `call` with fullgraph=True, or made it in a way that does not show."""
+    while call is not None:
+        compiled = hasattr(call, "_torchdynamo_orig_callable") and not getattr(call, "_torchdynamo_disable", False)
+        if compiled:
+            code = getattr(call, "__code__", None)
+            cells = dict(zip(code.co_freevars, call.__closure__ or (), strict=True)) if code else {}
+            settings = cells["self"].cell_contents if "self" in cells else None
+            if getattr(settings, "fullgraph", True):
+                return True
+        call = getattr(call, "__wrapped__", None)
+    return False
 
 
 def saves_by_hooks() -> bool:

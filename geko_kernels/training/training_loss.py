@@ -54,7 +54,7 @@ class LossMixin(DataMixin):
                 shift=getattr(self.args, "shift_labels", None),
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
-                fuse=not (self.is_deepspeed_enabled or in_one_graph(model)),
+                fuse=not (self.is_deepspeed_enabled or in_one_graph(model, self._base())),
                 processes=self.args.world_size,
             )
             self._check_labels_given(self._found)

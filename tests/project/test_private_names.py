@@ -57,6 +57,19 @@ def test_a_name_that_torch_dropped_is_told_in_one_sentence():
     assert told == [f"torch {torch.__version__} has no torch._C._gone, by which geko_kernels learns nothing at all"]
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_full_graph_is_told_from_others_and_assumed_if_it_does_not_show(fullgraph):
+    def function():
+        return None
+
+    compiled = torch.compile(function, backend="eager", fullgraph=fullgraph)
+    assert torch_private.is_full_graph(compiled) is fullgraph
+    assert not torch_private.is_full_graph(torch.compiler.disable(function))
+    assert not torch_private.is_full_graph(function) and not torch_private.is_full_graph(None)
+    function._torchdynamo_orig_callable = function
+    assert torch_private.is_full_graph(function)
+
+
 REFUSED = {"_current_graph_task_id", "_top_saved_tensors_default_hooks"}  # a guess could count a visit twice
 FALL_BACK = [path for path in torch_private.NAMES if path.startswith(("torch._C._", "torch.autograd._", "torch._sub"))]
 FALL_BACK = [path for path in FALL_BACK if "TransformType" not in path and "FunctionBase" not in path]

@@ -89,8 +89,29 @@ def test_a_loss_alone_is_evaluated_without_logits(tmp_path, calls, trained):
     assert torch.get_rng_state().equal(after)
 
 
+def whole(model, **options):
+    return torch.compile(model, **options)
+
+
+def in_place(model, **options):
+    model.compile(**options)
+    return model
+
+
+def its_forward(model, **options):
+    model.forward = torch.compile(model.forward, **options)
+    return model
+
+
+def its_class(model, **options):
+    forward = torch.compile(type(model).forward, **options)
+    model.__class__ = type("Decorated", (type(model),), {"forward": forward})
+    return model
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_compiled_model_trains_alike_and_is_compiled_once(tmp_path, calls, fullgraph):
+@pytest.mark.parametrize("compiled_by", [whole, in_place, its_forward, its_class])
+def test_a_compiled_model_trains_alike_and_is_compiled_once(tmp_path, calls, compiled_by, fullgraph):
     """The loss leaves the graph at the head; a model that has to stay one graph keeps its logits."""
     torch._dynamo.reset()
     eager = train(tmp_path, tiny_llama())
@@ -101,12 +122,21 @@ def test_a_compiled_model_trains_alike_and_is_compiled_once(tmp_path, calls, ful
         graphs.append(graph)
         return graph
 
-    model = torch.compile(tiny_llama(), backend=backend, fullgraph=fullgraph)
-    compiled = train(tmp_path, model, remove_unused_columns=False)  # Trainer cannot see its signature
+    model = compiled_by(tiny_llama(), backend=backend, fullgraph=fullgraph)
+    compiled = train(tmp_path, model, remove_unused_columns=False)  # Trainer cannot see the signature of a wrapper
     assert len(calls) - count == (0 if fullgraph else count)
     assert len(graphs) == (1 if fullgraph else 2)  # before the loss and after it
     torch.testing.assert_close(curve(compiled), curve(eager), rtol=1e-4, atol=1e-5)
     assert compiled.sample_state.times_seen.equal(eager.sample_state.times_seen)
+
+
+def test_blocks_of_one_graph_leave_the_head_fused(tmp_path, calls):
+    torch._dynamo.reset()
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    trainer = train(tmp_path, model)
+    assert trainer._found.head is not None and calls
 
 
 def test_metrics_are_evaluated_with_logits(tmp_path, calls):

@@ -125,7 +125,8 @@ class LossHead:
 
     def __init__(self, head: nn.Linear) -> None:
         self.layer = head
-        self._forward = torch.compiler.disable(self._loss_of)  # the host needs the row counts
+        reason = "GEKO's fused head needs the numbers of rows on the host: compile the model without fullgraph=True"
+        self._forward = torch.compiler.disable(self._loss_of, reason=reason)
         self._call: tuple[Any, ...] = ()
 
     @contextmanager

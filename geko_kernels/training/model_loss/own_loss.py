@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
+
+from geko_kernels.torch_private import compiled_call, is_full_graph
 
 
 class Route(Enum):
@@ -89,9 +92,17 @@ def is_compiled(model: nn.Module) -> bool:
     return inner is not None and (hasattr(model, "_orig_mod") or is_compiled(inner))
 
 
-def in_one_graph(model: nn.Module) -> bool:
-    """Whether `model` or a part of it was compiled with fullgraph=True, so that nothing in it may break the graph."""
-    return any(getattr(getattr(part, "dynamo_ctx", None), "fullgraph", False) for part in model.modules())
+def in_one_graph(model: nn.Module, base: nn.Module) -> bool:
+    """Whether a part of `model` with the head of `base` was compiled with fullgraph=True: the head may not break it."""
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    if head is None:
+        return False
+    return any(_is_one_graph(part) and any(head is inner for inner in part.modules()) for part in model.modules())
+
+
+def _is_one_graph(part: nn.Module) -> bool:
+    """By torch.compile(part), torch.compile(part.forward), part.compile(), or a decorator of its class's forward."""
+    return any(map(is_full_graph, (vars(part).get("forward"), compiled_call(part), type(part).forward)))
 
 
 def running(model: nn.Module, base: nn.Module) -> nn.Module:
