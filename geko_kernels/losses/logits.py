@@ -143,9 +143,15 @@ def weighted_loss(
 
     Source: the GEKO document's weighted loss; see `reference/ops.py` for every op in plain PyTorch.
     """
-    eager = not torch.compiler.is_compiling() and not torch_private.is_fake(labels)
-    if eager:
+    compiling = torch.compiler.is_compiling()
+    eager = not compiling and not torch_private.is_fake(labels)
+    if not compiling:
         check_transforms("weighted_loss", logits, token_weights, sample_weights)
+    elif torch_private.transformed():  # traced, the gradient would be 0
+        raise NotImplementedError(
+            "weighted_loss does not run under the transforms of torch.func inside torch.compile(fullgraph=True): leave "
+            "fullgraph=True out, or use backward()"
+        )
     ignore_index, cap = check_batch("logits", logits, labels, sample_ids, state, reduction, ignore_index, softcap)
     check_switches("logits", logits, shift=shift, update=update, return_stats=return_stats, inplace=inplace)
     code = REDUCTIONS[reduction]

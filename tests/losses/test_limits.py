@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import geko_kernels as gk
@@ -249,3 +250,42 @@ def test_an_empty_batch(backend, device, shape, per, reduction, linear):
     assert all(column.shape == (entries,) for column in stats)
     for tensor, grad in zip(inputs, torch.autograd.grad(loss.sum(), inputs), strict=True):
         assert grad.shape == tensor.shape and not grad.any()
+
+
+def derivatives(transform, fullgraph, logits, labels):
+    """torch.compile of a transform of `torch.func` of the loss."""
+    torch._dynamo.reset()
+
+    def loss(logits):
+        return gk.weighted_loss(logits, labels, reduction="token_mean")
+
+    return torch.compile(lambda logits: transform(loss, logits), backend="eager", fullgraph=fullgraph)(logits)
+
+
+def test_a_compiled_transform_is_never_silently_zero():
+    logits, labels = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    plain = torch.func.grad(lambda logits: F.cross_entropy(logits.flatten(0, 1), labels.flatten()))(logits)
+
+    def gradient(loss, logits):
+        return torch.func.grad(loss)(logits)
+
+    def tangent(loss, logits):
+        return torch.func.jvp(loss, (logits,), (torch.ones_like(logits),))
+
+    torch.testing.assert_close(derivatives(gradient, False, logits, labels), plain)
+    with pytest.raises(NotImplementedError, match="weighted_loss has no forward-mode derivative"):
+        derivatives(tangent, False, logits, labels)
+    for transform in (gradient, tangent):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph=True out"):
+            derivatives(transform, True, logits, labels)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_traced_tangent_is_refused(mode):
+    logits, labels = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+
+    def tangent(logits, labels):
+        return torch.func.jvp(lambda logits: gk.weighted_loss(logits, labels), (logits,), (logits,))
+
+    with pytest.raises(NotImplementedError, match="weighted_loss has no forward-mode derivative"):
+        make_fx(tangent, tracing_mode=mode)(logits, labels)
