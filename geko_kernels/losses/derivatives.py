@@ -15,6 +15,11 @@ _PLAIN = {
     "weighted_linear_loss": "F.cross_entropy(F.linear(hidden, weight, bias), ...)",
 }
 
+_IN_TRACES = {
+    "weighted_loss": " where the logits require a gradient: the trace would keep the value of this call",
+    "weighted_linear_loss": ": the number of kept rows depends on values",
+}
+
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:
     """Raise `NotImplementedError` if a transform around the call of `name` would get no derivative or a wrong one."""
@@ -22,6 +27,11 @@ def check_transforms(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (forward_ad, torch.func.jvp, jacfwd, hessian); use "
             f"{_PLAIN[name]} for one"
+        )
+    if torch.jit.is_tracing() and (name == "weighted_linear_loss" or _has_graph(tensors[0])):
+        raise NotImplementedError(
+            f"{name} does not run under torch.jit.trace{_IN_TRACES[name]}; use torch.compile or torch.export of "
+            "weighted_loss instead"
         )
     if not torch_private.transformed():
         return
@@ -40,6 +50,10 @@ def check_transforms(name: str, *tensors: Tensor | None) -> None:
             "weighted_loss does not run under torch.vmap: its state is updated in place, a batch at a time. Give it "
             "the whole batch; reduction='none' returns the loss of each visit"
         )
+
+
+def _has_graph(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _has_tangent(tensor: Any) -> bool:

@@ -291,7 +291,8 @@ def weighted_linear_loss(
     Raises: as `weighted_loss`; RuntimeError while a CUDA graph is being captured.
 
     Limits: gradients come from `backward` and `torch.autograd.grad` alone. A second derivative, forward mode, every
-        transform of `torch.func`, `is_grads_batched`, meta tensors and fake tensors raise NotImplementedError.
+        transform of `torch.func`, `torch.jit.trace`, `is_grads_batched`, meta tensors and fake tensors raise
+        NotImplementedError.
         Gradients are ordinary tensors, also to `resize_`.
     """
     check_transforms("weighted_linear_loss", hidden, weight, bias, token_weights, sample_weights)

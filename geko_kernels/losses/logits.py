@@ -138,8 +138,9 @@ def weighted_loss(
 
     Limits: the first derivative in reverse mode exists: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
         `jacrev`. A second derivative, forward mode (`jvp`, `jacfwd`), `torch.vmap` and `functionalize` over the call
-        raise. Meta and fake tensors give shapes only, and no value is checked. Gradients are ordinary tensors, also to
-        `resize_`; with `inplace` they are the logits' own memory, and `torch.func` raises.
+        raise, and so does `torch.jit.trace` of logits that require a gradient. Meta and fake tensors give shapes only,
+        and no value is checked. Gradients are ordinary tensors, also to `resize_`; with `inplace` they are the logits'
+        own memory, and `torch.func` raises.
 
     Source: the GEKO document's weighted loss; see `reference/ops.py` for every op in plain PyTorch.
     """

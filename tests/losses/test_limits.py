@@ -170,6 +170,23 @@ def test_the_linear_loss_takes_no_transform_of_torch_func(transform):
         transform(lambda h: gk.weighted_linear_loss(h[None], weight, LABELS[:1]))(hidden[0])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trace_computes_anew_or_is_refused(dtype):
+    logits, labels = torch.randn(3, 5, 7, dtype=dtype), torch.randint(0, 7, (3, 5))
+
+    def loss(logits):
+        return gk.weighted_loss(logits * 1, labels, reduction="token_mean")
+
+    traced = torch.jit.trace(loss, logits, check_trace=False)
+    expected = F.cross_entropy((2 * logits).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(traced(2 * logits), expected)
+    with pytest.raises(NotImplementedError, match="torch.jit.trace where the logits require a gradient"):
+        torch.jit.trace(loss, logits.clone().requires_grad_(), check_trace=False)
+    with pytest.raises(NotImplementedError, match="weighted_linear_loss does not run under torch.jit.trace"):
+        torch.jit.trace(lambda hidden: gk.weighted_linear_loss(hidden, torch.eye(7, dtype=dtype), labels), logits)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_linear_loss_makes_one_gradient_at_a_time(reference, reduction):
     inputs = [tensor.requires_grad_() for tensor in head()]
