@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, for tests")
     given = parser.parse_args()
+    if given.batch % WORLD:
+        parser.error(f"--batch {given.batch} is not divisible by {WORLD} processes: they would train other batches")
     torch.use_deterministic_algorithms(True, warn_only=True)
     trainer, test = trainer_of(given)
     device = trainer.args.device

@@ -28,3 +28,12 @@ def test_a_resumed_run_has_the_digests_of_the_whole_one(tmp_path, monkeypatch):
     assert whole["steps"] == 12 and [step for step, _ in whole["losses"]] == [10]
     assert whole["same_on_every_rank"] == {"weights": True, "plan": True, "state": True}
     assert sum(whole["buckets"]) == 48 and (tmp_path / "again" / "state.pt").is_file()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
+    given = ["same_run", "d2.npz", "--arm", "auto", "--folder", str(tmp_path), "--out", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(same_run, "WORLD", 3)
+    with pytest.raises(SystemExit):
+        same_run.main()
+    assert "--batch 128 is not divisible by 3 processes" in capsys.readouterr().err
