@@ -132,13 +132,15 @@ def weighted_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; on the CPU also a
             token or sample weight that is negative or not finite.
-        IndexError: on the CPU, a label outside [0, V) or an id outside the table. On a GPU such a visit is left out
-            and `state.check()` raises (at once with GEKO_DEBUG=1).
+        IndexError: on the CPU, a label outside [0, V) or an id outside the table. On a GPU and in compiled code such a
+            visit is left out, and `state.check()` raises (eagerly with GEKO_DEBUG=1 at once); without a state nothing
+            tells.
         NotImplementedError: a derivative that does not exist, see the limits.
 
     Limits: the first derivative in reverse mode exists: `backward`, `is_grads_batched`, `torch.func.grad`, `vjp` and
         `jacrev`. A second derivative, forward mode (`jvp`, `jacfwd`), `torch.vmap` and `functionalize` over the call
-        raise, and so does `torch.jit.trace` of logits that require a gradient. Meta and fake tensors give shapes only,
+        raise, and so do `torch.func` inside `torch.compile(fullgraph=True)` and `torch.jit.trace` of logits that
+        require a gradient. Meta and fake tensors give shapes only,
         and no value is checked. Gradients are ordinary tensors, also to `resize_`; with `inplace` they are the logits'
         own memory, and `torch.func` raises.
 
