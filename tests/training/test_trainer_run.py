@@ -217,6 +217,8 @@ def test_what_does_not_combine_is_named(tmp_path, options, message):
 def test_wrong_use_is_named(tmp_path):
     with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
         trainer_of(tmp_path, num_train_epochs=0).train()
+    with pytest.raises(ValueError, match="max_steps must be at least 1, or -1 for num_train_epochs to count, got 0"):
+        trainer_of(tmp_path, max_steps=0).train()
     with pytest.raises(ValueError, match="compute_loss_func"):
         gk.GEKOTrainer(tiny_llama(), arguments(tmp_path), train_dataset=[], compute_loss_func=lambda *_: 0)
     with pytest.raises(TypeError, match="config must be a GEKOConfig, got dict"):
