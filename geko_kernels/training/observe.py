@@ -306,7 +306,7 @@ class Observation(TrainerCallback):
         self, logits: Tensor, labels: Tensor, ids: Tensor, loss: Tensor, num_items: Any
     ) -> ObservedVisits | None:
         shift = self._shift
-        check_labels(labels)
+        check_labels(labels, logits.shape[-1])
         if shift is None:
             if not bool((labels != IGNORED).any() & loss.isfinite()):
                 return None  # nothing to compare

@@ -38,9 +38,11 @@ def check_rows(dataset: Any, observed: int) -> None:
         )
 
 
-def check_labels(labels: Tensor) -> None:
+def check_labels(labels: Tensor, classes: int) -> None:
     if labels.is_floating_point():
         raise ValueError(
             "observe needs the number of a class as label, since it records the cross-entropy of the logits: got "
             f"labels of {labels.dtype} and shape {tuple(labels.shape)}, as for regression or multi-label data"
         )
+    if classes < 2:
+        raise ValueError(f"observe needs logits of at least two classes, got {classes}")

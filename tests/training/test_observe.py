@@ -12,10 +12,13 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 import geko_kernels as gk
@@ -154,6 +157,17 @@ def test_what_is_no_class_index_or_names_no_logits_is_refused(tmp_path):
     gk.observe(trainer)
     trainer.get_train_dataloader = lambda: DataLoader(trainer.train_dataset, 3)
     with pytest.raises(ValueError, match="Trainer makes its own dataloader: let its get_train_dataloader return"):
+        trainer.train()
+
+
+def test_a_single_class_is_refused(tmp_path):
+    sizes = {"vocab_size": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=32, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
+    data = [{"input_ids": [0] * 4, "labels": [0] * 4}] * 4
+    trainer = Trainer(LlamaForCausalLM(config), args, default_data_collator, data)
+    gk.observe(trainer)
+    with pytest.raises(ValueError, match="observe needs logits of at least two classes, got 1"):
         trainer.train()
 
 
