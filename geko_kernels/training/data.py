@@ -188,8 +188,6 @@ LABEL_KEYS = ("labels", "label_ids", "label")  # keys of an item that Transforme
 def _causal_row(item: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(item, Mapping) or item.get("input_ids") is None:
         found = f"the keys {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
-        if isinstance(item, Mapping) and not item:
-            found = "none of the columns that the model's forward takes (remove_unused_columns drops the others)"
         raise ValueError(
             f"an item of train_dataset must be a dict with `input_ids`, got {found}: tokenise the dataset, or give a "
             "data_collator that does so"
