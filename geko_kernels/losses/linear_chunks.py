@@ -164,13 +164,17 @@ class Chunks:
             held = self._keep(result, coeff, part, held, ready_from) if count else 0
             self._finish(coeff, held, list(crossing.values()))
         elif gradients is not None:
-            self.buffer = self.buffer.new_empty(0, 0)
-            positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
-            lists = (self.rows, positions, sources, 0, 0, count)
-            kept = int(HostCopy(ops.direct.kept_rows_(result.coeff, *lists)).wait())
-            known_rows = self.statistics, positions[:kept], result.coeff * factor(result)
-            add_blocks(self.head, self.batch, gradients, *known_rows, self.budget.columns(kept))
+            self._by_blocks(gradients, count, result.coeff, result.coeff * factor(result))
         return result
+
+    def _by_blocks(self, gradients: HeadGradients, count: int, weights: Tensor, coeff: Tensor) -> None:
+        """The gradients of the scored rows whose weight (T,) is not 0, by blocks of the vocabulary."""
+        self.buffer = self.buffer.new_empty(0, 0)
+        positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
+        lists = (self.rows, positions, sources, 0, 0, count)
+        kept = int(HostCopy(ops.direct.kept_rows_(weights, *lists)).wait())
+        rows = self.statistics, positions[:kept], coeff
+        add_blocks(self.head, self.batch, gradients, *rows, self.budget.columns(kept))
 
     def _room(self, scored: int) -> int:
         if self.gradients is None or self.budget.by_blocks(scored):
