@@ -2,8 +2,9 @@
 
     python -m benchmarks.end_to_end.real_report d2.jsonl v1.jsonl g1.jsonl
 
-Prints a table of all arms, one of differences, and the targets of TASKS.md. Differences are paired by seed, with 95 %
-t-intervals of their mean; times are those of training, looks and the preparation of held-back samples.
+Prints the table of docs/evidence.md, one of all arms, one of differences, and the targets of TASKS.md. Differences are
+paired by seed, with 95 % t-intervals of their mean; times are those of training, looks and the preparation of
+held-back samples.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.end_to_end.lengths_report import best_length, epochs, seconds
 from benchmarks.end_to_end.report import grid
 from benchmarks.end_to_end.rows import MEASURES, Measure, Rows, final, paired, t_interval
 from benchmarks.end_to_end.targets import Target
+from benchmarks.end_to_end.tasks import TASKS
 from benchmarks.results import read
 
 USUAL = 3  # epochs that people train for by default
@@ -73,6 +75,29 @@ def others(task: str, rows: Rows, arm: str) -> Iterator[tuple[str, str]]:
     yield f"(b) the best length, {epochs(best, task):g}", best
     if rows.get(OWN_BUDGET.get(arm, "")):
         yield "(c) its own budget", OWN_BUDGET[arm]
+
+
+def summary(tasks: dict[str, Rows]) -> list[str]:
+    """Markdown, a line a task: value and seconds of what people run, of the best length and of what finds its own."""
+    lines = []
+    for name, rows in tasks.items():
+        usual = [arm for arm in rows if epochs(arm, name) == USUAL]
+        best = best_length(name, rows)
+        cells = [_cell(name, rows, arm) for arm in (*usual[:1], best, "A-stop", "H", "auto")]
+        cells[-4] += f" ({epochs(best, name):g})"
+        lora = " with LoRA" if next(iter(rows[best].values())).get("lora") else ""
+        what = f"{TASKS[name].what}{lora}, {_NAMES[MEASURES[name].key]}"
+        lines.append([what, str(min(len(rows[arm]) for arm in ("auto", best))), *cells])
+    heads = ["uniform, 3 epochs", "uniform, its best number of epochs (not known before)", "early stopping"]
+    return grid(["task", "seeds", *heads, "`recommended()`", "`auto()`"], lines)
+
+
+def _cell(task: str, rows: Rows, arm: str) -> str:
+    if not rows.get(arm):
+        return "not run"
+    runs, measure = rows[arm].values(), MEASURES[task]
+    value = mean(final(row, measure) for row in runs)
+    return f"{value:.{1 if measure.scale == 100 else 3}f} in {mean(map(seconds, runs)):.1f} s"
 
 
 def table(tasks: dict[str, Rows]) -> list[str]:
@@ -177,7 +202,7 @@ def main() -> None:
     if not sys.argv[1:]:
         sys.exit(__doc__)
     tasks = load([Path(path) for path in sys.argv[1:]])
-    print("\n".join([*table(tasks), *differences(tasks)]))
+    print("\n".join([*summary(tasks), *table(tasks), *differences(tasks)]))
     for target in targets(tasks):
         print(f"{'met' if target.hit else 'missed'}: {target.what}: {target.measured}")
 
