@@ -1,6 +1,6 @@
 """Weak scaling: `GEKOTrainer` beside `transformers.Trainer` under torchrun, DDP and FSDP2, constant batch per GPU.
 
-`python -m benchmarks.training.scaling` on a host with one or more GPUs (about 4 minutes for one and two): random
+`python -m benchmarks.training.scaling` on a host with one or more GPUs (about 8 minutes for one, two and four): random
 Llamas of SmolLM2-135M's size (compiled by regions) and of about 1B parameters in bf16, fixed-length samples.
 GEKOTrainer runs with all weights 1, so every run is the same work; both arms take turns in the same processes
 (`scaling_run.py`). What it takes to synchronise the learning state of 10 million samples, to draw their plans and to
