@@ -194,7 +194,7 @@ def weighted_loss(
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
     if not weighted:
-        foresight = (prediction and prediction[0], inplace)
+        foresight = (prediction and prediction[:2], inplace)
         rest = (*options, writes)
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *rest)
     if planned is None:

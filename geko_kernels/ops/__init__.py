@@ -17,6 +17,7 @@ from geko_kernels.extras import warn_user
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import real_dtype, sum_dtype
+from geko_kernels.zero_share import ZeroShare
 
 # rules and state; the columns in the order of `geko_kernels.columns`, or none without a state
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
@@ -277,7 +278,7 @@ def planned_loss_forward(
     columns: Sequence[Tensor],
     error: Tensor | None,
     stats: bool,
-    upstream: Tensor | None,
+    foresight: tuple[Tensor, ZeroShare | None] | None,
     inplace: bool,
     *options: Any,
 ) -> tuple[Tensor, Any, Tensor, Tensor | None, Tensor | None] | None:
@@ -289,9 +290,9 @@ def planned_loss_forward(
     if update and recomputing():
         update, options = False, (*options[:-1], False)
     if _override or torch_private.saves_by_hooks():
-        upstream = None  # a backend was asked for by name, or hooks may give the backward other logits
+        foresight = None  # a backend was asked for by name, or hooks may give the backward other logits
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
-    outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
+    outcome = backend.planned_loss_forward(*args, foresight, inplace, *options)
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
     if update:
@@ -332,7 +333,7 @@ def planned_logits_grad(
     grad_output: Tensor,
     inplace: bool,
     predicted: Tensor | None,
-    prediction: tuple[Tensor, Tensor],
+    prediction: tuple[Tensor, ZeroShare | None, Tensor],
 ) -> Tensor | None:
     """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None.
 
@@ -346,7 +347,8 @@ def planned_logits_grad(
     if predicted is None:
         grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
     else:
-        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, *prediction)
+        upstream, _, counts = prediction
+        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, upstream, counts)
     if inplace:
         torch.autograd.graph.increment_version(logits)
     return grad
