@@ -92,7 +92,7 @@ def planned_loss_forward(
         loss, kept, visits = predicted.forward(*args, grad, upstream)
     if looking is not None:
         rest = kept[plan.kept_words :] if visits is None else visits
-        looking.look(rest[: plan.scratch], plan.entries_of)
+        looking.look(rest[: plan.flags], plan.zero_tokens)
     return loss, plan, kept, visits, grad
 
 

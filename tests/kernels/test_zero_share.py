@@ -33,16 +33,11 @@ def emulated(monkeypatch):
     return EmulatedRows
 
 
-def entries_of(visits):
-    """(floats, ints, flags) of `visits` (2, M): weights and tokens."""
-    return visits[:1].float().expand(6, -1), visits[1:].expand(2, -1), visits
-
-
 def told(share, zero, tokens):
     """`share` after one more look, at a call of which `zero` of `tokens` have weight 0."""
     while not share.due(torch.device("cpu")):
         pass
-    share.look(torch.tensor([[0, 1], [zero, tokens - zero]]), entries_of)
+    share.look(torch.tensor([zero, tokens]), torch.Tensor.tolist)
     return share
 
 
@@ -51,7 +46,7 @@ def test_a_look_counts_from_the_next_one_on():
     for _ in range(3 * INTERVAL):
         due = share.due(torch.device("cpu"))
         if due:
-            share.look(torch.tensor([[0, 1], [9, 1]]), entries_of)
+            share.look(torch.tensor([9, 10]), torch.Tensor.tolist)
         seen.append((due, share.three_passes))
     rest = [(False, False)] * (INTERVAL - 1)
     assert seen[: 2 * INTERVAL] == [(True, False), *rest, (True, True), *[(False, True)] * (INTERVAL - 1)]
@@ -95,7 +90,7 @@ def test_a_copy_goes_on_as_the_object_itself(again, calls):
         seen = []
         for call in range(first, last):
             if share.due(torch.device("cpu")):
-                share.look(torch.tensor([[0, 1], [9 - call % 7, 1]]), entries_of)
+                share.look(torch.tensor([9 - call % 7, 10]), torch.Tensor.tolist)
             seen.append(share.three_passes)
         return seen
 
