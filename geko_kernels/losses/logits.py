@@ -211,7 +211,7 @@ def weighted_loss(
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = apply_loss(logits, labels, result, shift, cap, overwrite)
         else:
-            loss = apply_planned(logits, labels, (*planned, prediction), inplace)
+            loss = apply_planned(logits, labels, (*planned, prediction and prediction[::2]), inplace)
     if not return_stats:
         return loss
     return loss, result.stats() if planned is None else stats_of(*plan.entries_of(entries))

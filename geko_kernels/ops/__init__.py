@@ -17,7 +17,6 @@ from geko_kernels.extras import warn_user
 from geko_kernels.ops import checks as op_checks
 from geko_kernels.reference import rows as reference_rows
 from geko_kernels.reference.visits import real_dtype, sum_dtype
-from geko_kernels.zero_share import ZeroShare
 
 # rules and state; the columns in the order of `geko_kernels.columns`, or none without a state
 _TABLE = "Tensor rules, Tensor weights, Tensor? num_items, Tensor(a!)[] columns, Tensor(b!)? error"
@@ -278,7 +277,7 @@ def planned_loss_forward(
     columns: Sequence[Tensor],
     error: Tensor | None,
     stats: bool,
-    foresight: tuple[Tensor, ZeroShare | None] | None,
+    foresight: tuple[Tensor, Any] | None,
     inplace: bool,
     *options: Any,
 ) -> tuple[Tensor, Any, Tensor, Tensor | None, Tensor | None] | None:
@@ -333,7 +332,7 @@ def planned_logits_grad(
     grad_output: Tensor,
     inplace: bool,
     predicted: Tensor | None,
-    prediction: tuple[Tensor, ZeroShare | None, Tensor],
+    prediction: tuple[Tensor, Tensor],
 ) -> Tensor | None:
     """`kernels.forward.planned_logits_grad` where it can stand in for `logits_grad` or `logits_grad_`, else None.
 
@@ -347,8 +346,7 @@ def planned_logits_grad(
     if predicted is None:
         grad = backend.planned_logits_grad(logits, labels, plan, kept, grad_output, inplace)
     else:
-        upstream, _, counts = prediction
-        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, upstream, counts)
+        grad = backend.predicted_logits_grad(logits, labels, plan, kept, grad_output, predicted, *prediction)
     if inplace:
         torch.autograd.graph.increment_version(logits)
     return grad
