@@ -17,6 +17,7 @@ from geko_kernels.config import Bucket, GEKOConfig, check_config
 from geko_kernels.reference.visits import quality_of
 from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
+from geko_kernels.zero_share import ZeroShare
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing in some builds of torch
@@ -83,9 +84,11 @@ class SampleState:
         weights = (self.config.freeze_weight, *reversed(self.config.bucket_weights))
         self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # by Bucket
 
-        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected)
+        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected); what
+        # share of the tokens has weight 0, where no prediction is faster
         self.upstream = torch.ones((), device=device)
         self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
+        self.zero_share = ZeroShare()
 
     def __len__(self) -> int:
         return self.num_samples
@@ -156,7 +159,8 @@ class SampleState:
 
         Args: group: a process group whose backend supports tensors on `device`; None is the default one.
         """
-        sync_rows_({name: getattr(self, name) for name in SAVED}, self.changed, self.claim, group)
+        if sync_rows_({name: getattr(self, name) for name in SAVED}, self.changed, self.claim, group):
+            self.zero_share = ZeroShare()  # each process has another, and a checkpoint holds that of one
 
     def check(self) -> None:
         """Raise if a call since the last check was given a bad label or sample id; waits for the device.
@@ -196,6 +200,7 @@ class SampleState:
         metadata = {
             "config": json.dumps(self.config.to_dict()),
             "upstream": str(upstream if math.isfinite(upstream) else 1.0),  # only a guess at the next one
+            "zero_share": json.dumps(self.zero_share.values()),
         }
         save_tensors(path, _FORMAT, self.state_dict(), metadata, _VERSION)
 
@@ -219,6 +224,7 @@ class SampleState:
             if not abs(upstream) <= torch.finfo(torch.float32).max:
                 raise ValueError(f"upstream must be a finite float32, got {upstream}")
             state = cls(columns["times_seen"].numel(), config, device)
+            state.zero_share = ZeroShare(json.loads(metadata.get("zero_share", "[0, 0, 0, 0, 0, 0]")))
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         state._copy_in(columns, str(path))

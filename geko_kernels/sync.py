@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, group: dist.ProcessGroup | None) -> None:
+def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, group: dist.ProcessGroup | None) -> bool:
     """All-gather the rows of `columns` marked in `changed` and write them on every process; two collectives.
 
     If several processes have changed a row, the one with the most visits (`times_seen`) wins; among equals, the highest
@@ -17,12 +17,15 @@ def sync_rows_(columns: Mapping[str, Tensor], changed: Tensor, claim: Tensor, gr
 
     Args: columns of (N, ...) by name, "times_seen" among them; changed (N,) bool, all False afterwards;
         claim (N,) int32: scratch, all 0 before and after.
+    Returns: whether there are several processes.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+    if several:
         ids = changed.nonzero()[:, 0]
         gathered = gather_rows(torch.cat([_as_bytes(ids), *(_as_bytes(c[ids]) for c in columns.values())], 1), group)
         _write_latest_(columns, gathered, claim)
     changed.zero_()
+    return several
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

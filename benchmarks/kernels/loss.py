@@ -24,6 +24,7 @@ from benchmarks.kernels.timing import Timing, host_us, launches, measure, peak_m
 from benchmarks.results import Row
 from geko_kernels import ops
 from geko_kernels.kernels.one_pass import hopper
+from geko_kernels.zero_share import INTERVAL
 
 FILE = "loss.jsonl"
 BUDGET_S = {"cuda": 60.0, "cpu": 300.0}  # wall time a contender may take in all, compilation included
@@ -84,6 +85,8 @@ def bench(contender: Contender, case: Case) -> Iterator[Row]:
     """The rows of `contender` on `case`: time of the forward and of the full step, and what the full step takes."""
     loss_of, inputs = contender.make(case), Inputs(contender, case)
     found = check(loss_of, inputs, case)
+    if contender.hit_rate is not None:
+        found["backend"] = chosen_path(loss_of, inputs)
     if inputs.reset:
         inputs.reset()
     inner = 1 if case.shape.large or case.device.type == "cpu" else _SMALL_STEPS
@@ -104,6 +107,13 @@ def bench(contender: Contender, case: Case) -> Iterator[Row]:
         except Exception as error:  # the times stand without it
             row["reason"] = describe_error(error)
     yield row
+
+
+def chosen_path(loss_of: LossOf, inputs: Inputs) -> str:
+    """Where the calls go once the share of zero weights is known: "hopper" (one pass) or "triton" (three)."""
+    for _ in range(2 * INTERVAL):
+        node: Any = loss_of(inputs.logits[0]).grad_fn
+    return "triton" if node.predicted is None else "hopper"
 
 
 def costs(loss_of: LossOf, full: Callable[[], Tensor], logits: Tensor) -> Row:

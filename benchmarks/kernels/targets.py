@@ -104,7 +104,8 @@ def _predicted(group: _Group) -> Iterator[Target]:
     fastest = min((time for peer in PLAIN if (time := group.value(peer)) is not None), default=None)
     if fastest is None or group.vocab not in (32000, 128256, 151936, 262144) or group.rows[0]["packed"]:
         return
-    bars = ((1.0, 0.0, 0.8 if group.vocab == 32000 else 0.75), (0.9, 0.0, 0.85), (1.0, 2 / 3, 0.55))
+    bars = [(1.0, 0.0, 0.8 if group.vocab == 32000 else 0.75), (0.9, 0.0, 0.85)]
+    bars += [(1.0, 2 / 3, 0.68), (1.0, 0.9, 0.62)] if group.vocab == 128256 else [(1.0, 2 / 3, 0.55)]
     for hit_rate, zero_share, bar in bars:
         ours = group.value("geko-hopper", zero_share=zero_share, hit_rate=hit_rate)
         if ours:

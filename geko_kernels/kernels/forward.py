@@ -15,6 +15,7 @@ from geko_kernels.kernels.sample_update.kernel import empty_outputs
 from geko_kernels.kernels.sample_update.prepare import scratch_words
 from geko_kernels.kernels.table import pointers, prepared_of
 from geko_kernels.reference import ops as reference
+from geko_kernels.zero_share import ZeroShare
 
 
 def loss_forward_(
@@ -61,29 +62,38 @@ def planned_loss_forward(
     columns: Sequence[Tensor],
     error: Tensor | None,
     stats: bool,
-    upstream: Tensor | None,
+    foresight: tuple[Tensor, ZeroShare | None] | None,
     inplace: bool,
     *options: Any,
 ) -> tuple[Tensor, Plan, Tensor, Tensor | None, Tensor | None]:
     """`loss_forward_` with its outputs in two or three pieces of memory; logits also (B, V).
 
-    Args: upstream (): the last backward's upstream gradient if the gradient may be predicted (over the logits if
-        `inplace`), else None; options (reduction, ignore_index, shift, softcap, update).
+    Args: foresight: if the gradient may be predicted (over the logits if `inplace`), the last backward's upstream
+        gradient () and, with a state, the share by which a call with a prediction takes the faster path; else None;
+        options (reduction, ignore_index, shift, softcap, update).
     Returns: the loss; the plan; kept and, with `stats`, visits: memory that holds the op's other outputs, see
         `plan.saved` and `plan.entries_of`; the predicted gradient, which `predicted_logits_grad` corrects, or None.
     """
     plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options)
-    predicted = None
-    if upstream is not None:
+    predicted = looking = grad = None
+    if foresight is not None:
+        upstream, share = foresight
         predicted = _predicting(plan, inplace, logits, labels, sample_ids, columns, options)
+        if predicted is not None and share is not None:
+            looking = share if share.due(logits.device) else None
+            predicted = None if share.three_passes else predicted
     apart = stats or plan.packed  # packed, there is an entry for each token: too many to keep unused
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, apart)
-    if upstream is not None and predicted is not None:
+    if predicted is None:
+        loss, kept, visits = plan.forward(*args)
+    else:
+        plan = predicted
         grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         loss, kept, visits = predicted.forward(*args, grad, upstream)
-        return loss, predicted, kept, visits, grad
-    loss, kept, visits = plan.forward(*args)
-    return loss, plan, kept, visits, None
+    if looking is not None:
+        rest = kept[plan.kept_words :] if visits is None else visits
+        looking.look(rest[: plan.flags], plan.zero_tokens)
+    return loss, plan, kept, visits, grad
 
 
 def _predicting(

@@ -143,6 +143,13 @@ class Plan:
         flags = visits[self.flags : self.scratch].view(torch.uint8)[: 2 * entries].view(2, entries)
         return floats, ints, flags
 
+    def zero_tokens(self, visits: Tensor) -> tuple[int, int]:
+        """Tokens with a label in visits of weight 0, and in all; `visits` up to the flags, on the host."""
+        words, entries = visits.numpy(), self.entries  # a call in numpy takes a fraction of one in torch
+        tokens = words[2 * entries : 4 * entries].view("int64")
+        weight = words[self.floats + 5 * entries :][:entries]
+        return int(tokens[weight == 0].sum()), int(tokens.sum())
+
     def gradient(
         self, out: Tensor, kept: Tensor, grad_output: Tensor, logits: Tensor, labels: Tensor, inplace: bool
     ) -> None:

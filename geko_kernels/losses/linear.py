@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops, torch_private
+from geko_kernels.host_copy import HostCopy
 from geko_kernels.losses.arguments import (
     REDUCTIONS,
     LinearOptions,
@@ -25,7 +26,7 @@ from geko_kernels.losses.arguments import (
 from geko_kernels.losses.derivatives import check_transforms, check_upstream, link, once
 from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden
-from geko_kernels.losses.linear_chunks import Chunks, HostCopy, Scored
+from geko_kernels.losses.linear_chunks import Chunks, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult, SampleStats

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels import ops
+from geko_kernels.host_copy import HostCopy
 from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
@@ -26,27 +27,6 @@ SAMPLE = 1024  # first rows, which show whether most rows are kept
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
 DENSE_SHARE = 0.95  # share of kept rows above which it is faster not to ask how many are kept, and to take all
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
-
-
-class HostCopy:
-    """`values` on the host, without making the device wait: the copy is asynchronous, only `wait` blocks."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.event: torch.cuda.Event | None = None
-        self.values = values
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(values.device))
-
-    def arrived(self) -> bool:
-        return self.event is None or self.event.query()
-
-    def wait(self) -> Tensor:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.values
 
 
 class Scored:

@@ -194,7 +194,7 @@ def weighted_loss(
     prediction = prediction_of(state, logits.device) if differentiable and eager else None
     planned = None
     if not weighted:
-        foresight = (prediction and prediction[0], inplace)
+        foresight = (prediction and prediction[:2], inplace)
         rest = (*options, writes)
         planned = ops.planned_loss_forward(logits, labels, sample_ids, *table, return_stats, *foresight, *rest)
     if planned is None:
@@ -211,7 +211,7 @@ def weighted_loss(
             overwrite = inplace and not torch.compiler.is_compiling()
             loss = apply_loss(logits, labels, result, shift, cap, overwrite)
         else:
-            loss = apply_planned(logits, labels, (*planned, prediction), inplace)
+            loss = apply_planned(logits, labels, (*planned, prediction and prediction[::2]), inplace)
     if not return_stats:
         return loss
     return loss, result.stats() if planned is None else stats_of(*plan.entries_of(entries))

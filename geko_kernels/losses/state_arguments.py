@@ -9,6 +9,7 @@ from geko_kernels import torch_private
 from geko_kernels.config import GEKOConfig
 from geko_kernels.losses.arguments import debugging
 from geko_kernels.state import NO_ERROR, SampleState, rules_tensor
+from geko_kernels.zero_share import ZeroShare
 
 
 def state_arguments(
@@ -21,19 +22,22 @@ def state_arguments(
     return state.rules, state.weights, state.columns, state.error
 
 
-def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(upstream, predictions) of `state`; calls without a state share one pair a device."""
+def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tensor, ZeroShare | None, Tensor]:
+    """(upstream, zero_share, predictions) of `state`.
+
+    Calls without a state share those of their device, without a zero_share: no weight is 0.
+    """
     if state is not None:
-        return state.upstream, state.predictions
-    pair = _plain_prediction.get(device)
-    if pair is None:
-        pair = torch.ones((), device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        return state.upstream, state.zero_share, state.predictions
+    plain = _plain_prediction.get(device)
+    if plain is None:
+        plain = torch.ones((), device=device), None, torch.zeros(2, dtype=torch.int64, device=device)
         if not torch_private.transformed():  # it wraps tensors that are made under it
-            _plain_prediction[device] = pair
-    return pair
+            _plain_prediction[device] = plain
+    return plain
 
 
-_plain_prediction: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_plain_prediction: dict[torch.device, tuple[Tensor, None, Tensor]] = {}
 _plain: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 

@@ -277,7 +277,7 @@ def planned_loss_forward(
     columns: Sequence[Tensor],
     error: Tensor | None,
     stats: bool,
-    upstream: Tensor | None,
+    foresight: tuple[Tensor, Any] | None,
     inplace: bool,
     *options: Any,
 ) -> tuple[Tensor, Any, Tensor, Tensor | None, Tensor | None] | None:
@@ -289,9 +289,9 @@ def planned_loss_forward(
     if update and recomputing():
         update, options = False, (*options[:-1], False)
     if _override or torch_private.saves_by_hooks():
-        upstream = None  # a backend was asked for by name, or hooks may give the backward other logits
+        foresight = None  # a backend was asked for by name, or hooks may give the backward other logits
     args = (logits, labels, sample_ids, rules, weights, num_items, columns, error, stats)
-    outcome = backend.planned_loss_forward(*args, upstream, inplace, *options)
+    outcome = backend.planned_loss_forward(*args, foresight, inplace, *options)
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
     if update:

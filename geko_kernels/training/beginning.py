@@ -108,6 +108,7 @@ class Snapshot:
     def __init__(self, state: SampleState, counts: Efficiency) -> None:
         self._columns = {name: column.clone() for name, column in state.state_dict().items()}
         self._upstream = state.upstream.clone()
+        self._zero_share = copy.copy(state.zero_share)
         self._counts = copy.deepcopy(counts.state_dict())
         self._visits = 0 if counts.visits is None else counts.visits.mark()
         self._random = RandomNumbers()
@@ -116,6 +117,7 @@ class Snapshot:
         """Undo an attempt that ran out of memory; its wall time is counted as "other"."""
         state.load_state_dict(self._columns)
         state.upstream.copy_(self._upstream)
+        state.zero_share = copy.copy(self._zero_share)
         state.predictions.zero_()
         spent = sum(counts.state_dict()["spent"].values())
         counts.load_state_dict(copy.deepcopy(self._counts))

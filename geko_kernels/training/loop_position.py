@@ -11,12 +11,16 @@ from torch import Tensor
 
 from geko_kernels.training.fingerprint import changed_items
 from geko_kernels.training.report.visits import is_whole
+from geko_kernels.zero_share import ZeroShare
 
 if TYPE_CHECKING:
     from geko_kernels.training.loader import GEKOLoader
 
 _SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # must be equal in both runs
-_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts", "visits"}
+_KEYS = {
+    *(*_SAME, "config", "items", "state", "upstream", "zero_share"),
+    *("sampler", "due", "probed", "looked", "counts", "visits"),
+}
 
 
 def position_of(loader: GEKOLoader) -> dict[str, Any]:
@@ -31,6 +35,7 @@ def position_of(loader: GEKOLoader) -> dict[str, Any]:
         "items": loader._fingerprint(),
         "state": _copied(state.state_dict()),
         "upstream": state.upstream.clone(),
+        "zero_share": state.zero_share.values(),
         "sampler": _copied(sampler.state_dict(loader._consumed + size * trained)),
         "due": None if loader._due is None else loader._due.clone(),
         "probed": loader._probed + size * (not trained),
@@ -54,6 +59,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dict['counts'] must hold {sorted(loader.counts.state_dict())}")
     if not is_whole(values["visits"]):
         raise ValueError("state_dict['visits'] is damaged: it must hold the columns of each visit")
+    zero_share = ZeroShare(values["zero_share"])
     before = _copied(state.state_dict())
     state.load_state_dict(values["state"])
     try:
@@ -62,6 +68,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
         state.load_state_dict(before)
         raise
     state.upstream.copy_(values["upstream"])
+    state.zero_share = zero_share
     state.predictions.zero_()
     plan = sampler.plan
     finished = plan is not None and sampler.handed_out

@@ -115,6 +115,7 @@ class PlannedMixin(BeginningMixin):
             )
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
+        self.sample_state.zero_share = state.zero_share
 
     def _data(self) -> dict[str, Any]:
         if self._fingerprint is None:

@@ -8,6 +8,7 @@ import torch
 import geko_kernels as gk
 from geko_kernels import ops
 from geko_kernels.kernels.one_pass import hopper
+from geko_kernels.zero_share import INTERVAL
 
 predicted_plan = pytest.importorskip("geko_kernels.kernels.one_pass.plan", exc_type=ImportError)
 CUDA = torch.device("cuda", 0)
@@ -226,3 +227,116 @@ def test_a_row_does_not_see_what_its_slots_held_before(rows, vocab):
     for _ in range(20):
         for ours, theirs in zip(rows_of(logits, target, coeff, rows), want, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def one_passes(monkeypatch):
+    """Grows by one for each call that takes the one-pass path."""
+    seen, launch = [], hopper.RowsLaunch.__call__
+    monkeypatch.setattr(hopper.RowsLaunch, "__call__", lambda *args: (seen.append(None), launch(*args))[1])
+    return seen
+
+
+def learnt_batch(share, seed, vocab=9000):
+    """Of the 20 samples of a batch, `share` are learnt and weigh 0 by `weighing`; the others weigh 1."""
+    random = torch.Generator("cuda").manual_seed(seed)
+    logits = torch.randn(20, 8, vocab, device="cuda", dtype=torch.bfloat16, generator=random)
+    labels = torch.randint(0, vocab, (20, 8), device="cuda", generator=random)
+    learnt = round(20 * share)
+    logits[:learnt].scatter_(2, labels[:learnt, :, None], 30.0)
+    labels[:, ::4] = -100
+    return logits, labels
+
+
+def weighing():
+    return gk.SampleState(20, gk.GEKOConfig(bucket_weights=(1, 1, 0)), device="cuda")
+
+
+def run_of(share, calls, state, one_passes, check=False):
+    """For each call: whether it took one pass; its loss, and a checksum of its gradient's bits."""
+    ids, paths, bits = torch.arange(20, device="cuda"), [], []
+    for call in range(calls):
+        logits, labels = learnt_batch(share, call)
+        leaf, before = logits.clone().requires_grad_(), len(one_passes)
+        loss, stats = gk.weighted_loss(leaf, labels, ids, state, return_stats=True)
+        loss.backward()
+        paths.append(len(one_passes) > before)
+        bits.append((loss.detach().view(torch.int32).long(), leaf.grad.view(torch.int16).long().sum()))
+        if check:
+            want = truth(logits, labels, coefficients(stats, labels), 1.0)
+            assert error(leaf.grad, want) <= limit(want, torch.bfloat16)
+    return paths, bits
+
+
+def test_the_path_follows_the_zero_share_there_and_back(one_passes):
+    runs = []
+    for check in (True, False):
+        state, paths, bits = weighing(), [], []
+        for share in (0.0, 0.9, 0.0):
+            more = run_of(share, 5 * INTERVAL, state, one_passes, check)
+            paths, bits = paths + more[0], bits + more[1]
+        runs.append((paths, torch.tensor(bits)))
+    paths = runs[0][0]
+    late = slice(4 * INTERVAL, 5 * INTERVAL)
+    kinds = [set(paths[part * 5 * INTERVAL :][late]) for part in range(3)]
+    assert kinds == [{True}, {False}, {True}]
+    assert sum(now != after for now, after in zip(paths, paths[1:], strict=False)) == 2
+    assert runs[1][0] == paths and runs[1][1].equal(runs[0][1])
+
+
+def test_a_resumed_state_goes_on_with_the_same_bits(one_passes, tmp_path):
+    state = weighing()
+    run_of(0.9, INTERVAL + 7, state, one_passes)
+    state.save(tmp_path / "state.safetensors")
+    resumed = gk.SampleState.load(tmp_path / "state.safetensors", "cuda")
+    runs = []
+    for each in (state, resumed):
+        paths, bits = zip(*(run_of(share, 3 * INTERVAL, each, one_passes) for share in (0.9, 0.0)), strict=True)
+        runs.append((paths, torch.tensor(bits)))
+    assert runs[0][0] == runs[1][0] and runs[0][1].equal(runs[1][1])
+    assert {path for part in runs[0][0] for path in part} == {True, False}
+
+
+def test_a_look_never_stops_the_host_of_a_step(one_passes):
+    logits, labels = learnt_batch(0.9, 0)
+    ids, state, leaf = torch.arange(20, device="cuda"), weighing(), logits.requires_grad_()
+
+    def run():
+        leaf.grad = None
+        gk.weighted_loss(leaf, labels, ids, state).backward()
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3 * INTERVAL):
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(one_passes) == INTERVAL
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_captured_step_keeps_the_path(one_passes, share):
+    logits, labels = learnt_batch(share, 0)
+    ids, state, leaf = torch.arange(20, device="cuda"), weighing(), logits.clone().requires_grad_()
+
+    def run():
+        leaf.grad = None
+        loss = gk.weighted_loss(leaf, labels, ids, state)
+        loss.backward()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2 * INTERVAL):  # the next call is due
+            want = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, before, values = torch.cuda.CUDAGraph(), len(one_passes), state.zero_share.values()
+    want_grad = leaf.grad.clone()
+    with torch.cuda.graph(graph):
+        loss = run()
+    grad = leaf.grad
+    for _ in range(3):
+        graph.replay()
+    assert (len(one_passes) > before) == (share == 0.0) and state.zero_share.values() == values
+    assert loss.equal(want) and grad.equal(want_grad)

@@ -8,6 +8,7 @@ import torch
 
 import geko_kernels as gk
 from geko_kernels.training.loop_batches import Batch, moved
+from geko_kernels.zero_share import ZeroShare
 
 N, CLASSES, BATCH = 96, 3, 16
 
@@ -250,6 +251,7 @@ def test_state_dict_passes_a_file_and_is_a_copy(tmp_path):
     for _ in range(8):
         run.step(next(batches))
     at_hand = next(batches)
+    run.loader.state.zero_share = ZeroShare([3, 1, 7.5, 9, 0, 2])
     saved = run.loader.state_dict()
     torch.save(saved, tmp_path / "loader.pt")
     run.step(at_hand)
@@ -260,6 +262,7 @@ def test_state_dict_passes_a_file_and_is_a_copy(tmp_path):
     resumed = Run()
     resumed.loader.load_state_dict(loaded)
     assert next(iter(resumed.loader)).ids.tolist() == at_hand.ids.tolist()
+    assert resumed.loader.state.zero_share.values() == [3, 1, 7.5, 9, 0, 2]
 
 
 def test_refuses_probes_that_count_no_visit():
@@ -288,6 +291,7 @@ def test_refuses_epochs_that_are_not_iterated():
         ({"due": torch.tensor([N])}, r"state_dict\['due'\] must hold ids in \[0, 96\), got 96..96"),
         ({"due": torch.tensor([0.5])}, r"state_dict\['due'\] must be None or a tensor of int64 ids"),
         ({"probed": -1}, r"state_dict\['probed'\] must be an int from 0"),
+        ({"zero_share": [1]}, r"zero_share must be six finite numbers >= 0, got \[1\]"),
         ({"visits": {}}, r"state_dict\['visits'\] is damaged: it must hold the columns of each visit"),
     ],
 )

@@ -15,8 +15,12 @@ import resume_run
 import torch
 from resume_run import SETTINGS, after, summary, trainer_in, trainer_of
 from training import sentences, tiny_llama
+from transformers import TrainerCallback
 
 import geko_kernels as gk
+from geko_kernels.training.beginning import Snapshot
+from geko_kernels.training.report.efficiency import Efficiency
+from geko_kernels.zero_share import ZeroShare
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +162,30 @@ def test_foreign_checkpoints_are_refused(whole, tmp_path):
     state.unlink()
     with pytest.raises(ValueError, match=r"it has no geko_state.safetensors"):
         trainer_of(str(tmp_path)).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_path_of_the_loss_is_chosen_on_as_before(tmp_path):
+    chosen = [3, 1, 7.5, 9, 0, 2]
+
+    class Choose(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            first.sample_state.zero_share = ZeroShare(chosen)
+
+    first = trainer_of(str(tmp_path))
+    first.add_callback(Choose())
+    first.train()
+    resumed = trainer_of(str(tmp_path))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.sample_state.zero_share.values() == chosen
+
+
+def test_an_attempt_that_is_undone_leaves_no_choice_behind():
+    state, counts = gk.SampleState(2), Efficiency(torch.device("cpu"))
+    state.zero_share = ZeroShare([3, 1, 7.5, 9, 0, 2])
+    before = Snapshot(state, counts)
+    for _ in range(5):
+        state.zero_share.due(torch.device("cpu"))
+    for _ in range(2):
+        before.restore_(state, counts)
+        assert state.zero_share.values() == [3, 1, 7.5, 9, 0, 2]
+        state.zero_share.due(torch.device("cpu"))

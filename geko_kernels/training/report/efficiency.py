@@ -9,7 +9,8 @@
     samples_nonfinite  visits, probes included, whose loss was NaN or infinite; the state keeps their old rows
     gradients_predicted, gradients_corrected
                        tokens whose gradient the forward predicted right, and those that the backward had to correct;
-                       both 0 if the loss does not predict gradients (it does for large batches on a Hopper GPU)
+                       both 0 if the loss does not predict gradients (it does for large batches on a Hopper GPU,
+                       unless most tokens have weight zero)
     tokens_forward     tokens of the forward passes, padding left out
     tokens_backward    tokens of the backward passes
     saved_compute      1 - (samples_forward + 2 * samples_backward) / (3 * samples_standard): share of the standard
