@@ -21,21 +21,24 @@ _ARGUMENTS = struct.Struct("@4Q q 7i 0q")
 
 
 class ScoreLaunch(hopper.LibraryLaunch):
-    """`reference.rows.score_rows_` with gradients, on rows of one length, with all but pointers and counts fixed.
+    """`reference.rows.score_rows_` with gradients, on a buffer whose rows have `row_stride` elements.
 
     Raises: ValueError for rows without a kernel.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, row_stride: int, vocab: int) -> None:
-        tiling = hopper.tiling_of(row_stride, dtype)
-        if tiling is None or not 0 < vocab <= row_stride or row_stride * dtype.itemsize % 16:
+        tiling, self._row = hopper.tiling_of(row_stride, dtype), row_stride * dtype.itemsize
+        if tiling is None or not 0 < vocab <= row_stride or self._row % 16:
             raise ValueError(f"no kernel for {dtype} rows of {row_stride} elements, {vocab} of them logits")
         super().__init__("geko_score_rows", device, dtype, tiling)
-        self._numbers = (vocab, row_stride * dtype.itemsize // 16, *self.tiling)
+        self._numbers = (vocab, self._row // 16, *self.tiling)
 
-    def __call__(self, logits: int, rows: int, targets: int, statistics: int, token_count: int, count: int) -> None:
-        """On the current stream. Args: logits, rows, targets: addresses of the first row's."""
-        self.start(_ARGUMENTS.pack(logits, rows, targets, statistics, token_count, count, *self._numbers))
+    def __call__(
+        self, logits: Tensor, rows: Tensor, targets: Tensor, statistics: Tensor, slot: int, start: int, count: int
+    ) -> None:
+        """On the current stream."""
+        at = (logits.data_ptr() + slot * self._row, rows.data_ptr() + 8 * start, targets.data_ptr() + 8 * start)
+        self.start(_ARGUMENTS.pack(*at, statistics.data_ptr(), statistics.shape[1], count, *self._numbers))
 
 
 launch_of = functools.lru_cache(MOST)(ScoreLaunch)
@@ -71,9 +74,5 @@ def score_rows_(
     if not fused or not serves(logits, count, softcap, entropy):
         where = (fused, slot, start, count, vocab, softcap, entropy)
         return score.score_rows_(logits, rows, targets, statistics, *where)
-    row_stride = logits.shape[1]
-    launch_of(logits.device, logits.dtype, row_stride, vocab)(
-        logits.data_ptr() + slot * row_stride * logits.element_size(),
-        *(each.data_ptr() + start * each.element_size() for each in (rows, targets)),
-        *(statistics.data_ptr(), statistics.shape[1], count),
-    )
+    launch = launch_of(logits.device, logits.dtype, logits.shape[1], vocab)
+    launch(logits, rows, targets, statistics, slot, start, count)
