@@ -9,7 +9,7 @@
 
 // Where and in what shape a kernel runs; filled once by geko_shape, kept by the caller.
 struct Shape {
-  int device, job, dtype;  // job: 0 predicted rows, 1 scored rows; dtype: 0 float32, 1 bfloat16, 2 float16
+  int device, job, dtype;     // job: 0 predicted rows, 1 scored rows; dtype: 0 float32, 1 bfloat16, 2 float16
   int warps, blocks, shared;  // 8 or 24; blocks a cluster; bytes of shared memory a block
   const void* kernel;
 };

@@ -20,7 +20,7 @@ struct PredictedRows {
   int parts;                 // 0: nothing divides
   Tiling tiling;
 
-  static constexpr bool kPadded = false;
+  static constexpr bool kPadded = false;  // elements outside of the row are not written
 
   __device__ Wanted wanted(int t) const { return {target[t], coeff[t]}; }
 

@@ -19,7 +19,7 @@ constexpr int kTurns = 4;  // rows of partial sums held: as rows may be finished
 
 // how the blocks of a cluster share a row; sizes in vectors of 16 bytes
 struct Tiling {
-  int slice;     // of a block
+  int slice;  // of a block
   int chunk;
   int slots;     // chunks in shared memory
   int clusters;  // how many run at a time

@@ -5,15 +5,15 @@
 #include "csrc/hopper/rows.h"
 
 struct ScoreRows {
-  void* logits;            // (count, vectors * 16 bytes), from a 16-byte boundary on; columns from vocab on become 0
-  const int64_t* token;    // (count,): where the statistics go; outside of [0, token_count): nowhere
-  const int64_t* target;   // (count,); outside of [0, vocab): loss NaN, nothing is subtracted
-  float* tokens;           // (5, token_count), see reference.token_stats
+  void* logits;           // (count, vectors * 16 bytes), from a 16-byte boundary on
+  const int64_t* token;   // (count,): where the statistics go; outside of [0, token_count): nowhere
+  const int64_t* target;  // (count,); outside of [0, vocab): the loss is NaN, and nothing is subtracted
+  float* tokens;          // (5, token_count), see reference.token_stats
   int64_t token_count;
   int count, vocab, vectors;
   Tiling tiling;
 
-  static constexpr bool kPadded = true;
+  static constexpr bool kPadded = true;  // elements from vocab on become 0
 
   __device__ Wanted wanted(int i) const {
     const int64_t y = target[i];
