@@ -1,4 +1,4 @@
-"""Builds csrc/: `geko_kernels._C`, the CPU kernels, and `_hopper`, the CUDA kernel; the rest is in pyproject.toml.
+"""Builds csrc/: `geko_kernels._C`, the CPU kernels, and `_hopper`, the CUDA kernels; the rest is in pyproject.toml.
 
 Without torch at build time, or where the build fails (no C++ compiler), the package installs without `_C` and uses its
 plain PyTorch reference, which is right but slow; without nvcc it installs without `_hopper`, and Triton does its work.
@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 HOPPER = "geko_kernels._hopper"
-HOPPER_SOURCE = "csrc/hopper/predicted_rows.cu"
+HOPPER_SOURCE = "csrc/hopper/library.cu"
 NVCC_FLAGS = ["-gencode=arch=compute_90,code=sm_90", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-I."]
 
 

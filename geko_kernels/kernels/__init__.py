@@ -13,6 +13,7 @@ from geko_kernels.kernels.rows import lists as _linear_rows
 from geko_kernels.kernels.rows import move as _move_rows
 from geko_kernels.kernels.rows import rescale as _rescale
 from geko_kernels.kernels.rows import score as _score_rows
+from geko_kernels.kernels.rows import score_hopper as _score_hopper
 from geko_kernels.kernels.sample_update import kernel as _sample_update
 
 token_stats = _on_own_device(_token_stats.token_stats)
@@ -32,3 +33,6 @@ scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
 clear_rows_ = _on_own_device(_clear_rows.clear_rows_)
 column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
+
+# what `ops.direct` runs instead, unless a backend was asked for by name
+UNASKED = {"score_rows_": _on_own_device(_score_hopper.score_rows_)}

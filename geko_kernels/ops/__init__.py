@@ -232,14 +232,15 @@ def _direct(op: str) -> Callable[..., Any]:
     names = [argument.name for argument in torch_private.arguments_of(getattr(torch.ops.geko, op).default)]
     probe = names.index(next(name for name in _PROBES if name in names))
 
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def run(*args: Any) -> Any:
         name = backend_name(args[probe].device, args[probe].dtype)
-        if name not in found:
+        if (name, _override) not in found:
             backend = _loaded.get(name) or _load(name)
-            found[name] = getattr(backend if hasattr(backend, op) else reference_rows, op)
-        return found[name](*args)
+            own = getattr(backend if hasattr(backend, op) else reference_rows, op)
+            found[name, _override] = own if _override else getattr(backend, "UNASKED", {}).get(op, own)
+        return found[name, _override](*args)
 
     return run
 

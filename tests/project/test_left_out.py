@@ -1,5 +1,6 @@
 """What a build left out is said once, at the user's own line, and `geko env` says how to get it."""
 
+import ctypes
 import inspect
 import subprocess
 import sys
@@ -111,6 +112,16 @@ def test_a_missing_cuda_kernel_is_said_once_where_it_would_run(on_hopper):
         "geko_kernels: large losses take one pass more over the logits, in Triton: " + NO_HOPPER
     )
     assert (told.category, told.filename) == (RuntimeWarning, __file__)
+
+
+def test_a_cuda_library_of_other_sources_is_left_out(on_hopper, monkeypatch, tmp_path):
+    (tmp_path / "geko_kernels").mkdir()
+    (tmp_path / "geko_kernels" / "_hopper.so").touch()
+    load = ctypes.PyDLL
+    monkeypatch.setattr(ctypes, "PyDLL", lambda _path: load(None))  # Python itself has none of its functions
+    with pytest.warns(RuntimeWarning, match="take one pass more over the logits"):
+        reason = hopper.missing(torch.device("cuda", 0))
+    assert reason.startswith("geko_kernels._hopper was built from other sources: ") and reason.endswith(REBUILD)
 
 
 def test_env_says_how_to_get_the_cuda_kernel(on_hopper, monkeypatch):

@@ -1,4 +1,4 @@
-"""The CUDA kernel in csrc/hopper: one pass over the logits for statistics and gradient, on sm_90.
+"""The CUDA library in csrc/hopper: one pass over the logits for statistics and gradient, on sm_90.
 
 A plain C library loaded by ctypes at the first call that can use it. It has its own CUDA runtime and takes addresses
 only, so one binary serves every torch. Built against LibTorch's stable ABI, it would need a CUDA build of torch to
@@ -21,6 +21,7 @@ from geko_kernels.torch_private import stream_address
 
 _GET = f"With nvcc on the path: {REBUILD}"
 CAPABILITY = (9, 0)
+_JOBS = ("geko_predicted_rows", "geko_score_rows")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 227 * 1024  # most shared memory of a block, of 228 KiB on a multiprocessor
 _HALF_BYTES = 113 * 1024  # the same with two blocks on a multiprocessor
@@ -30,13 +31,12 @@ _SLICE_BYTES = 160 * 1024  # the most that one block holds of a row: its other m
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("device", "dtype", "warps", "blocks", "shared")),
+        *((name, ctypes.c_int) for name in ("device", "job", "dtype", "warps", "blocks", "shared")),
         ("kernel", ctypes.c_void_p),
     ]
 
 
-# struct Arguments: 9 pointers; strides of B and S of logits and grad; rows, length, vocab, parts, slice, chunk, slots,
-# clusters
+# struct PredictedRows: 9 pointers; strides of B and S of logits and grad; count, length, vocab, parts; struct Tiling
 _ARGUMENTS = struct.Struct("@9Q 4q 8i")
 
 
@@ -51,9 +51,11 @@ class Tiling(NamedTuple):
     shared: int  # bytes
 
 
-def tiling_of(vocab: int, itemsize: int) -> Tiling | None:
-    """The fastest tiling of those tried on an H200 for rows of this size; None if no cluster can hold a row."""
-    per = 16 // itemsize
+def tiling_of(vocab: int, dtype: torch.dtype) -> Tiling | None:
+    """The fastest tiling of those tried on an H200 for rows of this size; None if there is no kernel for them."""
+    if dtype not in _DTYPES or vocab <= 0:
+        return None
+    per = 16 // dtype.itemsize
     vectors = (vocab + 2 * per - 2) // per  # of a row that does not start at a vector's boundary
     if 16 * vectors <= _HALF_BYTES - 1024:
         return _tiling(vectors, 1, 8, _HALF_BYTES)
@@ -81,8 +83,12 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.PyDLL(str(found[0]))  # PyDLL keeps the GIL: releasing it costs more than the launch
     except OSError as error:
         raise ImportError(f"geko_kernels._hopper does not load: {error}. {_GET}") from error
+    try:
+        for job in _JOBS:
+            getattr(loaded, job).argtypes = [ctypes.c_void_p] * 3
+    except AttributeError as error:
+        raise ImportError(f"geko_kernels._hopper was built from other sources: {error}. {_GET}") from error
     loaded.geko_error.restype = ctypes.c_char_p
-    loaded.geko_predicted_rows.argtypes = [ctypes.c_void_p] * 3
     return loaded
 
 
@@ -105,7 +111,35 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-class RowsLaunch:
+class LibraryLaunch:
+    """Launches of one kernel of the library in one shape.
+
+    Args: job: its function in the library.
+    Raises: RuntimeError if CUDA refuses it, here or at a launch.
+    """
+
+    def __init__(self, job: str, device: torch.device, dtype: torch.dtype, tiling: Tiling) -> None:
+        self._library = library()
+        self._device = device.index or 0
+        sizes = (tiling.warps, tiling.blocks, tiling.shared)
+        self._shape = _Shape(self._device, _JOBS.index(job), _DTYPES[dtype], *sizes)
+        clusters = ctypes.c_int()
+        self._check(self._library.geko_shape(ctypes.byref(self._shape), ctypes.byref(clusters)))
+        self.tiling = (tiling.slice, tiling.chunk, tiling.slots, clusters.value)  # struct Tiling
+        self._shape_at, self._start = ctypes.addressof(self._shape), getattr(self._library, job)
+
+    def start(self, arguments: bytes) -> None:
+        """On the current stream. Args: arguments: the job's struct."""
+        error = self._start(self._shape_at, arguments, stream_address(self._device))
+        if error:
+            self._check(error)
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise RuntimeError(f"geko_kernels._hopper: CUDA error {error}, {self._library.geko_error(error).decode()}")
+
+
+class RowsLaunch(LibraryLaunch):
     """`reference.one_pass.predicted_rows_` on tensors of one layout, with all but the pointers fixed.
 
     Args: shape (B, S, V); logits_strides, grad_strides: of B and S; parts: the number of counts.
@@ -122,30 +156,16 @@ class RowsLaunch:
         parts: int,
     ) -> None:
         batch, length, vocab = shape
-        tiling = tiling_of(vocab, dtype.itemsize) if dtype in _DTYPES and vocab > 0 else None
+        tiling = tiling_of(vocab, dtype)
         if tiling is None or not 0 < batch * length < 2**31 or parts < 0:
             raise ValueError(f"no kernel for {dtype} logits of shape {tuple(shape)} and {parts} counts")
-        self._library = library()
-        self._device = device.index or 0
-        self._shape = _Shape(self._device, _DTYPES[dtype], tiling.warps, tiling.blocks, tiling.shared)
-        clusters = ctypes.c_int()
-        self._check(self._library.geko_shape(ctypes.byref(self._shape), ctypes.byref(clusters)))
-        numbers = (*logits_strides, *grad_strides, batch * length, length, vocab, parts)
-        sizes = (tiling.slice, tiling.chunk, tiling.slots, clusters.value)
-        self._numbers, self._shape_at = (*numbers, *sizes), ctypes.addressof(self._shape)
-        self._launch = self._library.geko_predicted_rows
+        super().__init__("geko_predicted_rows", device, dtype, tiling)
+        self._numbers = (*logits_strides, *grad_strides, batch * length, length, vocab, parts, *self.tiling)
 
     def __call__(self, *pointers: Tensor | int | None) -> None:
         """On the current stream: logits, grad, target, coeff, counts, num_items, upstream, statistics, factor."""
         at = [pointer.data_ptr() if isinstance(pointer, Tensor) else pointer or 0 for pointer in pointers]
-        arguments = _ARGUMENTS.pack(*at, *self._numbers)
-        error = self._launch(self._shape_at, arguments, stream_address(self._device))
-        if error:
-            self._check(error)
-
-    def _check(self, error: int) -> None:
-        if error:
-            raise RuntimeError(f"geko_kernels._hopper: CUDA error {error}, {self._library.geko_error(error).decode()}")
+        self.start(_ARGUMENTS.pack(*at, *self._numbers))
 
 
 def serves(logits: Tensor, grad: Any) -> bool:
@@ -156,5 +176,5 @@ def serves(logits: Tensor, grad: Any) -> bool:
         logits.stride(2) == 1
         and not apart
         and not any((mine - its) % per for mine, its in zip(logits.stride()[:2], grad.stride()[:2], strict=True))
-        and tiling_of(logits.shape[2], logits.element_size()) is not None
+        and tiling_of(logits.shape[2], logits.dtype) is not None
     )
