@@ -43,7 +43,7 @@ class Call:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
         wanted = (gradients.narrow, gradients.hidden_needed) if gradients is not None else (False, False)
         budget = Budget(head, self.chunk_mib, *wanted)
-        chunks = Chunks(head, self.batch, budget, gradients, self._all_kept, self.entropy)
+        chunks = Chunks(head, self.batch, budget, gradients, self._expects_all, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -66,6 +66,14 @@ class Call:
     @property
     def _all_kept(self) -> bool:
         return self.state is None and self.batch.sample_weights is None
+
+    @property
+    def _expects_all(self) -> bool:
+        """Whether all rows are kept, or will be unless someone has changed the state's weights by hand."""
+        if self.state is None or self.batch.sample_weights is not None:
+            return self._all_kept
+        config = self.state.config
+        return min(config.freeze_weight, *config.bucket_weights) > 0 and not config.noise_guard
 
     def at_once(self, head: Head, needed: tuple[bool, bool, bool]) -> tuple[ForwardResult, Gradients] | None:
         """The result and gradients of `score` without chunks, or None if the call does not qualify.

@@ -45,7 +45,8 @@ class Chunks:
     Args:
         budget: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
-        all_kept: every row is known to be kept.
+        all_kept: every row is expected to be kept. Then nothing waits to learn how many are; if some are not, that
+            costs time only.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
     Attributes:

@@ -14,6 +14,7 @@ from benchmarks.kernels.linear_cases import Shape
 from benchmarks.kernels.linear_memory import plan_of, predicted_mib
 from benchmarks.kernels.live_memory import LiveMemory
 from geko_kernels import ops
+from geko_kernels.host_copy import HostCopy
 from geko_kernels.losses import linear_call, linear_chunks, linear_gradients
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget
@@ -144,6 +145,31 @@ def test_two_calls_give_the_same_bits(backend, device, batch, monkeypatch):
         values = batch(torch.bfloat16, 50, learnt=[3])
         first, second = results(True, values), results(True, values)
         assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("rows", [200, 20])
+def test_with_weights_above_zero_nobody_asks_how_many_rows_are_kept(backend, batch, monkeypatch, rows, changed):
+    """Whoever changes the weights by hand still gets the right gradients."""
+    held(monkeypatch, rows, 0)
+    asked: list[int] = []
+    monkeypatch.setattr(linear_chunks, "HostCopy", lambda values: asked.append(1) or HostCopy(values))
+    hidden, weight, bias, labels, ids = batch(torch.float32, 50, learnt=[0, 2, 4])
+    found = []
+    for linear in (True, False):
+        state = gk.SampleState(ROWS, gk.GEKOConfig.uniform(), labels.device)
+        if changed:
+            state.weights[2:] = 0  # LIGHT and FREEZE or FOCUS and HARD, whatever the order
+        inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
+        if linear:
+            loss = gk.weighted_linear_loss(*inputs[:2], labels, ids, state, bias=inputs[2])
+        else:
+            loss = gk.weighted_loss(F.linear(*inputs), labels, ids, state)
+        found.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+    assert len(asked) == 1 + (rows < ROWS * LENGTH)  # with several fills: which estimates were wrong, at the end
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("columns", [0, 16])
