@@ -2,8 +2,9 @@
 
     python -m benchmarks.run_jobs benchmarks/jobs.txt --out runs --seconds 1500
 
-A line of the list is `name: command`, for a shell in the repository's root, with `python -m` for this Python. Commands find the folder `--out` as $OUT.
-There NAME.log has what a job printed. NAME.done says that it ended well, and that it is not run again.
+A line of the list is `name: command`, for a shell in the repository's root; its `python -m` runs this Python. Commands
+find the folder `--out` as $OUT. There NAME.log has what a job printed. NAME.done says that it ended well, and that it
+is not run again.
 """
 
 from __future__ import annotations
