@@ -309,3 +309,16 @@ def test_only_calls_that_could_predict_are_counted(emulated):
 @pytest.mark.no_cover
 def test_without_a_state_no_weight_is_0(emulated):
     assert all(step(None, *batch(0.9), emulated) for _ in range(3 * INTERVAL))
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_prediction_is_in_float32_whatever_the_default_dtype(emulated, dtype):
+    inputs = batch(0.4)
+    torch.set_default_dtype(dtype)
+    try:
+        for state in (None, new_state()):
+            assert step(state, *inputs, emulated)
+        assert state.upstream.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
