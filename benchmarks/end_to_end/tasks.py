@@ -112,7 +112,7 @@ TASKS = {
             3000,
             6,
             128,
-            2e-4,
+            8e-4,
             (48, 80, 112),
             deciding=("auto", "H", "A", "B", "B-auto"),
             measure="test_macro_accuracy",

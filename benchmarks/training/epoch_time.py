@@ -16,6 +16,7 @@ an average of the weights, evaluations of 16 more samples; it ends after 1.25 ep
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -103,6 +104,7 @@ def run_arm(arm: str, data: Samples, given: argparse.Namespace) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock, steps = trainer_of(arm, data, given, folder), EpochClock(), StepClock()
         trainer.add_callback(clock), trainer.add_callback(steps)
+        gc.collect()  # the trainer before has cycles, and its model may be half of the memory
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         trainer.train()

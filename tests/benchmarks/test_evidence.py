@@ -17,6 +17,7 @@ from benchmarks.end_to_end.rows import MEASURES, final
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/evidence.md", "docs/length.md", "benchmarks/end_to_end/LOG.md")
+REAL = [FILE.with_name(f"{name}_2026-11-28.jsonl.gz") for name in ("real", "real_lora")]
 TASKS = {
     "40,000 packages -> descriptions": "D1",
     "20,000 glosses -> class": "R2-0",
@@ -65,6 +66,24 @@ def test_the_table_is_that_of_the_rows(page):
                 check(cell, task, list(runs.values()))
             else:
                 assert cell == "not run"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evidence.md"])
+def test_the_table_of_the_real_tasks_is_that_of_the_rows(page):
+    tasks = {name: rows for path in REAL for name, rows in load(path).items()}
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    for task, words in {"D1": "LoRA, loss", "D2": "sections, ", "V1": "rating", "G1": "2,000 sums"}.items():
+        line = next(line for line in lines if line.startswith("| ") and words in line and " s | " in line)
+        three, best, *rest = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+        stopped, chosen, auto = rest if len(rest) == 3 else (None, *rest)
+        rows, length = tasks[task], best_length(task, tasks[task])
+        usual = next(arm for arm in rows if epochs(arm, task) == 3)
+        assert f"({epochs(length, task):g}" in best
+        for cell, arm in ((three, usual), (best, length), (stopped, "A-stop"), (chosen, "H"), (auto, "auto")):
+            if cell is not None and arm in rows:
+                check(cell, task, list(rows[arm].values()))
+            else:
+                assert cell in (None, "not run")
 
 
 def test_the_picture_comes_from_the_rows(monkeypatch, tmp_path):

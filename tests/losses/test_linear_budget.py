@@ -150,7 +150,7 @@ def test_two_calls_give_the_same_bits(backend, device, batch, monkeypatch):
 def test_a_row_of_weight_zero_may_be_infinite(backend, batch, monkeypatch, columns):
     held(monkeypatch, 20, columns)
     hidden, weight, bias, labels, ids = batch(torch.float32, 50)
-    weights = torch.ones(ROWS)
+    weights = torch.ones(ROWS, device=labels.device)
     weights[3], hidden[3] = 0, torch.inf
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     loss = gk.weighted_linear_loss(
