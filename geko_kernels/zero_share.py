@@ -18,7 +18,7 @@ from geko_kernels.host_copy import HostCopy
 INTERVAL = 16
 NO_LOOK = (0, 0, 0, 0, 0, 0)  # the values at the start
 # On an H200 both paths take the same time at a share of about 0.56 (V = 50257, 262144), 0.68 (151936), 0.73 (128256)
-# and 0.77 (32000). At 0.9 three passes save 10 to 18 %; just below 0.7 they would save at most 8 %.
+# and 0.77 (32000). At 0.9 three passes save 8 to 18 %; just below 0.7 they would save at most 8 %.
 THREE_PASSES_FROM = 0.7
 ONE_PASS_BELOW = 0.65  # apart, so that a share that sways about one of them does not change the path at each look
 

@@ -56,7 +56,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dict['counts'] must hold {sorted(loader.counts.state_dict())}")
     if not is_whole(values["visits"]):
         raise ValueError("state_dict['visits'] is damaged: it must hold the columns of each visit")
-    zero_share = ZeroShare(values.get("zero_share", NO_LOOK))  # not in an earlier release's
+    zero_share = ZeroShare(values.get("zero_share", NO_LOOK))  # an older one has none
     before = _copied(state.state_dict())
     state.load_state_dict(values["state"])
     try:
