@@ -215,12 +215,13 @@ def test_weights_are_in_float32_whatever_the_default_dtype():
     item = {"input_ids": [5, 6], "labels": [5, 6], "token_weights": [0.1, 257], "sample_weights": 257.3}
     torch.set_default_dtype(torch.bfloat16)
     try:
-        batch, joined = collate(left, [item]), collate(DataCollatorWithFlattening(), [item])
+        batch, joined = collate(left, [item] * 2), collate(DataCollatorWithFlattening(), [item] * 2)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert batch["token_weights"].equal(torch.tensor([[0.1, 257]]))
-    assert batch["sample_weights"].equal(torch.tensor([257.3]))
-    assert joined["sample_weights"].equal(torch.tensor([[257.3, 257.3]]))
+    assert batch["token_weights"].equal(torch.tensor([[0.1, 257]] * 2))
+    assert batch["sample_weights"].equal(torch.tensor([257.3] * 2))
+    assert joined["token_weights"].equal(torch.tensor([[0.1, 257, 0.1, 257]]))
+    assert joined["sample_weights"].equal(torch.tensor([[257.3] * 4]))
 
 
 def test_a_collator_for_other_loops_leaves_the_columns_alone():
