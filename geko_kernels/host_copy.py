@@ -13,7 +13,7 @@ class HostCopy:
         self.event: torch.cuda.Event | None = None
         self.values = values
         if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(values.device))

@@ -17,7 +17,7 @@ from geko_kernels.config import Bucket, GEKOConfig, check_config
 from geko_kernels.reference.visits import quality_of
 from geko_kernels.state_checks import check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
-from geko_kernels.zero_share import ZeroShare
+from geko_kernels.zero_share import NO_LOOK, ZeroShare
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing in some builds of torch
@@ -86,7 +86,7 @@ class SampleState:
 
         # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected); what
         # share of the tokens has weight 0, where no prediction is faster
-        self.upstream = torch.ones((), device=device)
+        self.upstream = torch.ones((), dtype=torch.float32, device=device)
         self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
         self.zero_share = ZeroShare()
 
@@ -224,7 +224,7 @@ class SampleState:
             if not abs(upstream) <= torch.finfo(torch.float32).max:
                 raise ValueError(f"upstream must be a finite float32, got {upstream}")
             state = cls(columns["times_seen"].numel(), config, device)
-            state.zero_share = ZeroShare(json.loads(metadata.get("zero_share", "[0, 0, 0, 0, 0, 0]")))
+            state.zero_share = ZeroShare(json.loads(metadata["zero_share"]) if "zero_share" in metadata else NO_LOOK)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         state._copy_in(columns, str(path))

@@ -7,7 +7,6 @@ never from when a copy arrives: the same run takes the same paths, and gives the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from geko_kernels.host_copy import HostCopy
 
 INTERVAL = 16
+NO_LOOK = (0, 0, 0, 0, 0, 0)  # the values at the start
 # On an H200 both paths take the same time at a share of about 0.56 (V = 50257, 262144), 0.68 (151936), 0.73 (128256)
-# and 0.77 (32000). At 0.9 three passes save 10 to 18 %; just below 0.7 they would save at most 8 %.
+# and 0.77 (32000). At 0.9 three passes save 8 to 18 %; just below 0.7 they would save at most 8 %.
 THREE_PASSES_FROM = 0.7
 ONE_PASS_BELOW = 0.65  # apart, so that a share that sways about one of them does not change the path at each look
 
@@ -32,16 +32,17 @@ class ZeroShare:
     Attributes: three_passes: whether calls take the path of three passes from now on.
     """
 
-    def __init__(self, values: Sequence[float] = (0, 0, 0, 0, 0, 0)) -> None:
+    def __init__(self, values: Sequence[float] = NO_LOOK) -> None:
         _check(values)
-        self._left = int(values[0])  # calls before the next look
-        self.three_passes = bool(values[1])
-        self._zero, self._tokens = values[2:4]  # by all looks but the last
-        self._last: Callable[[], tuple[float, float]] = lambda: (values[4], values[5])
+        left, three_passes, zero, tokens, *last = values
+        self._left = int(left)  # calls before the next look
+        self.three_passes = bool(three_passes)
+        self._seen = zero, tokens  # by all looks but the last
+        self._last: Callable[[], Sequence[float]] = lambda: last
 
     def values(self) -> list[float]:
         """All that decides the paths of later calls; waits for a copy that is under way."""
-        return [self._left, int(self.three_passes), self._zero, self._tokens, *self._last()]
+        return [self._left, int(self.three_passes), *self._seen, *self._last()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ZeroShare, (self.values(),)
@@ -51,17 +52,17 @@ class ZeroShare:
 
         A call that is captured into a CUDA graph never is: its replays do not pass the host.
         """
-        if self._left:
-            self._left -= 1
+        left = self._left  # read once: another thread may count a call meanwhile, and below 0 it would never be due
+        if left:
+            self._left = left - 1
             return False
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        zero, tokens = self._last()
-        self._left, self._last = INTERVAL - 1, lambda: (0, 0)
-        self._zero, self._tokens = self._zero / 2 + zero, self._tokens / 2 + tokens
+        zero, tokens = (before / 2 + last for before, last in zip(self._seen, self._last(), strict=True))
+        self._left, self._seen, self._last = INTERVAL - 1, (zero, tokens), lambda: (0, 0)
         bar = ONE_PASS_BELOW if self.three_passes else THREE_PASSES_FROM
-        if self._tokens:
-            self.three_passes = self._zero >= bar * self._tokens
+        if tokens:
+            self.three_passes = zero >= bar * tokens
         return True
 
     def look(self, visits: Tensor, count: Callable[[Tensor], tuple[int, int]]) -> None:
@@ -71,6 +72,11 @@ class ZeroShare:
 
 
 def _check(values: Any) -> None:
-    numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
-    if not numbers or len(values) != 6 or not all(math.isfinite(value) and value >= 0 for value in values):
-        raise ValueError(f"zero_share must be six finite numbers >= 0, got {values!r}")
+    numbers = isinstance(values, list | tuple) and len(values) == 6 and all(type(v) in (int, float) for v in values)
+    if not numbers or not _possible(*values):
+        raise ValueError(f"zero_share must be six numbers as a state has them, got {str(values)[:100]}")
+
+
+def _possible(left: float, three_passes: float, *seen: float) -> bool:
+    shares = zip(seen[::2], seen[1::2], strict=True)
+    return left in range(INTERVAL) and three_passes in (0, 1) and all(0 <= zero <= of < 2**63 for zero, of in shares)

@@ -14,6 +14,9 @@ struct Shape {
   const void* kernel;
 };
 
+static_assert(sizeof(Shape) == 32 && sizeof(PredictedRows) == 136 && sizeof(ScoreRows) == 72,
+              "hopper.py and score_hopper.py fill them field by field");
+
 namespace {
 
 template <typename Job, int WARPS>

@@ -301,7 +301,7 @@ def num_items_tensor(num_items: Any, reduction: str, device: torch.device, eager
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a tensor of one element, got {type(num_items).__name__}")
     _check_items(num_items)
-    return torch.ones((), device=device) * num_items  # torch.full would be compiled again for every number
+    return torch.ones((), dtype=torch.float32, device=device) * num_items  # torch.full compiles for every number anew
 
 
 def _items_of(num_items: Tensor, device: torch.device, eager: bool) -> Tensor:

@@ -106,7 +106,7 @@ class Call:
         saved = result.statistics, result.coeff, result.scale, result.token_visit, batch.shift, batch.softcap
         if self.entropy is not None:
             self.entropy.copy_(row_entropy(logits.view(tokens, head.vocab), result.statistics, batch.softcap))
-        native.logits_grad_(torch.ones(()), logits, batch.labels, *saved)
+        native.logits_grad_(outcome[0].new_ones(()), logits, batch.labels, *saved)
         gradient, kept = logits.view(tokens, head.vocab), None
         if not self._all_kept and _leaves_out(result, tokens):
             kept = result.coeff.nonzero()[:, 0]

@@ -31,7 +31,8 @@ def prediction_of(state: SampleState | None, device: torch.device) -> tuple[Tens
         return state.upstream, state.zero_share, state.predictions
     plain = _plain_prediction.get(device)
     if plain is None:
-        plain = torch.ones((), device=device), None, torch.zeros(2, dtype=torch.int64, device=device)
+        upstream = torch.ones((), dtype=torch.float32, device=device)
+        plain = upstream, None, torch.zeros(2, dtype=torch.int64, device=device)
         if not torch_private.transformed():  # it wraps tensors that are made under it
             _plain_prediction[device] = plain
     return plain
@@ -45,7 +46,7 @@ def _plain_rules(device: torch.device, eager: bool) -> tuple[Tensor, Tensor]:
     """The default rules and weights 1, made once a device: copying them from the host would wait for the GPU."""
     if eager and device in _plain:
         return _plain[device]
-    pair = rules_tensor(GEKOConfig(), device), torch.ones(4, device=device)
+    pair = rules_tensor(GEKOConfig(), device), torch.ones(4, dtype=torch.float32, device=device)
     if eager and not torch_private.transformed():
         _plain[device] = pair
     return pair

@@ -34,7 +34,7 @@ def predict(
     slot = torch.where(where.visit < 0, entries, where.visit)
     count = torch.zeros(entries + 1, dtype=torch.int64, device=labels.device)
     count = count.index_add_(0, slot, where.valid.long())[:-1]
-    weight = torch.ones(entries, device=labels.device)
+    weight = torch.ones(entries, dtype=torch.float32, device=labels.device)
     if bucket is not None and quarantined is not None:
         row = where.ids.clamp(0, num_samples - 1)
         shut_out = quarantined.view(torch.uint8)[row] != 0
@@ -63,7 +63,7 @@ def predicted_rows_(
     at_target = z.gather(1, y)[:, 0]
     loss = total.log() - (at_target - top)
     hit = (at_target == top) & ~loss.isnan()
-    statistics = torch.zeros(5, target.numel(), device=logits.device)
+    statistics = torch.zeros(5, target.numel(), dtype=torch.float32, device=logits.device)
     statistics[:, scored] = torch.stack([loss, top, total.log(), 1 / total, hit.float()])
     scale = 1 if divisor is None else torch.where(divisor > 0, 1 / divisor.float(), 0)
     factor = torch.where(scored & (coeff != 0), coeff * scale * upstream, 0)

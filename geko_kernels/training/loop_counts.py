@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from geko_kernels.config import Bucket
 from geko_kernels.state import SampleState
 from geko_kernels.training.data import IGNORED, LABEL_KEYS
 from geko_kernels.training.report.efficiency import Efficiency, count_tokens
@@ -77,12 +76,12 @@ class LoopCounts(Efficiency):
         tokens, hits = batch.tokens, torch.zeros_like(loss)
         if tokens is None:
             self._miss("tokens")
-            tokens = torch.zeros((), device=ids.device)
+            tokens = torch.zeros((), dtype=torch.int64, device=ids.device)
         if batch.one_label:
             hits = (loss + state.confidence[at].log() <= _TIE).float()
         else:
             self._miss("hits")
-        weight = state.weights[(Bucket.HARD - bucket)] * ~state.quarantined[at]
+        weight = state.weights[bucket] * ~state.quarantined[at]
         stats: Any = SimpleNamespace(
             sample_ids=ids,
             num_tokens=counted.long(),

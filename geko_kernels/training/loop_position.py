@@ -11,16 +11,13 @@ from torch import Tensor
 
 from geko_kernels.training.fingerprint import changed_items
 from geko_kernels.training.report.visits import is_whole
-from geko_kernels.zero_share import ZeroShare
+from geko_kernels.zero_share import NO_LOOK, ZeroShare
 
 if TYPE_CHECKING:
     from geko_kernels.training.loader import GEKOLoader
 
 _SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # must be equal in both runs
-_KEYS = {
-    *(*_SAME, "config", "items", "state", "upstream", "zero_share"),
-    *("sampler", "due", "probed", "looked", "counts", "visits"),
-}
+_KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts", "visits"}
 
 
 def position_of(loader: GEKOLoader) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def go_on_from(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dict['counts'] must hold {sorted(loader.counts.state_dict())}")
     if not is_whole(values["visits"]):
         raise ValueError("state_dict['visits'] is damaged: it must hold the columns of each visit")
-    zero_share = ZeroShare(values["zero_share"])
+    zero_share = ZeroShare(values.get("zero_share", NO_LOOK))  # an older one has none
     before = _copied(state.state_dict())
     state.load_state_dict(values["state"])
     try:

@@ -194,7 +194,9 @@ class Observation(TrainerCallback):
         self.counts.switch("other")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._records.append(torch.full((len(QUANTITIES), len(self.state)), math.nan, device=args.device))
+        self._records.append(
+            torch.full((len(QUANTITIES), len(self.state)), math.nan, dtype=torch.float32, device=args.device)
+        )
         self._progress = state
         self.counts.begin_epoch(len(self._records) - 1, state.global_step)
         self.counts.switch("steps")

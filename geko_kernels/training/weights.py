@@ -94,7 +94,8 @@ def add_weights(
         raise ValueError(f"the data collator returns {taken}, which the items also have: remove them from one of both")
     sample_ids = batch["sample_ids"]
     if "sample_weights" in weights:
-        values = torch.tensor([_number(value, i) for value, i in zip(weights["sample_weights"], ids, strict=True)])
+        numbers = [_number(value, i) for value, i in zip(weights["sample_weights"], ids, strict=True)]
+        values = torch.tensor(numbers, dtype=torch.float32)
         if sample_ids.dim() > 1:
             values = _by_token(values, ids, sample_ids)
         batch["sample_weights"] = values
@@ -135,7 +136,7 @@ def _numbers(values: Any, sample: int) -> Tensor:
 
 def _by_token(values: Tensor, ids: Sequence[int], sample_ids: Tensor) -> Tensor:
     """(B, S): the value of each token's sample, 0 for padding."""
-    spread = torch.zeros(sample_ids.shape)
+    spread = torch.zeros(sample_ids.shape, dtype=torch.float32)
     for value, i in zip(values, ids, strict=True):
         spread[sample_ids == i] = value
     return spread
@@ -162,7 +163,7 @@ def _placed(
                 f"token_weights must be as long as {name}: sample {i} has {len(row)} of them and {name} of shape "
                 f"{tuple(tokens.shape)}"
             )
-    placed = torch.zeros(labels.shape)
+    placed = torch.zeros(labels.shape, dtype=torch.float32)
     if joined:
         end_to_end = torch.cat(list(rows))
         placed[0, : len(end_to_end)] = end_to_end

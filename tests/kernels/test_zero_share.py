@@ -113,12 +113,56 @@ def test_a_captured_call_is_not_looked_at(monkeypatch):
     assert share.due(torch.device("cuda")) and not share.three_passes
 
 
-BAD = ([], None, "123456", [0] * 5, [0, 0, 0, 0, 0, -1], [0, 0, 0, float("nan"), 0, 0], [0, 0, 0, 0, 0, "1"])
+BAD = (
+    *([], None, "123456", b"000000", [0] * 5, [True] * 6, [0, 0, 0, 0, 0, "1"]),
+    *([-1, 0, 0, 0, 0, 0], [INTERVAL, 0, 0, 0, 0, 0], [0.5, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0]),
+    *([0, 0, 2, 1, 0, 0], [0, 0, 0, 0, 2, 1], [0, 0, -1, 0, 0, 0], [0, 0, 0, float("nan"), 0, 0]),
+    *([0, 0, 0, 0, 0, float("inf")], [0, 0, 0, 0, 10**400, 10**400]),
+)
+
+
+def test_a_list_that_changes_later_changes_nothing():
+    values = [0, 0, 0, 0, 9, 10]
+    share = ZeroShare(values)
+    values[4] = 0
+    assert share.values() == [0, 0, 0, 0, 9, 10]
+
+
+def test_calls_of_two_threads_do_not_count_below_0(monkeypatch):
+    """The second thread runs between the first one's look at the number of calls left and its count."""
+
+    class Shared(ZeroShare):
+        @property
+        def _left(self):
+            left, others = self.left, self.others
+            self.others = 0
+            for _ in range(others):
+                self.due(torch.device("cpu"))
+            return left
+
+        @_left.setter
+        def _left(self, left):
+            self.left = left
+
+    share = Shared.__new__(Shared)
+    share.others = 0
+    ZeroShare.__init__(share, [1, 0, 0, 0, 0, 0])
+    share.others = 1
+    assert not share.due(torch.device("cpu"))
+    assert share.due(torch.device("cpu")), "both counted the same call"
+
+
+def test_a_call_that_fails_after_its_look_was_due_changes_nothing():
+    share = told(told(ZeroShare(), 90, 100), 90, 100)
+    for _ in range(5 * INTERVAL):
+        share.due(torch.device("cpu"))  # and no look follows
+        assert share.three_passes
+    assert ZeroShare(share.values()).values() == share.values()
 
 
 @pytest.mark.parametrize("values", BAD)
 def test_values_that_no_object_has_are_refused(values):
-    with pytest.raises(ValueError, match="zero_share must be six finite numbers >= 0, got"):
+    with pytest.raises(ValueError, match="zero_share must be six numbers as a state has them, got"):
         ZeroShare(values)
 
 
@@ -265,3 +309,16 @@ def test_only_calls_that_could_predict_are_counted(emulated):
 @pytest.mark.no_cover
 def test_without_a_state_no_weight_is_0(emulated):
     assert all(step(None, *batch(0.9), emulated) for _ in range(3 * INTERVAL))
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_prediction_is_in_float32_whatever_the_default_dtype(emulated, dtype):
+    inputs = batch(0.4)
+    torch.set_default_dtype(dtype)
+    try:
+        for state in (None, new_state()):
+            assert step(state, *inputs, emulated)
+        assert state.upstream.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -282,6 +282,28 @@ def test_visits_that_are_not_counted_show(tmp_path):
     assert work["epochs"][0]["loss"] == pytest.approx(float(torch.tensor(3.0).log()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
+def test_idle_samples_are_those_of_weight_0(weights, dtype):
+    """Of samples in each bucket; torch's default dtype has no part in it."""
+    weight, idle = torch.eye(3) * 9, 0
+    config = gk.GEKOConfig(bucket_weights=weights, selection=False)
+    torch.set_default_dtype(dtype)
+    try:
+        loader = gk.GEKOLoader(Items(), batch_size=10, num_epochs=3, config=config, device="cpu")
+        for batch in loader:
+            labels, ids = batch.data[1], batch.ids
+            logits = weight[labels] * torch.where(ids % 4 < 2, 1.0, -1.0)[:, None].float() * (ids % 2)[:, None]
+            _, stats = gk.weighted_loss(logits, labels, ids, loader.state, update=True, return_stats=True)
+            idle += int((stats.weight == 0).sum()) * batch.trains
+        work = loader.counts.report()
+        visits = loader.state_dict()["visits"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert work["samples_idle"] == idle > 0
+    assert (visits["loss"].dtype, visits["hit"].dtype) == (torch.float32, torch.float16)
+
+
 @pytest.mark.parametrize("wrong", ["no ids", "no state", "no update", "NaN"])
 def test_an_epoch_without_a_counted_visit_is_an_error(wrong):
     loader = gk.GEKOLoader(Items(), batch_size=8, num_epochs=2, device="cpu")

@@ -13,6 +13,7 @@ from sampling import FOCUS, FREEZE, HARD, LIGHT, PLAIN, plan_of, state_of, visit
 from torch.utils.data import DataLoader
 
 import geko_kernels as gk
+from geko_kernels.training.report.visits import VisitLog
 
 
 def test_a_fresh_epoch_is_what_the_standard_sampler_draws():
@@ -292,3 +293,21 @@ def test_planning_costs_little_time_and_memory():
     memory, seconds = map(float, out.split())
     assert memory < 20
     assert seconds < 3  # 1.3 here when quiet, 2.03 beside another test process
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_plans_are_on_the_host_whatever_the_default_device(shuffle):
+    def plans():
+        state = gk.SampleState(50, device="cpu")
+        sampler, seen = gk.GEKOSampler(state, num_epochs=3, shuffle=shuffle), []
+        for epoch in range(3):
+            seen += sampler.due_probes(epoch).tolist()
+            sampler.set_epoch(epoch)
+            seen += list(sampler)
+        log = VisitLog(50, state.device)
+        log.load_state_dict(log.state_dict())
+        return seen, {column.device.type for column in log.state_dict().values()}
+
+    with torch.device("meta"):
+        ours = plans()
+    assert ours == plans() and ours[1] == {"cpu"}

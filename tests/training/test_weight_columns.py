@@ -211,6 +211,19 @@ def test_weights_are_padded_as_the_labels_are():
         collate(packs, items)
 
 
+def test_weights_are_in_float32_whatever_the_default_dtype():
+    item = {"input_ids": [5, 6], "labels": [5, 6], "token_weights": [0.1, 257], "sample_weights": 257.3}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        batch, joined = collate(left, [item] * 2), collate(DataCollatorWithFlattening(), [item] * 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert batch["token_weights"].equal(torch.tensor([[0.1, 257]] * 2))
+    assert batch["sample_weights"].equal(torch.tensor([257.3] * 2))
+    assert joined["token_weights"].equal(torch.tensor([[0.1, 257, 0.1, 257]]))
+    assert joined["sample_weights"].equal(torch.tensor([[257.3] * 4]))
+
+
 def test_a_collator_for_other_loops_leaves_the_columns_alone():
     seen = []
     items = [{"input_ids": [5, 6], "labels": [5, 6], "token_weights": [0.5, 2]}]

@@ -53,7 +53,7 @@ def without_cross_entropy(base: nn.Module, route: Route) -> Iterator[None]:
 def _zero_loss(*args: Any, **kwargs: Any) -> Tensor:
     """() float32; replaces a model's `loss_function`."""
     device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return torch.zeros((), device=device)
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 class _NoCrossEntropy(TorchFunctionMode):

@@ -118,7 +118,7 @@ class PlanDrawer:
 
     def _order(self, epoch: int) -> Tensor:
         """(n,) int32: ids of the samples that there are, in the epoch's order."""
-        order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32)
+        order = self.orders.of(epoch) if self.shuffle else torch.arange(self.total, dtype=torch.int32, device="cpu")
         return order if self.present is None else self.present[order.long()]
 
     def _packed(self, ids: Tensor, selected: int) -> tuple[Tensor, Tensor | None]:

@@ -77,18 +77,18 @@ class Orders:
         if ahead is not None and ahead[0] == epoch:
             ahead[1].join()
             return ahead[2]
-        order = torch.empty(self.total, dtype=torch.int32)
+        order = torch.empty(self.total, dtype=torch.int32, device="cpu")
         self._fill_(order, epoch)
         return order
 
     def prepare(self, epoch: int) -> None:
         """Draw that epoch's permutation in a thread: with 10 million samples it takes most of a plan's time."""
         if self._ahead is None:
-            order = torch.empty(self.total, dtype=torch.int32)
+            order = torch.empty(self.total, dtype=torch.int32, device="cpu")
             thread = Thread(target=self._fill_, args=(order, epoch))
             self._ahead = epoch, thread, order
             thread.start()
 
     def _fill_(self, order: Tensor, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        torch.randperm(self.total, generator=generator, dtype=torch.int32, out=order)
+        torch.randperm(self.total, generator=generator, dtype=torch.int32, device="cpu", out=order)

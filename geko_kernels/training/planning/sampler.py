@@ -204,11 +204,11 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
         current one, as after resuming in its middle.
         """
         if self._has_plan_of(epoch):
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         self.state.sync()
         begin, end = self._span(epoch, start)
         if not self.state.config.probes or (begin + end) / 2 >= 1 - self.state.config.uniform_finish:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         self.note_forgotten_()
         due = self.probes.due(~self._keep(epoch, start), self._clock(epoch, start))
         if self._guards() and self.looked < epoch:

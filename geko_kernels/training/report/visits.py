@@ -55,7 +55,8 @@ class VisitLog:
         self, num_samples: int, device: torch.device, reduce_max: Callable[[Tensor], object] | None = None
     ) -> None:
         self.num_samples, self.reduce_max = num_samples, reduce_max
-        self._new = torch.full((2, num_samples + 1), -math.inf, device=device)  # loss, hit; the last row is a spare one
+        # loss, hit; the last row is a spare one
+        self._new = torch.full((2, num_samples + 1), -math.inf, dtype=torch.float32, device=device)
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []  # epoch; sample, loss, hit
 
     def add(self, stats: SampleStats) -> None:
@@ -85,9 +86,9 @@ class VisitLog:
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         parts = self._parts
-        sample = torch.cat([torch.empty(0, dtype=torch.int32), *(part[1] for part in parts)])
-        loss = torch.cat([torch.empty(0), *(part[2] for part in parts)])
-        hit = torch.cat([torch.empty(0, dtype=torch.float16), *(part[3] for part in parts)])
+        sample = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *(part[1] for part in parts)])
+        loss = torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(part[2] for part in parts)])
+        hit = torch.cat([torch.empty(0, dtype=torch.float16, device="cpu"), *(part[3] for part in parts)])
         return sample, loss, hit
 
     def mark(self) -> int:
@@ -102,8 +103,8 @@ class VisitLog:
     def state_dict(self) -> dict[str, Tensor]:
         """The flushed visits."""
         sample, loss, hit = self._columns()
-        epochs = torch.tensor([part[0] for part in self._parts], dtype=torch.int32)
-        ends = torch.tensor([len(part[1]) for part in self._parts], dtype=torch.int64).cumsum(0)
+        epochs = torch.tensor([part[0] for part in self._parts], dtype=torch.int32, device="cpu")
+        ends = torch.tensor([len(part[1]) for part in self._parts], dtype=torch.int64, device="cpu").cumsum(0)
         return {"sample": sample, "loss": loss, "hit": hit, "epochs": epochs, "ends": ends}
 
     def load_state_dict(self, columns: Mapping[str, Tensor]) -> None:
