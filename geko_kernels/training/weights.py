@@ -169,18 +169,36 @@ def _placed(
         placed[0, : len(end_to_end)] = end_to_end
         return placed
     made = labels if name in label_names else torch.as_tensor(batch[name])
-    for left in (False, True):
-        spans = [_span(len(row), labels.shape[1], left) for row in rows]
-        if made.shape == labels.shape and all(
-            made[k, span].equal(tokens) for k, (span, tokens) in enumerate(zip(spans, own, strict=True))
-        ):
-            for k, (span, row) in enumerate(zip(spans, rows, strict=True)):
-                placed[k, span] = row
-            return placed
-    raise ValueError(
-        f"the data collator made {name} of shape {tuple(made.shape)} that are not the items' own with padding on one "
-        "side, so it is unknown which token a weight of token_weights belongs to: let it only pad them"
-    )
+    spans = _spans(made, own, labels.shape) if made.shape == labels.shape else None
+    if spans is None:
+        raise ValueError(
+            f"the data collator made {name} of shape {tuple(made.shape)} that are not the items' own with padding on "
+            "one side, so it is unknown which token a weight of token_weights belongs to: let it only pad them"
+        )
+    for k, (span, row) in enumerate(zip(spans, rows, strict=True)):
+        placed[k, span] = row
+    return placed
+
+
+def _spans(made: Tensor, own: Sequence[Tensor], shape: torch.Size) -> list[slice] | None:
+    """Where each item's tokens are in `made`, padded on one side to `shape`; None if they are not there.
+
+    Labels may have been set to -100, as collators for packs do with the first of each sample.
+    """
+    for masked in (False, True):
+        for left in (False, True):
+            spans = [_span(len(tokens), shape[1], left) for tokens in own]
+            if all(_holds(row, span, tokens, masked) for row, span, tokens in zip(made, spans, own, strict=True)):
+                return spans
+    return None
+
+
+def _holds(row: Tensor, span: slice, tokens: Tensor, masked: bool) -> bool:
+    part = row[span]
+    if not masked or part.shape != tokens.shape:
+        return part.equal(tokens)
+    same = (part == tokens) | (part == -100)
+    return bool(same.all()) and int((part != -100).sum()) == int((row != -100).sum())
 
 
 def _span(length: int, room: int, left: bool) -> slice:

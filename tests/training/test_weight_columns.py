@@ -211,6 +211,27 @@ def test_weights_are_padded_as_the_labels_are():
         collate(packs, items)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_pack_of_one_sample(length):
+    """The collator for packs sets its first label to -100, so the labels are not the item's own."""
+    item = {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "token_weights": [0.5, 2, 4], "sample_weights": 3}
+    item = {name: value if isinstance(value, int) else value[:length] for name, value in item.items()}
+    batch = collate(DataCollatorWithFlattening(), [item])
+    assert batch["token_weights"].tolist() == [[0.5, 2, 4][:length]] and batch["labels"][0, 0] == -100
+
+
+def test_masked_labels_do_not_hide_on_which_side_the_padding_is():
+    def masks(some):
+        batch = left(some)
+        return {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == 5, -100)}
+
+    items = [{"input_ids": [i, 6], "labels": [i, 6], "token_weights": [0.5, 2]} for i in (5, 4)]
+    items += [{"input_ids": [7, 8, 9], "labels": [7, 8, 9], "token_weights": [1, 3, 4]}]
+    assert collate(masks, items)["token_weights"].tolist() == [[0, 0.5, 2], [0, 0.5, 2], [1, 3, 4]]
+    with pytest.raises(ValueError, match="so it is unknown which token a weight of token_weights belongs to"):
+        collate(lambda some: {**left(some), "labels": left(some)["labels"].roll(-1, 1)}, items)
+
+
 def test_weights_are_in_float32_whatever_the_default_dtype():
     item = {"input_ids": [5, 6], "labels": [5, 6], "token_weights": [0.1, 257], "sample_weights": 257.3}
     torch.set_default_dtype(torch.bfloat16)
