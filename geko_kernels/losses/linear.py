@@ -28,7 +28,7 @@ from geko_kernels.losses.linear_blocks import add_blocks
 from geko_kernels.losses.linear_call import Call, Gradients, autocast_hidden
 from geko_kernels.losses.linear_chunks import Chunks, Scored
 from geko_kernels.losses.linear_gradients import HeadGradients
-from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
+from geko_kernels.losses.linear_head import Budget, Head, LabelBatch, make_head
 from geko_kernels.losses.results import ForwardResult, SampleStats
 from geko_kernels.losses.weights import prepare_weights
 from geko_kernels.reference.ops import Reduction
@@ -140,22 +140,6 @@ def _needed(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[bool, torch.
         weight.dtype if weight_needed else None,
         bias.dtype if bias is not None and bias_needed else None,
     )
-
-
-def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    """The head with `hidden` contiguous, and weight and bias in its dtype.
-
-    For a GPU V is padded, since cuBLAS needs aligned rows: it ran at 94 TFLOP/s at V = 50257, at 627 at 50304 (H200,
-    bf16).
-    """
-    vocab, dtype = weight.shape[0], hidden.dtype
-    if vocab % 8 and (weight.is_cuda or ops.backend_name(weight.device, dtype) == "triton"):
-        padded = -(-vocab // 64) * 64
-        weight = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, padded - vocab))
-        bias = torch.nn.functional.pad(bias.to(dtype), (0, padded - vocab)) if bias is not None else None
-    weight = weight if weight.dtype == dtype else weight.to(dtype)
-    bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-    return Head(hidden.contiguous(), weight, bias, vocab)
 
 
 def _unpadded(gradients: HeadGradients, head: Head) -> Gradients:

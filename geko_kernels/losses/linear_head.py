@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geko_kernels import ops
 from geko_kernels.losses.linear_gradients import HIDDEN_BYTES
 
 WHOLE_MIB = 2048  # by default all rows are held at once if they fit into this,
@@ -33,6 +34,22 @@ class Head:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    """The head with `hidden` contiguous, and weight and bias in its dtype.
+
+    For a GPU V is padded, since cuBLAS needs aligned rows: it ran at 94 TFLOP/s at V = 50257, at 627 at 50304 (H200,
+    bf16).
+    """
+    vocab, dtype = weight.shape[0], hidden.dtype
+    if vocab % 8 and (weight.is_cuda or ops.backend_name(weight.device, dtype) == "triton"):
+        padded = -(-vocab // 64) * 64
+        weight = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, padded - vocab))
+        bias = torch.nn.functional.pad(bias.to(dtype), (0, padded - vocab)) if bias is not None else None
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
+    bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    return Head(hidden.contiguous(), weight, bias, vocab)
 
 
 @dataclass(frozen=True)
