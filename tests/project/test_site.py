@@ -32,7 +32,7 @@ def test_pages_fetch_nothing_from_elsewhere(site):
 def test_files_that_pages_link_to_are_there(site):
     assert (site / "benchmarks" / "results" / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     assert 'src="benchmarks/results/scaling.png"' in (site / "scaling.html").read_text(encoding="utf-8")
-    assert 'href="benchmarks/results/end_to_end.html"' in (site / "evidence.html").read_text(encoding="utf-8")
+    assert 'href="benchmarks/end_to_end/LOG.html"' in (site / "evidence.html").read_text(encoding="utf-8")
 
 
 def test_fields_comments_and_names_of_docstrings_are_shown(site):
