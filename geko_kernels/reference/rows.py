@@ -12,7 +12,8 @@ from geko_kernels.reference.layout import layout
 from geko_kernels.reference.ops import _cap, token_stats
 from geko_kernels.reference.visits import sum_dtype
 
-SUMMED_ROWS = 64  # rows that one GEMV sums, or that are float32 at a time
+WIDE_ROWS = 64  # rows that are float32 at a time
+SUMMED_ROWS = 16  # rows that one GEMV sums in float32, on some processors one by one
 
 
 def scored_rows(
@@ -72,8 +73,8 @@ def score_rows_(
 def row_entropy(logits: Tensor, stats: Tensor, softcap: float) -> Tensor:
     """`-(p * p.log()).sum(-1)` with `p = softmax(logits)` and 0 for p = 0: (n,), of (n, V); stats (5, n)."""
     found = torch.empty_like(stats[0])
-    for start in range(0, len(logits), SUMMED_ROWS):  # float32 copies of a few rows only
-        rows = slice(start, start + SUMMED_ROWS)
+    for start in range(0, len(logits), WIDE_ROWS):  # float32 copies of a few rows only
+        rows = slice(start, start + WIDE_ROWS)
         top, log_sum = stats[1:3, rows, None]
         found[rows] = torch.special.entr((_cap(logits[rows].to(stats.dtype), softcap) - top - log_sum).exp()).sum(-1)
     return found
