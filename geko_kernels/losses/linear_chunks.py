@@ -45,7 +45,7 @@ class Chunks:
     Args:
         budget: how many rows of logits the buffer holds.
         gradients: what takes the gradients; None to score only.
-        all_kept: every row is expected to be kept. Then nothing waits to learn how many are; if some are not, that
+        expects_all: every row is expected to be kept. Then nothing waits to learn how many are; if some are not, that
             costs time only.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
@@ -60,13 +60,13 @@ class Chunks:
         batch: LabelBatch,
         budget: Budget,
         gradients: HeadGradients | None,
-        all_kept: bool = False,
+        expects_all: bool = False,
         entropy: Tensor | None = None,
     ) -> None:
         self.head, self.batch, self.budget = head, batch, budget
         self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
-        self.fused = (True if all_kept else None) if able else False
+        self.fused = (True if expects_all else None) if able else False
         self.dense = bool(self.fused) and self._may_be_dense
         self.buffer = head.hidden.new_empty(0, 0)
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
