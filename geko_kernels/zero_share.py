@@ -1,8 +1,10 @@
-"""Which share of the tokens with a label has weight 0: where it is large, Hopper's one pass is the slower path.
+"""Which share of the tokens with a label has weight 0: a loss takes the path that is the fastest at that share.
 
-The host learns the share by looks: every `INTERVAL` calls it copies the visits of one call asynchronously, and uses
-them `INTERVAL` calls later, when they have long arrived. So the path of a call follows from the calls before it, and
-never from when a copy arrives: the same run takes the same paths, and gives the same bits.
+Where the share is large, Hopper's one pass through given logits is slower than three. `weighted_loss` learns the share
+by looks: every `INTERVAL` calls it copies the visits of one call asynchronously, and uses them `INTERVAL` calls later,
+when they have long arrived. `weighted_linear_loss` knows how many rows each call has kept. So the path of a call
+follows from the calls before it, and never from when a copy arrives: the same run takes the same paths, and gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -46,6 +48,16 @@ class ZeroShare:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ZeroShare, (self.values(),)
+
+    @property
+    def share(self) -> float | None:
+        """The share by now, the look under way apart; None if nothing is known."""
+        zero, tokens = self._seen
+        return zero / tokens if tokens else None
+
+    def learn(self, zero: int, tokens: int) -> None:
+        """Count a call of whose `tokens` with a label `zero` have weight 0, which the host knows without a look."""
+        self._seen = self._seen[0] / 2 + zero, self._seen[1] / 2 + tokens
 
     def due(self, device: torch.device) -> bool:
         """Count a call on `device`; whether it has to be given to `look`. Then `three_passes` is new, too.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels.columns import num_samples_of
-from geko_kernels.kernels.launch import MOST, Launch
+from geko_kernels.kernels.launch import MOST, Launch, starts
 from geko_kernels.kernels.logits_grad import gradient_launch
 from geko_kernels.kernels.sample_update.kernel import update_launch
 from geko_kernels.kernels.sample_update.prepare import scratch_words
@@ -170,15 +170,6 @@ class Plan:
             launch(out.data_ptr(), upstream, logits.data_ptr(), labels.data_ptr(), *saved)
         else:
             launch(out, grad_output, logits, labels, *self.saved(kept))
-
-
-def starts(*words: int) -> list[int]:
-    """Where each part but the first starts, and where the last ends."""
-    ends, end = [], 0
-    for size in words:
-        end += (size + 3) // 4 * 4
-        ends.append(end)
-    return ends
 
 
 _plans: dict[Hashable, Plan] = {}

@@ -43,7 +43,8 @@ class Call:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
         wanted = (gradients.narrow, gradients.hidden_needed) if gradients is not None else (False, False)
         budget = Budget(head, self.chunk_mib, *wanted)
-        chunks = Chunks(head, self.batch, budget, gradients, self._expects_all, self.entropy)
+        zero_share = self.state.zero_share if self.state is not None and gradients is not None else None
+        chunks = Chunks(head, self.batch, budget, gradients, self._expects_all, zero_share, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
         batch = self.batch
 
@@ -52,7 +53,7 @@ class Call:
             options = head.vocab, self.reduction, batch.ignore_index, batch.shift
             by_weight, writes = (batch.token_weights, batch.sample_weights), self.writes and last
             if self.native is None:
-                outcome = ops.sample_update_(*inputs, columns, error, *options, writes, *by_weight)
+                outcome = ops.direct_update_(columns, error, writes, inputs, options, *by_weight)
             else:
                 told = self.stats and last
                 call = (self.native, "sample_update_", columns, error, told, writes, inputs, options, *by_weight)

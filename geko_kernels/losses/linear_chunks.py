@@ -3,8 +3,9 @@
 The buffer is filled with logits, whose statistics give the visits' weights. Rows of nonzero weight are turned into
 gradients and kept at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. An
 asynchronous copy tells the host how many rows are kept. Where nearly all are, the next fills take all rows, those of
-weight 0 as zeros, and the host does not wait for them. If a visit continues in the next fill, its weight is estimated
-from the rows scored so far; if the estimate was wrong, the rows of that visit are computed again.
+weight 0 as zeros, and the host does not wait for them. A fill ends with a visit where that costs little room. If a
+visit continues in the next fill, its weight is estimated from the rows scored so far; if the estimate was wrong, the
+rows of that visit are computed again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
 from geko_kernels.reference.visits import real_dtype
+from geko_kernels.zero_share import ZeroShare
 
 AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3 ms of an H200
-SAMPLE = 1024  # first rows, which show whether most rows are kept
+SAMPLE = 1024  # first rows, which show whether most rows are kept, if no earlier call has shown it
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
 DENSE_SHARE = 0.95  # share of kept rows above which it is faster not to ask how many are kept, and to take all
+LEAST_FILL = 0.75  # share of a fill's rows that it has to keep for ending before a visit rather than in it
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
 
 
@@ -47,6 +50,7 @@ class Chunks:
         gradients: what takes the gradients; None to score only.
         expects_all: every row is expected to be kept. Then nothing waits to learn how many are; if some are not, that
             costs time only.
+        zero_share: what the state's calls so far say about that; this call adds to it. None if there is no state.
         entropy: (T,) output, the entropy of each scored token; None if not asked for.
 
     Attributes:
@@ -61,13 +65,18 @@ class Chunks:
         budget: Budget,
         gradients: HeadGradients | None,
         expects_all: bool = False,
+        zero_share: ZeroShare | None = None,
         entropy: Tensor | None = None,
     ) -> None:
         self.head, self.batch, self.budget = head, batch, budget
         self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
-        self.fused = (True if expects_all else None) if able else False
-        self.dense = bool(self.fused) and self._may_be_dense
+        self.zero_share = zero_share if able else None
+        share = zero_share.share if zero_share is not None else None
+        expected = None if share is None else 1 - share > FUSED_SHARE
+        self.fused = (expects_all or expected) if able else False
+        self.dense = expects_all and able and self._may_be_dense
+        self.asked = self.found = 0  # of how many rows the host asked whether they are kept, and of how many they were
         self.buffer = head.hidden.new_empty(0, 0)
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 
@@ -101,8 +110,8 @@ class Chunks:
         self.rows, self.targets = scored.rows, scored.targets
         tokens = self.rows.shape[0]
         most = self._room(tokens)
-        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most)
-        known = scored.copy.arrived()
+        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most) if self.fused is None else 0
+        known = not ahead or scored.copy.arrived()
         if not known:
             early = most * self.budget.row <= EARLY_MIB * 2**20
             self.hold(most if early else ahead)
@@ -146,6 +155,8 @@ class Chunks:
             self._finish(coeff, held, list(crossing.values()))
         elif gradients is not None:
             self._by_blocks(gradients, count, result.coeff, result.coeff * factor(result))
+        if self.zero_share is not None and self.asked:
+            self.zero_share.learn(self.asked - self.found, self.asked)
         return result
 
     def _by_blocks(self, gradients: HeadGradients, count: int, weights: Tensor, coeff: Tensor) -> None:
@@ -154,6 +165,7 @@ class Chunks:
         positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
         lists = (self.rows, positions, sources, 0, 0, count)
         kept = int(HostCopy(ops.direct.kept_rows_(weights, *lists)).wait())
+        self.asked, self.found = count, kept
         rows = self.statistics, positions[:kept], coeff
         add_blocks(self.head, self.batch, gradients, *rows, self.budget.columns(kept))
 
@@ -163,12 +175,15 @@ class Chunks:
         return self.budget.rows(scored)
 
     def _next(self, start: int, count: int, room: int) -> slice:
-        """The scored rows of the next fill: fills of about equal size, each up to the end of a visit if that fits."""
+        """The scored rows of the next fill: fills of about equal size, each to the end of a visit where one is near."""
         left = count - start
         stop = start - (-left // -(-left // room))
         if stop < count:
-            end = int(self.visit.searchsorted(self.visit[stop - 1], "right"))
-            stop = end if end - start <= room else stop
+            first, end = (int(self.visit.searchsorted(self.visit[stop - 1], side)) for side in ("left", "right"))
+            if end - start <= room:
+                stop = end
+            elif first - start >= LEAST_FILL * (stop - start):
+                stop = first
         return slice(start, stop)
 
     def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], ForwardResult]) -> int:
@@ -237,7 +252,9 @@ class Chunks:
         if self.gradients is not None:
             ahead = held + count if foreseen and not kept.arrived() else 0
             self.gradients.scale_ahead(self.positions, coeff, ahead)
-        return int(kept.wait())
+        now = int(kept.wait())
+        self.asked, self.found = self.asked + count, self.found + now - held
+        return now
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:
         """Run the gradient GEMMs on the rows in slots [0, held)."""

@@ -181,6 +181,7 @@ def _direct(op: str) -> Callable[..., Any]:
         if (name, _override) not in found:
             backend = _loaded.get(name) or _load(name)
             own = getattr(backend if hasattr(backend, op) else reference_rows, op)
+            own = getattr(backend, "DIRECT", {}).get(op, own)
             found[name, _override] = own if _override else getattr(backend, "UNASKED", {}).get(op, own)
         return found[name, _override](*args)
 
@@ -188,7 +189,22 @@ def _direct(op: str) -> Callable[..., Any]:
 
 
 _ROW_OPS = ("scored_rows", "kept_rows_", "gradient_rows_", "score_rows_", "gather_rows", "scatter_rows_")
-direct = SimpleNamespace(**{op: _direct(op) for op in (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_")})
+_OWN_OPS = (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_", "sample_update_")
+direct = SimpleNamespace(**{op: _direct(op) for op in _OWN_OPS})
+
+
+def direct_update_(columns: Sequence[Tensor], error: Tensor | None, update: bool, *call: Any) -> tuple[Tensor, ...]:
+    """`direct.sample_update_`, which counts no visit twice.
+
+    Args: call: the op's other arguments: those before `columns` as one tuple, those between `error` and `update` as
+        another, and the weights.
+    """
+    batch, options, *weights = call
+    update = update and not recomputing()
+    outcome = direct.sample_update_(*batch, columns, error, *options, update, *weights)
+    if update:
+        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+    return outcome
 
 
 def _planning(logits: Tensor, labels: Tensor, other: Tensor | None) -> ModuleType | None:

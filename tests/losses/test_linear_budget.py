@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -99,7 +100,7 @@ def test_the_host_may_be_ahead_of_the_device(backend, batch, monkeypatch, rows):
     assert operands
 
 
-@pytest.mark.parametrize(("learnt", "rows", "asked"), [([], 20, 2), ([], 7, 2), ([5], 20, 2), ([1], 20, 6)])
+@pytest.mark.parametrize(("learnt", "rows", "asked"), [([], 20, 2), ([], 7, 2), ([5], 20, 2), ([0], 20, 6)])
 def test_the_host_asks_no_more_once_nearly_all_rows_are_kept(backend, device, batch, monkeypatch, learnt, rows, asked):
     """Triton's path takes all rows of the next fills, those of weight 0 as zeros: the same values.
 
@@ -170,6 +171,53 @@ def test_with_weights_above_zero_nobody_asks_how_many_rows_are_kept(backend, bat
     assert len(asked) == 1 + (rows < ROWS * LENGTH)  # with several fills: which estimates were wrong, at the end
     for ours, want in zip(*found, strict=True):
         torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("rows", "shares"), [(200, (0.57, 0.8)), (32, (0.82, 0.93))])  # or 24 of 84 rows are asked for
+def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatch, rows, shares):
+    """Then no first rows have to show it. What was expected wrongly costs time only, and is known from then on."""
+    held(monkeypatch, rows, 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
+    samples, kept_rows = [], ops.direct.kept_rows_
+    monkeypatch.setattr(
+        ops.direct, "kept_rows_", lambda *call: (samples.append(call[-1] == linear_chunks.SAMPLE), kept_rows(*call))[1]
+    )
+    state = gk.SampleState(ROWS, device=batch(torch.float32, 50)[0].device)
+    seen = []
+    for learnt in ([], [], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]):
+        hidden, weight, bias, labels, ids = batch(torch.float32, 50, learnt)
+        other = copy.deepcopy(state)
+        inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
+        want = gk.weighted_loss(F.linear(*inputs), labels, ids, other)
+        wanted = torch.autograd.grad(want, inputs)
+        loss = gk.weighted_linear_loss(*inputs[:2], labels, ids, state, bias=inputs[2])
+        for ours, theirs in zip((loss, *torch.autograd.grad(loss, inputs)), (want, *wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+        seen.append((any(samples), round(state.zero_share.share, 2)))
+        del samples[:]
+    assert seen == [(True, 0.0), (False, 0.0), (False, shares[0]), (False, shares[1])]
+    gk.weighted_linear_loss(hidden, weight, labels, ids, state)
+    assert round(state.zero_share.share, 2) == shares[1], "without gradients it is not asked how many rows are kept"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "stops"),
+    [
+        ([8] * 8, 30, [24, 48, 64]),  # three visits fit, and a fourth does not
+        ([8] * 8, 64, [64]),
+        ([20] * 3, 30, [30, 60]),  # a fill of 20 would leave too much unused
+        ([100], 30, [25, 50, 75, 100]),
+        ([1] * 10, 4, [4, 7, 10]),
+    ],
+)
+def test_a_fill_ends_with_a_visit_where_that_costs_little(lengths, room, stops):
+    chunks = object.__new__(linear_chunks.Chunks)
+    chunks.visit = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).numpy()
+    found = [0]
+    while found[-1] < sum(lengths):
+        found.append(chunks._next(found[-1], sum(lengths), room).stop)
+    assert found[1:] == stops
 
 
 @pytest.mark.parametrize("columns", [0, 16])

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from geko_kernels import ops
 from geko_kernels.losses import linear_head
+from geko_kernels.losses.arguments import REDUCTIONS
 from geko_kernels.losses.linear_gradients import WeightGradient, narrow_
+from geko_kernels.losses.state_arguments import state_arguments
 from geko_kernels.reference import rows as reference_rows
 
 
@@ -67,6 +69,23 @@ def test_row_lists_of_every_backend(backend, device, case, held):
     kept, where = lists[0][0][held:], lists[0][1][held:]
     assert sorted(kept.tolist()) == [row for row in rows[:count].tolist() if coeff[row] != 0]
     assert (rows[where - held] == kept).all()
+
+
+@given(case=cases(dtypes=(torch.float32,)), update=st.booleans())
+def test_an_update_in_one_piece_of_memory_is_the_op(backend, device, case, update):
+    labels, ids = case.labels.to(device), None if case.sample_ids is None else case.sample_ids.to(device)
+    tokens = torch.rand(5, labels.numel(), device=device)
+    found = []
+    for run in (ops.sample_update_, ops.direct.sample_update_):
+        rules, weights, columns, error = state_arguments(case.new_state(device), torch.device(device), True)
+        head = (tokens, labels, ids, rules, weights, None, columns, error)
+        reduction = REDUCTIONS[case.options["reduction"]]
+        options = (case.logits.shape[-1], reduction, case.options["ignore_index"], case.options["shift"], update)
+        found.append((*run(*head, *options), *columns))
+    loss = found[1][0]
+    assert not loss._is_view(), "in-place arithmetic on the loss would be refused"
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

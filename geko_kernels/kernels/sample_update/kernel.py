@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_sample, visit_starts
-from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
+from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2, starts
 from geko_kernels.kernels.sample_update.claims import writers
 from geko_kernels.kernels.sample_update.judge import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.sample_update.means import add_exactly, is_finite, joined, run_length, visit_means
@@ -265,13 +266,69 @@ def sample_update_(
     sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample_update_`. Two launches: preparation and update."""
-    rest = (reduction, ignore_index, shift, update)
+    args = (statistics, labels, sample_ids, rules, weights, num_items, columns, error, vocab)
+    options = (reduction, ignore_index, shift, update, token_weights, sample_weights)
     if not labels.numel():
-        first = (statistics, labels, sample_ids, rules, weights, num_items)
-        return reference.sample_update_(*first, columns, error, vocab, *rest, token_weights, sample_weights)
+        return reference.sample_update_(*args, *options)
     packed = sample_ids is not None and sample_ids.dim() == 2
     scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
     outputs = empty_outputs(labels, packed, reduction)
+    _launch(outputs, scratch, *args, *options)
+    return outputs
+
+
+def sample_update_in_one_(
+    statistics: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`sample_update_` whose outputs, but for the loss, lie in one piece of memory: an op may not return such, and for
+    each piece the allocator takes the host as long as a launch."""
+    if not labels.numel():
+        return reference.sample_update_(statistics, labels, sample_ids, *rest)
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    reduction = rest[_REDUCTION]
+    count, entries = labels.numel(), labels.numel() if packed else labels.shape[0]
+    visits = count if packed else 0
+    coeff, token_visit, ints, flags, floats, scratch, words = starts(
+        1, count, visits, 4 * entries, -(-entries // 2), 6 * entries, scratch_words(labels, packed)
+    )
+    memory = torch.empty(words, dtype=torch.float32, device=labels.device)
+    outputs = (
+        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=labels.device),
+        memory[0],
+        memory[coeff : coeff + count],
+        memory[token_visit : token_visit + visits].view(torch.int32),
+        memory[floats : floats + 6 * entries].view(6, entries),
+        memory[ints : ints + 4 * entries].view(torch.int64).view(2, entries),
+        memory[flags:floats].view(torch.uint8)[: 2 * entries].view(2, entries),
+    )
+    _launch(outputs, memory[scratch:].view(torch.int32), statistics, labels, sample_ids, *rest)
+    return outputs
+
+
+_REDUCTION = 6  # place of `reduction` after `sample_ids`
+
+
+def _launch(
+    outputs: tuple[Tensor, ...],
+    scratch: Tensor,
+    statistics: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    rules: Tensor,
+    weights: Tensor,
+    num_items: Tensor | None,
+    columns: Sequence[Tensor],
+    error: Tensor | None,
+    vocab: int,
+    reduction: int,
+    ignore_index: int,
+    shift: bool,
+    update: bool,
+    token_weights: Tensor | None,
+    sample_weights: Tensor | None,
+) -> None:
+    """The two launches of `sample_update_` with outputs and scratch that are there."""
+    rest = (reduction, ignore_index, shift, update)
     num_samples, table = num_samples_of(columns), pointers(columns)
     prepared = (labels, sample_ids, *prepared_of(table), error, scratch)
     weighing = (token_weights, sample_weights)
@@ -288,4 +345,3 @@ def sample_update_(
         launches = _launches[key] = prepare, update_launch(labels, sample_ids, num_samples, vocab, *rest)
     launches[0](*prepared)
     launches[1](*updated, *outputs)
-    return outputs
