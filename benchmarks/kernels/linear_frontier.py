@@ -24,7 +24,7 @@ from benchmarks.results import Row
 
 FILE = "linear_frontier.jsonl"
 SHAPES = {"cuda": linear_memory.SHAPES, "cpu": (Shape(1024, 64, 8192), Shape(512, 128, 16384))}
-BUDGETS = {"cuda": (64, 96, 128, 256, 400, 512, 600, 1024), "cpu": (1, 4, 8)}
+BUDGETS = {"cuda": (64, 96, 112, 128, 200, 256, 400, 512, 600, 1024), "cpu": (1, 4, 8)}
 EXACT = 1.1  # a peer counts if its dW's error is at most this much of torch's
 SLACK = 1.01  # of a peer's memory; lists of rows and statistics are under 1 % of ours
 

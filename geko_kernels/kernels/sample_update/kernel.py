@@ -280,8 +280,10 @@ def sample_update_(
 def sample_update_in_one_(
     statistics: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sample_update_` whose outputs, but for the loss, lie in one piece of memory: an op may not return such, and for
-    each piece the allocator takes the host as long as a launch."""
+    """`sample_update_` whose outputs lie in one piece of memory, which an op may not return; the loss lies alone.
+
+    On an H200's host a piece of memory took 10 us, a launch 15.
+    """
     if not labels.numel():
         return reference.sample_update_(statistics, labels, sample_ids, *rest)
     packed = sample_ids is not None and sample_ids.dim() == 2
@@ -324,8 +326,8 @@ def _launch(
     ignore_index: int,
     shift: bool,
     update: bool,
-    token_weights: Tensor | None,
-    sample_weights: Tensor | None,
+    token_weights: Tensor | None = None,
+    sample_weights: Tensor | None = None,
 ) -> None:
     """The two launches of `sample_update_` with outputs and scratch that are there."""
     rest = (reduction, ignore_index, shift, update)
