@@ -21,11 +21,28 @@ def fast(monkeypatch):
 def test_contenders_agree_and_targets_come_out():
     rows = list(linear_loss.run(SHAPES, [torch.bfloat16], NAMES, torch.device("cpu")))
     assert [row["reason"] for row in rows if row["reason"]] == []
-    assert len(rows) == len(SHAPES) * (1 + len(NAMES) + 9)
+    assert len(rows) == len(SHAPES) * (2 + len(NAMES) + 9)
     assert all(row.keys() >= KEYS and row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
     names = [target.what.split(": ")[1] for target in linear_targets.linear_targets(rows)]
-    assert "geko / three GEMMs" in names and "geko / the same at V = 256" in names
+    assert "geko keeping 1.00 / its floor" in names and "geko keeping 0.00 / its floor" in names
+    assert "geko / the same at V = 256" in names
     assert "weight_error of geko / torch's" in names and "geko, 0.5 masked / its share of the time" in names
+
+
+def test_the_floor_counts_what_kept_rows_need():
+    where = {"T": 1, "H": 2, "V": 64, "dtype": "bfloat16", "itemsize": 2, "peak_mib": None, "masked_share": 0.0}
+    where |= {"hidden_error": 0.0, "weight_error": 0.0}
+
+    def row(name, ms, kept=1.0):
+        return {"contender": name, "ms": ms, "keep_share": kept, "kept_rows": kept, **where}
+
+    rows = [row("gemms", 6.0), row("copy", 2.0), row("geko", 8.0), row("geko", 4.5, 0.25), row("geko", 6.0, 0.0)]
+    found = {target.what: (target.measured, target.bar) for target in linear_targets.linear_targets(rows)}
+    assert found == {
+        "1 x 2 x 64: geko keeping 1.00 / its floor": (8 / (6 + 2), 1.05),
+        "1 x 2 x 64: geko keeping 0.25 / its floor": (4.5 / (3 + 1.25), 1.15),
+        "1 x 2 x 64: geko keeping 0.00 / its floor": (6 / (2 + 1), 1.15),
+    }
 
 
 def test_shares_reach_the_loss():
