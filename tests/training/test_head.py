@@ -44,6 +44,20 @@ def without_head(monkeypatch):
     monkeypatch.setattr(found_loss, "find_head", refuse)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "trained", "where", "mib"),
+    [
+        (torch.float32, True, "cuda", 512),
+        (torch.bfloat16, False, "cuda", 512),  # frozen, as beside an adapter
+        (torch.bfloat16, True, "cuda", None),  # several fills would take as much again as its gradient
+        (torch.float32, True, "cpu", None),
+    ],
+)
+def test_a_step_takes_a_smaller_buffer_where_that_costs_no_other_memory(dtype, trained, where, mib):
+    weight = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=trained)
+    assert head_module.step_budget(weight, torch.device(where)) == mib
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_is_that_of_all_logits(tmp_path, monkeypatch, calls, tied):
     ours, theirs = tiny_llama(tie_word_embeddings=tied), tiny_llama(tie_word_embeddings=tied)
