@@ -1,7 +1,8 @@
-"""The table of README.md and docs/evidence.md holds what the recorded rows say, and its links lead somewhere."""
+"""The tables of README.md, docs/ and the log hold what the recorded rows say, and the links lead somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.end_to_end import lengths_plot
+from benchmarks.end_to_end import lengths_plot, real_report
 from benchmarks.end_to_end.lengths_report import FILE, best_length, epochs, load, seconds
-from benchmarks.end_to_end.rows import MEASURES, final
+from benchmarks.end_to_end.rows import MEASURES, final, paired, t_interval
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/evidence.md", "docs/length.md", "benchmarks/end_to_end/LOG.md")
@@ -84,6 +85,46 @@ def test_the_table_of_the_real_tasks_is_that_of_the_rows(page):
                 check(cell, task, list(rows[arm].values()))
             else:
                 assert cell in (None, "not run")
+
+
+def test_the_log_has_the_tables_of_the_real_tasks():
+    lines = (ROOT / "benchmarks/end_to_end/LOG.md").read_text(encoding="utf-8").splitlines()
+    for path in REAL:
+        tasks = real_report.load([path])
+        for line in [*real_report.table(tasks), *real_report.differences(tasks)]:
+            assert line in lines
+
+
+def test_the_differences_on_real_tasks_are_those_of_the_rows():
+    tasks = {name: rows for path in REAL for name, rows in real_report.load([path]).items()}
+    page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    for task, words in {"D1": "descriptions with", "D2": "sections,", "V1": "ratings,", "G1": "sums,"}.items():
+        for arm, method in (("auto", "`auto()`"), ("H", "`recommended()`")):
+            if arm not in tasks[task]:
+                continue
+            cells = re.search(rf"^\| {words} [^|]*\| {re.escape(method)} \|(.*)\|$", page, re.MULTILINE)[1].split("|")  # type: ignore[index]
+            beside = [other for _, other in real_report.others(task, tasks[task], arm)]
+            assert [cell.strip() for cell in cells[len(beside) :]] == ["not run"] * (3 - len(beside))
+            for cell, other in zip(cells, beside, strict=False):
+                found = paired(tasks[task], arm, other, lambda row, task=task: final(row, MEASURES[task]))
+                low, high = t_interval(found)
+                for shown, exact in zip(re.findall(r"[-+][\d.]+", cell), (mean(found), low, high), strict=True):
+                    assert abs(float(shown) - exact) <= 0.5001 * 10 ** -len(shown.partition(".")[2]), (task, arm, cell)
+                assert ("**" in cell) == (low > 0 if MEASURES[task].higher else high < 0), (task, arm, cell)
+
+
+def test_the_runs_through_the_trainer_are_those_of_the_rows():
+    file = FILE.with_name("lengths_trainer_2026-11-28.jsonl")
+    rows = {row["arm"]: row for row in map(json.loads, file.read_text().splitlines())}
+    page = (ROOT / "docs/length.md").read_text(encoding="utf-8")
+    for arm, words in {"auto": "`auto()`, a limit", "uniform:3": "uniform, three", "uniform:1": "uniform, one"}.items():
+        row = rows[arm]
+        cells = f"{row['test_loss']:.3f} | {row['samples_backward']:,} | {row['seconds']['total']:.0f} |"
+        assert re.search(rf"^\| {re.escape(words)}[^|]*\| {re.escape(cells)}$", page, re.MULTILINE), cells
+    auto, three, one = rows["auto"], rows["uniform:3"], rows["uniform:1"]
+    assert f"met: {auto['test_loss'] / one['test_loss'] - 1:.2%} above".replace("%", " %") in page
+    assert f"met: {auto['seconds']['total'] / three['seconds']['total']:.2f} of the seconds" in page
+    assert f"; {auto['samples_backward'] / three['samples_backward']:.2f} of the samples" in page
 
 
 def test_the_picture_comes_from_the_rows(monkeypatch, tmp_path):
