@@ -84,8 +84,8 @@ class SampleState:
         weights = (self.config.freeze_weight, *reversed(self.config.bucket_weights))
         self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # by Bucket
 
-        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected); what
-        # share of the tokens has weight 0, where no prediction is faster
+        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected). What
+        # share of the tokens has weight 0, by which both losses choose their path
         self.upstream = torch.ones((), dtype=torch.float32, device=device)
         self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
         self.zero_share = ZeroShare()

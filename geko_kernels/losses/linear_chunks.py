@@ -144,7 +144,7 @@ class Chunks:
             before, held = held, self._keep(result, coeff, part, held, ready_from)
             share = (held - before) / (part.stop - part.start)
             self.fused = self.fused is not False and share > FUSED_SHARE
-            if 2 * held > room:
+            if self.dense or 2 * held > room:  # a dense fill has the front of the buffer, however short it is
                 self._flush(coeff, held, last=False)
                 held = 0
                 self.dense = self.dense or (self.fused and share > DENSE_SHARE and self._may_be_dense)

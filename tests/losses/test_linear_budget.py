@@ -220,6 +220,24 @@ def test_a_fill_ends_with_a_visit_where_that_costs_little(lengths, room, stops):
     assert found[1:] == stops
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("lengths", [[13, 20], [30, 13, 20]])
+def test_a_fill_that_ends_early_is_not_lost(backend, device, monkeypatch, lengths, known):
+    """13 of 32 slots are less than half of the buffer, and a fill that takes all rows still is a flush of its own."""
+    held(monkeypatch, 32, 0)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)[None]
+    inputs = [torch.randn(1, sum(lengths), COLUMNS), torch.randn(50, COLUMNS)]
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    labels = torch.randint(50, ids.shape, device=device)
+    state = gk.SampleState(3, gk.GEKOConfig.uniform() if known else None, device=device)
+    other = copy.deepcopy(state)
+    loss = gk.weighted_linear_loss(*inputs, labels, ids, state)
+    want = gk.weighted_loss(F.linear(*inputs), labels, ids, other)
+    results = (loss, *torch.autograd.grad(loss, inputs)), (want, *torch.autograd.grad(want, inputs))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("columns", [0, 16])
 def test_a_row_of_weight_zero_may_be_infinite(backend, batch, monkeypatch, columns):
     held(monkeypatch, 20, columns)
