@@ -214,10 +214,15 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
 def test_a_fill_ends_with_a_visit_where_that_costs_little(lengths, room, stops):
     chunks = object.__new__(linear_chunks.Chunks)
     chunks.visit = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).numpy()
-    found = [0]
-    while found[-1] < sum(lengths):
-        found.append(chunks._next(found[-1], sum(lengths), room).stop)
-    assert found[1:] == stops
+
+    def found(gradients):
+        chunks.gradients, ends = gradients, [0]
+        while ends[-1] < sum(lengths):
+            ends.append(chunks._next(ends[-1], sum(lengths), room).stop)
+        return ends[1:]
+
+    assert found(gradients=True) == stops
+    assert len(found(gradients=None)) == -(-sum(lengths) // room), "a call that only scores needs no weights meanwhile"
 
 
 @pytest.mark.parametrize("known", [True, False])

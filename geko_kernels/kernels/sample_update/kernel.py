@@ -292,9 +292,7 @@ def sample_update_in_two_(
     count, entries = labels.numel(), labels.numel() if packed else labels.shape[0]
     coeff, token_visit, words = starts(1, count, count if packed else 0)
     kept = torch.empty(words, dtype=torch.float32, device=device)
-    floats, flags, scratch, words = starts(
-        4 * entries, 6 * entries, -(-entries // 2), scratch_words(labels, packed)
-    )
+    floats, flags, scratch, words = starts(4 * entries, 6 * entries, -(-entries // 2), scratch_words(labels, packed))
     visits = torch.empty(words, dtype=torch.float32, device=device)
     outputs = (
         torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device),
