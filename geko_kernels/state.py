@@ -15,7 +15,7 @@ from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.columns import COLUMNS, NAMES, SAVED
 from geko_kernels.config import Bucket, GEKOConfig, check_config
 from geko_kernels.reference.visits import quality_of
-from geko_kernels.state_checks import check_columns, check_streaks
+from geko_kernels.state_checks import check_column, check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 from geko_kernels.zero_share import NO_LOOK, ZeroShare
 
@@ -98,6 +98,7 @@ class SampleState:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in COLUMNS:  # the list that the ops take has to follow
+            check_column(name, value, getattr(self, name))
             self.columns[NAMES.index(name)] = value
         super().__setattr__(name, value)
 

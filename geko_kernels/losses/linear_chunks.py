@@ -193,7 +193,8 @@ class Chunks:
         """Statistics of the scored rows `part`; their logits go to slots from `held` on, where the first `ahead` are.
 
         If no earlier call or fill has shown it, the share of kept rows among the first ones decides whether the same
-        launch writes the gradients. The host learns that share while the other logits are computed. Returns: the first slot that holds a gradient.
+        launch writes the gradients. The host learns that share while the other logits are computed. Returns: the first
+        slot that holds a gradient.
         """
         count, sample, done = part.stop - part.start, min(SAMPLE, ahead), 0
         kept: HostCopy | None = None

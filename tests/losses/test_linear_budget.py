@@ -201,6 +201,24 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
     assert round(state.zero_share.share, 2) == shares[1], "without gradients it is not asked how many rows are kept"
 
 
+def test_a_loaded_state_goes_on_with_the_same_bits(backend, device, batch, monkeypatch, tmp_path):
+    held(monkeypatch, 20, 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
+    hidden, weight, _, labels, ids = batch(torch.float32, 50, [0])
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    state = gk.SampleState(ROWS, device=device)
+    for _ in range(2):
+        gk.weighted_linear_loss(*inputs, labels, ids, state)
+    state.save(tmp_path / "state.safetensors")
+    loaded = gk.SampleState.load(tmp_path / "state.safetensors", device)
+    for _ in range(2):
+        losses = [gk.weighted_linear_loss(*inputs, labels, ids, one) for one in (state, loaded)]
+        for ours, want in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+            assert ours.equal(want)
+        assert losses[0].equal(losses[1]) and loaded.zero_share.values() == state.zero_share.values()
+        assert loaded.zero_share.share or backend != "triton"
+
+
 @pytest.mark.parametrize(
     ("lengths", "room", "stops"),
     [
