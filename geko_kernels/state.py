@@ -15,7 +15,7 @@ from geko_kernels._files import load_tensors, save_tensors
 from geko_kernels.columns import COLUMNS, NAMES, SAVED
 from geko_kernels.config import Bucket, GEKOConfig, check_config
 from geko_kernels.reference.visits import quality_of
-from geko_kernels.state_checks import check_columns, check_streaks
+from geko_kernels.state_checks import check_column, check_columns, check_streaks
 from geko_kernels.sync import sync_rows_
 from geko_kernels.zero_share import NO_LOOK, ZeroShare
 
@@ -84,8 +84,8 @@ class SampleState:
         weights = (self.config.freeze_weight, *reversed(self.config.bucket_weights))
         self.weights = torch.tensor(weights, dtype=torch.float32, device=device)  # by Bucket
 
-        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected); what
-        # share of the tokens has weight 0, where no prediction is faster
+        # for prediction: the last upstream gradient; how many token gradients were (predicted right, corrected). What
+        # share of the tokens has weight 0, by which both losses choose their path
         self.upstream = torch.ones((), dtype=torch.float32, device=device)
         self.predictions = torch.zeros(2, dtype=torch.int64, device=device)
         self.zero_share = ZeroShare()
@@ -98,6 +98,7 @@ class SampleState:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in COLUMNS:  # the list that the ops take has to follow
+            check_column(name, value, getattr(self, name))
             self.columns[NAMES.index(name)] = value
         super().__setattr__(name, value)
 

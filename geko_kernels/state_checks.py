@@ -1,4 +1,4 @@
-"""Checks of the learning state's columns before a file or a `state_dict` is loaded."""
+"""Checks of the learning state's columns before a file or a `state_dict` is loaded, or a column is replaced."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def check_columns(columns: Mapping[str, Tensor], like: Mapping[str, Tensor], sou
     for name, (allows, words) in _ALLOWED.items():
         for start, part in _parts(columns[name]):
             _refuse(allows(part), part, f"{source}[{name!r}]", start, words)
+
+
+def check_column(name: str, column: object, mine: Tensor) -> None:
+    """Check that `column` may take the place of `mine`, whose memory the kernels read and write without a look.
+
+    Raises:
+        ValueError: names the column, what it must be and what came.
+    """
+    wanted = f"{name} must be contiguous, {tuple(mine.shape)} {mine.dtype} on {mine.device}"
+    if not isinstance(column, Tensor):
+        raise ValueError(f"{wanted}, got {type(column).__name__}")
+    like = column.shape == mine.shape and column.dtype == mine.dtype and column.device == mine.device
+    if not like or not column.is_contiguous():
+        how = "" if column.is_contiguous() else ", not contiguous"
+        raise ValueError(f"{wanted}, got {tuple(column.shape)} {column.dtype} on {column.device}{how}")
 
 
 def check_streaks(columns: Mapping[str, Tensor], source: str) -> None:

@@ -26,7 +26,7 @@ ONE_PASS_BELOW = 0.65  # apart, so that a share that sways about one of them doe
 
 
 class ZeroShare:
-    """The share in the calls of one `SampleState` so far, each look with half the weight of the next one.
+    """The share in the calls of one `SampleState` so far; a look or linear call has half the weight of the next one.
 
     Args: values: another object's `values()`; this one then goes on as that one would.
     Raises: ValueError: values that no object has.
@@ -39,7 +39,7 @@ class ZeroShare:
         left, three_passes, zero, tokens, *last = values
         self._left = int(left)  # calls before the next look
         self.three_passes = bool(three_passes)
-        self._seen = zero, tokens  # by all looks but the last
+        self._seen = zero, tokens  # by all looks but the last, and by all linear calls
         self._last: Callable[[], Sequence[float]] = lambda: last
 
     def values(self) -> list[float]:
@@ -56,8 +56,9 @@ class ZeroShare:
         return zero / tokens if tokens else None
 
     def learn(self, zero: int, tokens: int) -> None:
-        """Count a call of whose `tokens` with a label `zero` have weight 0, which the host knows without a look."""
-        self._seen = self._seen[0] / 2 + zero, self._seen[1] / 2 + tokens
+        """Count a linear call that has counted `tokens` with a label on the host, `zero` of them of weight 0."""
+        before = self._seen  # read once: another thread may count a call meanwhile
+        self._seen = before[0] / 2 + zero, before[1] / 2 + tokens
 
     def due(self, device: torch.device) -> bool:
         """Count a call on `device`; whether it has to be given to `look`. Then `three_passes` is new, too.

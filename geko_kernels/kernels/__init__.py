@@ -34,6 +34,6 @@ clear_rows_ = _on_own_device(_clear_rows.clear_rows_)
 column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
 
-# what `ops.direct` runs instead: always, and unless a backend was asked for by name
-DIRECT = {"sample_update_": _on_own_device(_sample_update.sample_update_in_one_)}
+# what `ops.direct` runs instead: DIRECT always, UNASKED unless a backend was asked for by name
+DIRECT = {"sample_update_": _on_own_device(_sample_update.sample_update_in_two_)}
 UNASKED = {"score_rows_": _on_own_device(_score_hopper.score_rows_)}

@@ -144,7 +144,7 @@ class Chunks:
             before, held = held, self._keep(result, coeff, part, held, ready_from)
             share = (held - before) / (part.stop - part.start)
             self.fused = self.fused is not False and share > FUSED_SHARE
-            if 2 * held > room:
+            if self.dense or 2 * held > room:  # a dense fill has the front of the buffer, however short it is
                 self._flush(coeff, held, last=False)
                 held = 0
                 self.dense = self.dense or (self.fused and share > DENSE_SHARE and self._may_be_dense)
@@ -175,22 +175,26 @@ class Chunks:
         return self.budget.rows(scored)
 
     def _next(self, start: int, count: int, room: int) -> slice:
-        """The scored rows of the next fill: fills of about equal size, each to the end of a visit where one is near."""
+        """The scored rows of the next fill: fills of about equal size, each to the end of a visit where one is near.
+
+        Only gradients need the weight of a visit that goes on in the next fill, so only for them a fill ends early.
+        """
         left = count - start
         stop = start - (-left // -(-left // room))
         if stop < count:
             first, end = (int(self.visit.searchsorted(self.visit[stop - 1], side)) for side in ("left", "right"))
             if end - start <= room:
                 stop = end
-            elif first - start >= LEAST_FILL * (stop - start):
+            elif self.gradients is not None and first - start >= LEAST_FILL * (stop - start):
                 stop = first
         return slice(start, stop)
 
     def _score(self, part: slice, held: int, ahead: int, update: Callable[[Tensor, bool], ForwardResult]) -> int:
         """Statistics of the scored rows `part`; their logits go to slots from `held` on, where the first `ahead` are.
 
-        The host decides by the share of kept rows among the first ones whether the same launch writes the gradients.
-        It learns that share while the other logits are computed. Returns: the first slot that holds a gradient.
+        If no earlier call or fill has shown it, the share of kept rows among the first ones decides whether the same
+        launch writes the gradients. The host learns that share while the other logits are computed. Returns: the first
+        slot that holds a gradient.
         """
         count, sample, done = part.stop - part.start, min(SAMPLE, ahead), 0
         kept: HostCopy | None = None

@@ -193,6 +193,11 @@ _OWN_OPS = (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_", "sample_update_
 direct = SimpleNamespace(**{op: _direct(op) for op in _OWN_OPS})
 
 
+def _bump_versions(columns: Sequence[Tensor], error: Tensor | None) -> None:
+    """What the dispatcher does after an update: an autograd graph that has saved a column raises in its backward."""
+    torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+
+
 def direct_update_(columns: Sequence[Tensor], error: Tensor | None, update: bool, *call: Any) -> tuple[Tensor, ...]:
     """`direct.sample_update_`, which counts no visit twice.
 
@@ -203,7 +208,7 @@ def direct_update_(columns: Sequence[Tensor], error: Tensor | None, update: bool
     update = update and not recomputing()
     outcome = direct.sample_update_(*batch, columns, error, *options, update, *weights)
     if update:
-        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+        _bump_versions(columns, error)
     return outcome
 
 
@@ -254,7 +259,7 @@ def planned_loss_forward(
     if inplace and outcome[-1] is not None:
         torch.autograd.graph.increment_version(logits)
     if update:
-        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+        _bump_versions(columns, error)
     return outcome
 
 
@@ -279,7 +284,7 @@ def native_update_(
     update = update and not recomputing()
     outcome = getattr(backend, op)(*batch, columns, error, *options, update, *weights, True, stats)
     if update:
-        torch.autograd.graph.increment_version(columns if error is None else (*columns, error))
+        _bump_versions(columns, error)
     return outcome
 
 

@@ -152,6 +152,30 @@ def test_calls_of_two_threads_do_not_count_below_0(monkeypatch):
     assert share.due(torch.device("cpu")), "both counted the same call"
 
 
+def test_linear_calls_of_two_threads_leave_a_share():
+    """The second thread's call comes between the first one's reads: what is left has to be one of a state file."""
+
+    class Shared(ZeroShare):
+        @property
+        def _seen(self):
+            seen, others = self.seen, self.others
+            self.others = 0
+            for _ in range(others):
+                self.learn(0, 8)
+            return seen
+
+        @_seen.setter
+        def _seen(self, seen):
+            self.seen = seen
+
+    share = Shared.__new__(Shared)
+    share.others = 0
+    ZeroShare.__init__(share, [0, 0, 100, 100, 0, 0])
+    share.others = 1
+    share.learn(8, 8)
+    assert ZeroShare(share.values()).share == share.share == 1
+
+
 def test_a_call_that_fails_after_its_look_was_due_changes_nothing():
     share = told(told(ZeroShare(), 90, 100), 90, 100)
     for _ in range(5 * INTERVAL):

@@ -201,6 +201,24 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
     assert round(state.zero_share.share, 2) == shares[1], "without gradients it is not asked how many rows are kept"
 
 
+def test_a_loaded_state_goes_on_with_the_same_bits(backend, device, batch, monkeypatch, tmp_path):
+    held(monkeypatch, 20, 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
+    hidden, weight, _, labels, ids = batch(torch.float32, 50, [0])
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    state = gk.SampleState(ROWS, device=device)
+    for _ in range(2):
+        gk.weighted_linear_loss(*inputs, labels, ids, state)
+    state.save(tmp_path / "state.safetensors")
+    loaded = gk.SampleState.load(tmp_path / "state.safetensors", device)
+    for _ in range(2):
+        losses = [gk.weighted_linear_loss(*inputs, labels, ids, one) for one in (state, loaded)]
+        for ours, want in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+            assert ours.equal(want)
+        assert losses[0].equal(losses[1]) and loaded.zero_share.values() == state.zero_share.values()
+        assert loaded.zero_share.share or backend != "triton"
+
+
 @pytest.mark.parametrize(
     ("lengths", "room", "stops"),
     [
@@ -214,10 +232,33 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
 def test_a_fill_ends_with_a_visit_where_that_costs_little(lengths, room, stops):
     chunks = object.__new__(linear_chunks.Chunks)
     chunks.visit = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).numpy()
-    found = [0]
-    while found[-1] < sum(lengths):
-        found.append(chunks._next(found[-1], sum(lengths), room).stop)
-    assert found[1:] == stops
+
+    def found(gradients):
+        chunks.gradients, ends = gradients, [0]
+        while ends[-1] < sum(lengths):
+            ends.append(chunks._next(ends[-1], sum(lengths), room).stop)
+        return ends[1:]
+
+    assert found(gradients=True) == stops
+    assert len(found(gradients=None)) == -(-sum(lengths) // room), "a call that only scores needs no weights meanwhile"
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("lengths", [[13, 20], [30, 13, 20]])
+def test_a_fill_that_ends_early_is_not_lost(backend, device, monkeypatch, lengths, known):
+    """13 of 32 slots are less than half of the buffer, and a fill that takes all rows still is a flush of its own."""
+    held(monkeypatch, 32, 0)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)[None]
+    inputs = [torch.randn(1, sum(lengths), COLUMNS), torch.randn(50, COLUMNS)]
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    labels = torch.randint(50, ids.shape, device=device)
+    state = gk.SampleState(3, gk.GEKOConfig.uniform() if known else None, device=device)
+    other = copy.deepcopy(state)
+    loss = gk.weighted_linear_loss(*inputs, labels, ids, state)
+    want = gk.weighted_loss(F.linear(*inputs), labels, ids, other)
+    results = (loss, *torch.autograd.grad(loss, inputs)), (want, *torch.autograd.grad(want, inputs))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("columns", [0, 16])

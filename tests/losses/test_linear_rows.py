@@ -8,6 +8,7 @@ from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
+import geko_kernels as gk
 from geko_kernels import ops
 from geko_kernels.losses import linear_head
 from geko_kernels.losses.arguments import REDUCTIONS
@@ -72,7 +73,7 @@ def test_row_lists_of_every_backend(backend, device, case, held):
 
 
 @given(case=cases(dtypes=(torch.float32,)), update=st.booleans())
-def test_an_update_in_one_piece_of_memory_is_the_op(backend, device, case, update):
+def test_an_update_in_two_pieces_of_memory_is_the_op(backend, device, case, update):
     labels, ids = case.labels.to(device), None if case.sample_ids is None else case.sample_ids.to(device)
     tokens = torch.rand(5, labels.numel(), device=device)
     found = []
@@ -86,6 +87,22 @@ def test_an_update_in_one_piece_of_memory_is_the_op(backend, device, case, updat
     assert not loss._is_view(), "in-place arithmetic on the loss would be refused"
     for ours, want in zip(*found, strict=True):
         torch.testing.assert_close(ours, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "none"])
+def test_statistics_do_not_keep_the_memory_of_tokens(backend, device, reduction):
+    """Nor does the backward keep that of the visits' entries, of which packed ids have one a token."""
+    labels = torch.randint(50, (2, 512), device=device)
+    hidden, weight = torch.randn(2, 512, 8, device=device), torch.randn(50, 8, device=device, requires_grad=True)
+    state = gk.SampleState(2, device=device)
+    options = {"reduction": reduction, "return_stats": True}
+    ids = torch.arange(2, device=device)
+    _, stats = gk.weighted_linear_loss(hidden, weight, labels, ids, state, **options)
+    for name, column in stats._asdict().items():
+        assert column.untyped_storage().nbytes() < labels.numel(), f"a list of {name} would grow with the tokens"
+    loss, _ = gk.weighted_linear_loss(hidden, weight, labels, ids[:, None].expand(2, 512), state, **options)
+    for kept in loss.grad_fn.saved[1:] if reduction == "none" else ():
+        assert kept.untyped_storage().nbytes() <= 9 * labels.numel()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

@@ -101,6 +101,25 @@ def test_the_list_of_columns_is_the_columns():
     assert "bucket" in SAVED and state.state_dict()["bucket"] is state.bucket
 
 
+@pytest.mark.parametrize(
+    ("column", "got"),
+    [
+        (torch.ones(2), r"\(2,\) torch.float32 on cpu"),
+        (torch.ones(3, dtype=torch.int64), r"\(3,\) torch.int64 on cpu"),
+        (torch.ones(6)[::2], r"\(3,\) torch.float32 on cpu, not contiguous"),
+        (torch.ones(3, device="meta"), r"\(3,\) torch.float32 on meta"),
+        ([0.5] * 3, "list"),
+    ],
+)
+def test_a_column_of_another_kind_is_refused(column, got):
+    """A kernel would write past its end: calls that bypass the dispatcher do not look at it."""
+    state = gk.SampleState(3)
+    mine = state.q_value
+    with pytest.raises(ValueError, match=rf"^q_value must be contiguous, \(3,\) torch.float32 on cpu, got {got}$"):
+        state.q_value = column
+    assert state.q_value is mine is state.columns[0]
+
+
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, 3, 4), (1, 2, -3), (1, float("nan"), 3), torch.ones(4)])
 def test_bad_bucket_weights_are_refused(weights):
     state = gk.SampleState(2, gk.GEKOConfig(bucket_weights=(3, 1, 0)))

@@ -277,33 +277,33 @@ def sample_update_(
     return outputs
 
 
-def sample_update_in_one_(
+def sample_update_in_two_(
     statistics: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sample_update_` whose outputs lie in one piece of memory, which an op may not return; the loss lies alone.
+    """`sample_update_` whose outputs lie in two pieces of memory, which an op may not return; the loss lies alone.
 
+    As in a `Plan`: what a backward keeps and what `SampleStats` keeps are apart, so neither holds the other's memory.
     On an H200's host a piece of memory took 10 us, a launch 15.
     """
     if not labels.numel():
         return reference.sample_update_(statistics, labels, sample_ids, *rest)
     packed = sample_ids is not None and sample_ids.dim() == 2
-    reduction = rest[_REDUCTION]
+    reduction, device = rest[_REDUCTION], labels.device
     count, entries = labels.numel(), labels.numel() if packed else labels.shape[0]
-    visits = count if packed else 0
-    coeff, token_visit, ints, flags, floats, scratch, words = starts(
-        1, count, visits, 4 * entries, -(-entries // 2), 6 * entries, scratch_words(labels, packed)
-    )
-    memory = torch.empty(words, dtype=torch.float32, device=labels.device)
+    coeff, token_visit, words = starts(1, count, count if packed else 0)
+    kept = torch.empty(words, dtype=torch.float32, device=device)
+    floats, flags, scratch, words = starts(4 * entries, 6 * entries, -(-entries // 2), scratch_words(labels, packed))
+    visits = torch.empty(words, dtype=torch.float32, device=device)
     outputs = (
-        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=labels.device),
-        memory[0],
-        memory[coeff : coeff + count],
-        memory[token_visit : token_visit + visits].view(torch.int32),
-        memory[floats : floats + 6 * entries].view(6, entries),
-        memory[ints : ints + 4 * entries].view(torch.int64).view(2, entries),
-        memory[flags:floats].view(torch.uint8)[: 2 * entries].view(2, entries),
+        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device),
+        kept[0],
+        kept[coeff : coeff + count],
+        kept[token_visit:][: count if packed else 0].view(torch.int32),
+        visits[floats : floats + 6 * entries].view(6, entries),
+        visits[: 4 * entries].view(torch.int64).view(2, entries),
+        visits[flags:scratch].view(torch.uint8)[: 2 * entries].view(2, entries),
     )
-    _launch(outputs, memory[scratch:].view(torch.int32), statistics, labels, sample_ids, *rest)
+    _launch(outputs, visits[scratch:].view(torch.int32), statistics, labels, sample_ids, *rest)
     return outputs
 
 
