@@ -39,7 +39,7 @@ class Data:
         model, encode = tiny_llama() if smoke else load_smollm2()
         model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         prefix, self.splits = Prefix(model, FROZEN_LAYERS), []
-        progress.update(step, note="their outputs for each definition, computed once")
+        progress.update(step, note="outputs, computed once")
         for split, size in zip(("train", "test"), sizes, strict=True):
             glosses = load_glosses(split, size)
             features = frozen_features(prefix, encode, glosses.texts, lambda n: progress.advance(step, n))
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def progress_bars(console: Console, **named: Any) -> Progress:
-    columns = (TextColumn("{task.description:>13}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:>13}"), BarColumn(8), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, **named)
 
 

@@ -52,7 +52,7 @@ def test_shares_and_visits_of_each_label(caplog):
     sentence = (
         "Most samples of 1 label were quarantined or held back, so that the model may not learn it: 'rare' (60% of "
         "20); of all samples 26%. If they are right, train with noise_guard=False or with a larger "
-        "noise_guard_min_share (here 0.05, by default 0.05)."
+        "noise_guard_min_share (here 0.05)."
     )
     assert found == {"num_labels": 2, "all": pytest.approx(everything), "listed": rows, "warning": sentence}
     assert caplog.messages == [sentence]
