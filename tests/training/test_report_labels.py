@@ -109,6 +109,11 @@ def test_labels_are_found_in_each_kind_of_data():
     encoded = EncodedDataset([{"input_ids": [1], "labels": i} for i in (0, 0, 1)], [], 0)
     encoded.class_names = ["a", "b"]
     assert listed(encoded) == two_and_one
+    named = type("Named", (list,), {"class_names": ("a", "b")})([{"labels": i} for i in (0, 0, 1)])
+    assert listed(named) == two_and_one
+    for unlike in (None, {0: "a", 1: "b"}, [0, 1], len):
+        named.class_names = unlike
+        assert listed(named) == [("1", 1), ("0", 2)]
     features = datasets.Features({"label": datasets.ClassLabel(names=["a", "b"]), "x": datasets.Value("float32")})
     table = datasets.Dataset.from_dict({"label": [0, 0, 1], "x": [0.0] * 3}, features=features)
     assert listed(table) == two_and_one and listed(table.with_format("torch")) == two_and_one

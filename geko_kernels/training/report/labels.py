@@ -180,8 +180,9 @@ def _name(label: Hashable, dataset: Any, decode: Decode | None) -> str:
 
 
 def _class_names(dataset: Any) -> Sequence[str]:
-    if isinstance(dataset, EncodedDataset):
-        return dataset.class_names
+    own = getattr(dataset, "class_names", None)  # of `load_dataset`, or a user's
+    if isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own):
+        return own
     columns = dataset.features if is_hf(dataset) else {}
     return next((names for key in LABEL_KEYS if (names := getattr(columns.get(key), "names", None))), ())
 
