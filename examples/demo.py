@@ -30,6 +30,12 @@ SPREAD = (  # of benchmarks/training/demo_seeds.py
 FROZEN_LAYERS, WRONG, SIZES, SMOKE_SIZES = 8, 0.3, (6000, 2000), (256, 64)
 
 
+class Items(list[Item]):
+    """A dataset; the report takes the names of its classes from here."""
+
+    class_names = CLASSES
+
+
 class Data:
     """The two splits as features (N, H) and right labels (N,)."""
 
@@ -39,7 +45,7 @@ class Data:
         model, encode = tiny_llama() if smoke else load_smollm2()
         model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
         prefix, self.splits = Prefix(model, FROZEN_LAYERS), []
-        progress.update(step, note="their outputs for each definition, computed once")
+        progress.update(step, note="outputs, computed once")
         for split, size in zip(("train", "test"), sizes, strict=True):
             glosses = load_glosses(split, size)
             features = frozen_features(prefix, encode, glosses.texts, lambda n: progress.advance(step, n))
@@ -47,11 +53,11 @@ class Data:
         (_, features), _ = self.splits
         self.mean, self.deviation = features.mean(0), features.std(0)
 
-    def items(self, split: int, labels: Tensor) -> list[Item]:
+    def items(self, split: int, labels: Tensor) -> Items:
         """What the trainers get; `text` is what the report shows of a sample."""
         glosses, features = self.splits[split]
         rows = zip((features - self.mean) / self.deviation, labels.tolist(), glosses.texts, strict=True)
-        return [{"features": x, "labels": y, "text": f"{text}  [{CLASSES[y]}]"} for x, y, text in rows]
+        return Items({"features": x, "labels": y, "text": f"{text}  [{CLASSES[y]}]"} for x, y, text in rows)
 
 
 def main() -> None:
@@ -85,7 +91,7 @@ def main() -> None:
 
 
 def progress_bars(console: Console, **named: Any) -> Progress:
-    columns = (TextColumn("{task.description:>13}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:>13}"), BarColumn(8), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, **named)
 
 

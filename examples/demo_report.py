@@ -52,6 +52,10 @@ def print_progression(console: Console, geko: Arm) -> None:
     table.add_row("all", "", "", "", "", f"{1 - work[-1] / (full * len(geko.epochs)):.0%}", "")
     console.print(table)
     console.print(
+        "FREEZE: predicted right, surely and steadily; LIGHT: right; FOCUS: wrong and unsure; HARD: wrong and sure, "
+        "which where labels are wrong may be the label's fault."
+    )
+    console.print(
         "Compute saved: share of uniform training's work that was not done, re-checks counted; a backward counts as "
         "two forwards.\n"
     )

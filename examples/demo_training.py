@@ -70,8 +70,8 @@ class Watch(TrainerCallback):
         self.progress.update(self.bar, completed=state.global_step, total=state.max_steps)
         if self.state is not None:
             shares = (100 * self.state.bucket_counts() / len(self.state)).tolist()
-            names = (f"{bucket.name} {share:.0f}%" for bucket, share in zip(gk.Bucket, shares, strict=True))
-            self.progress.update(self.bar, note="  ".join(names))
+            names = (f"{bucket.name.lower()} {share:.0f}" for bucket, share in zip(gk.Bucket, shares, strict=True))
+            self.progress.update(self.bar, note=" ".join(names) + " %")
 
 
 def train(name: str, data: tuple[list[Item], list[Item]], classes: int, seed: int, out: Path, watch: Progress) -> Arm:

@@ -122,14 +122,24 @@ def check_inplace(logits: Tensor) -> None:
 def _check_kind(key: str, tensor: object) -> None:
     """Raise unless the argument `key` is a plain tensor, perhaps of a subclass; sample_ids may be None."""
     if not isinstance(tensor, Tensor) and not (key == "sample_ids" and tensor is None):
-        hint = ""
-        if key == "logits" and (tensor is None or getattr(tensor, "logits", None) is not None):
-            hint = "; this model returned no logits" if tensor is None else "; pass its logits"
-        elif isinstance(tensor, list) or type(tensor).__module__ == "numpy":
-            hint = f"; use torch.as_tensor({key})"
-        raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        raise TypeError(f"{key} must be a torch.Tensor, got {type(tensor).__name__}{kind_hint(key, tensor)}")
     if hasattr(tensor, "full_tensor"):
         raise TypeError(f"{key} must be a plain tensor, got a {type(tensor).__name__}; use {key}.full_tensor()")
+
+
+def kind_hint(key: str, value: object) -> str:
+    """What to pass instead of `value` as the argument `key`, as the end of a message."""
+    if key == "logits" and (value is None or getattr(value, "logits", None) is not None):
+        return "; this model returned no logits" if value is None else "; pass its logits"
+    if key == "sample_ids" and isinstance(value, SampleState):
+        return "; the ids come before the state: weighted_loss(logits, labels, sample_ids, state)"
+    if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
+        return f"; pass the one of them that holds the {key}"
+    if isinstance(value, list | tuple) and any(isinstance(each, str) for each in value):
+        return " of texts; number them from 0"
+    if isinstance(value, list | tuple) or type(value).__module__ == "numpy":
+        return f"; use torch.as_tensor({key})"
+    return ""
 
 
 def raise_layout(key: str, tensor: Tensor) -> None:
@@ -159,6 +169,10 @@ def _shape_hint(name: str, inputs: torch.Size, labels: torch.Size) -> str:
     """The probable cause of these shapes, as the end of a message."""
     if labels == inputs:
         return "; one-hot labels need labels.argmax(-1)"
+    if labels == (*inputs[:-1], 1):
+        return "; use labels.squeeze(-1)"
+    if len(inputs) == 3 and labels == (inputs[0] * inputs[1],):
+        return "; do not flatten them"
     if len(inputs) == 3 and labels == (inputs[0], inputs[2]):
         return f"; {name} with the classes in dimension 1, as F.cross_entropy takes them, need {name}.transpose(1, 2)"
     return ""

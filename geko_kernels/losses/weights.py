@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geko_kernels.losses.arguments import raise_layout
+from geko_kernels.losses.arguments import kind_hint, raise_layout
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,7 +41,9 @@ def prepare_weights(
 def _checked(name: str, weights: Tensor, labels: Tensor, shape: torch.Size, each: str) -> Tensor:
     """`weights`, the argument `name`, after checks of everything but its values."""
     if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(weights).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor or None, got {type(weights).__name__}{kind_hint(name, weights)}"
+        )
     if hasattr(weights, "full_tensor"):
         raise TypeError(f"{name} must be a plain tensor, got a {type(weights).__name__}; use {name}.full_tensor()")
     if weights.layout is not torch.strided or weights.is_nested:

@@ -56,6 +56,9 @@ def load_files(
         told = f"it has no {', '.join(missing)}" if folder.is_dir() else "there is no such folder"
         if folder.is_dir() and missing == list(names[:3]):
             told += ". Another trainer wrote it: load the model from it, and start a new run"
+        inside = last_complete(folder, _TRAINER_STATE) if folder.is_dir() else None
+        if inside is not None:
+            told += f". It is a folder of checkpoints: give one of them, the newest is {inside}"
         raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: {told}")
     _check_trainer_state(folder / _TRAINER_STATE)
     state = SampleState.load(folder / STATE_NAME, device)

@@ -91,12 +91,13 @@ class IdCollator:
         if self.weights:
             items, weights = split_weights(items, ids, self.weights)
         items = items if self.prepare is None else [self.prepare(item) for item in items]
-        batch = self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
+        batch = self._collated(items, ids)
         if not isinstance(batch, MutableMapping):
             raise TypeError(f"the data collator must return a dict, got {type(batch).__name__}")
         batch = copy.copy(batch)  # the collator may have returned an item of the dataset
         name = label_of(batch, self.label_names)
         if name is None:
+            self._check_text(items, ids)
             raise ValueError(
                 f"training needs labels: the data collator returned only {sorted(batch)}, and none of the label "
                 f"names {list(self.label_names)}. For a causal LM, labels may be a copy of input_ids. If the column "
@@ -114,6 +115,23 @@ class IdCollator:
             if batch.get("shift_labels") is not None:
                 batch["shift_labels"] = _without_repeats(torch.as_tensor(batch["shift_labels"]), batch["sample_ids"])
         return batch
+
+    def _collated(self, items: list[Any], ids: list[int]) -> Any:
+        try:
+            return self.collator(items, sample_ids=ids) if self.passes_ids else self.collator(items)  # type: ignore[call-arg]
+        except (ValueError, TypeError) as error:
+            self._check_text(items, ids, error)
+            raise
+
+    def _check_text(self, items: list[Any], ids: list[int], error: Exception | None = None) -> None:
+        """Raise if the label of the first item is a text, of which the collator has made no tensor."""
+        first = items[0] if isinstance(items[0], Mapping) else {}
+        name = label_of(first, (*self.label_names, *LABEL_KEYS))
+        if name is not None and isinstance(first[name], str):
+            raise ValueError(
+                f"the data collator made no labels of the column {name}, which holds texts, sample {ids[0]} has "
+                f"{first[name]!r}: number the classes from 0, or let geko_kernels.load_dataset do so"
+            ) from error
 
 
 def label_of(batch: Mapping[str, Any], label_names: Sequence[str]) -> str | None:

@@ -107,6 +107,8 @@ def check_int(name: str, value: Any, least: int) -> None:
 
 
 def check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset must have len() and [], got DataLoader: give its dataset, loader.dataset")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"dataset must have len() and [], got {type(dataset).__name__}: a stream cannot be planned; load all of it"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geko_kernels.training.loader import GEKOLoader
 
 _SAME = ("num_samples", "batch_size", "num_processes", "num_epochs", "seed")  # must be equal in both runs
+_SAME_RUN = "go on with the loader's arguments and data of the first run, or start a new one without load_state_dict"
 _KEYS = {*_SAME, "config", "items", "state", "upstream", "sampler", "due", "probed", "looked", "counts", "visits"}
 
 
@@ -108,17 +109,21 @@ def _counts(loader: GEKOLoader, with_batch_at_hand: bool) -> tuple[dict[str, Any
 def _check_same_run(loader: GEKOLoader, values: Mapping[str, Any]) -> None:
     for name, own in _own(loader).items():
         if values[name] != own:
-            raise ValueError(f"state_dict[{name!r}] is {values[name]!r}, but this loader's {name} is {own!r}")
+            raise ValueError(
+                f"state_dict[{name!r}] is {values[name]!r}, but this loader's {name} is {own!r}: {_SAME_RUN}"
+            )
     config = loader.state.config.to_dict()
     for name in sorted({*config, *values["config"]}):
         if values["config"].get(name) != config.get(name):
             raise ValueError(
                 f"state_dict['config'] has {name}={values['config'].get(name)!r}, but this loader's config has "
-                f"{config.get(name)!r}"
+                f"{config.get(name)!r}: {_SAME_RUN}"
             )
     changed, compared = changed_items(values["items"], loader._fingerprint())
     if changed:
-        raise ValueError(f"state_dict is of a run over other data: {changed} of {compared} items compared differ")
+        raise ValueError(
+            f"state_dict is of a run over other data: {changed} of {compared} items compared differ: {_SAME_RUN}"
+        )
 
 
 def _check_due(due: Any, probed: Any, num_samples: int) -> None:

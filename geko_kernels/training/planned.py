@@ -69,7 +69,8 @@ class PlannedMixin(BeginningMixin):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir, TRAINER_STATE_NAME)
             if resume_from_checkpoint is None:
-                raise ValueError(f"no whole checkpoint in output_dir {self.args.output_dir}")
+                told = "give the output_dir of the run that is to go on, or start without resume_from_checkpoint"
+                raise ValueError(f"no whole checkpoint in output_dir {self.args.output_dir}: {told}")
             logger.info(f"Resuming from {resume_from_checkpoint}")
         self._forget_model()
         self._follow_model()

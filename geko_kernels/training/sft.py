@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from geko_kernels.config import GEKOConfig
+from geko_kernels.training.arguments import GEKOTrainingArguments
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.bases import arguments_of
 from geko_kernels.training.model_loss.loss_call import ModelLoss
@@ -169,6 +170,8 @@ class GEKOSFTTrainer(GEKOMixin, SFTTrainer):
 
 def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
     args, data = given.get("args"), given.get("train_dataset")
+    if isinstance(args, GEKOTrainingArguments):
+        raise TypeError("args must be a trl.SFTConfig, got GEKOTrainingArguments, whose fields are GEKOTrainer's")
     columns = getattr(data, "column_names", None) or ()
     if getattr(args, "packing", False):
         _check_packing(args, config or GEKOConfig.recommended(), columns)
@@ -181,10 +184,8 @@ def _check_given(given: dict[str, Any], config: GEKOConfig | None) -> None:
             "train_dataset input_ids (and labels) of the same length, or sample_weights, one number a row"
         )
     if data is not None and not isinstance(data, Dataset):
-        raise ValueError(
-            f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: "
-            "load it without streaming"
-        )
+        how = "make one with datasets.Dataset.from_list" if isinstance(data, list) else "load it without streaming"
+        raise ValueError(f"train_dataset must be a datasets.Dataset with a length, got {type(data).__name__}: {how}")
 
 
 def _with_cut_weights(prepared: Any, given: Any, from_the_end: bool) -> Any:

@@ -87,6 +87,8 @@ class DataMixin(StoppingMixin):
         assert state is not None
         if args.max_steps <= 0 and args.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs must be above 0, got {args.num_train_epochs}")
+        if self._train_batch_size < 1:
+            raise ValueError(f"per_device_train_batch_size must be at least 1, got {self._train_batch_size}")
         if args.max_steps == 0:
             raise ValueError("max_steps must be at least 1, or -1 for num_train_epochs to count, got 0")
         lengths = None

@@ -223,6 +223,9 @@ class TestFiles:
             gk.load_dataset({"train": [{"text": "a"}]}, tokenizer())
         with pytest.raises(DataError, match="the dataset, record 1: must be a mapping of column to value, got 'b'"):
             gk.load_dataset([{"text": "a"}, "b"], tokenizer())
+        for wrong in (None, "a/name"):
+            with pytest.raises(TypeError, match=f"a tokenizer of Transformers, got {wrong!r}: AutoTokenizer makes one"):
+                gk.load_dataset([{"text": "a"}], wrong)
         with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got 1"):
             gk.load_dataset([{"text": "a"}], tokenizer(), max_length=1)
 

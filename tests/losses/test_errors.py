@@ -37,7 +37,11 @@ def call(**changes):
         ({"labels": None}, TypeError, "labels must be a torch.Tensor, got NoneType"),
         ({"labels": LABELS.int()}, TypeError, "labels must be int64, got torch.int32; use labels.long()"),
         ({"labels": LABELS[:, 1:]}, ValueError, "labels must be (2, 3) for logits of (2, 3, 5), got (2, 2)"),
-        ({"labels": LABELS.flatten()}, ValueError, "labels must be (2, 3) for logits of (2, 3, 5), got (6,)"),
+        (
+            {"labels": LABELS.flatten()},
+            ValueError,
+            "labels must be (2, 3) for logits of (2, 3, 5), got (6,); do not flatten",
+        ),
         ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the device of logits, cpu, got meta"),
         ({"sample_ids": None}, ValueError, "sample_ids must be given with a state"),
         (
@@ -45,6 +49,15 @@ def call(**changes):
             TypeError,
             "sample_ids must be a torch.Tensor, got list; use torch.as_tensor(sample_ids)",
         ),
+        (
+            {"sample_ids": gk.SampleState(2)},
+            TypeError,
+            "sample_ids must be a torch.Tensor, got SampleState; the ids come before the state",
+        ),
+        ({"labels": ("cat", "dog")}, TypeError, "labels must be a torch.Tensor, got tuple of texts; number them from"),
+        ({"logits": (LOGITS,)}, TypeError, "logits must be a torch.Tensor, got tuple; pass the one of them that holds"),
+        ({"labels": LABELS[..., None]}, ValueError, "for logits of (2, 3, 5), got (2, 3, 1); use labels.squeeze(-1)"),
+        ({"sample_weights": [1.0, 2.0]}, TypeError, "or None, got list; use torch.as_tensor(sample_weights)"),
         (
             {"labels": LABELS.numpy()},
             TypeError,

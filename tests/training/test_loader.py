@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import geko_kernels as gk
 from geko_kernels.training.loop_batches import Batch, moved
@@ -203,6 +204,7 @@ def test_moves_packed_sequences_and_named_tuples():
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"num_workers": -1}, ValueError, "num_workers must be at least 0, got -1"),
         ({"dataset": iter([1])}, TypeError, r"dataset must have len\(\) and \[\], got list_iterator"),
+        ({"dataset": DataLoader(Toy())}, TypeError, "got DataLoader: give its dataset, loader.dataset"),
         ({"dataset": []}, ValueError, "dataset must have at least one sample, got none"),
         ({"dataset": {"x": [1], "y": [2]}}, TypeError, r"dataset\[0\] to dataset\[len - 1\], got dict: give one split"),
         ({"dataset": "data.jsonl"}, TypeError, r"dataset\[0\] to dataset\[len - 1\], got str: .* load a file"),
@@ -215,7 +217,9 @@ def test_refuses_wrong_arguments(named, error, message):
 
 def test_refuses_the_state_of_another_run():
     saved = gk.GEKOLoader(Toy(), batch_size=8, device="cpu").state_dict()
-    with pytest.raises(ValueError, match=r"state_dict\['batch_size'\] is 8, but this loader's batch_size is 4"):
+    with pytest.raises(
+        ValueError, match=r"state_dict\['batch_size'\] is 8, .* batch_size is 4: go on with the loader's arguments"
+    ):
         gk.GEKOLoader(Toy(), batch_size=4, device="cpu").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state_dict\['num_samples'\] is 96"):
         gk.GEKOLoader(Toy(90), batch_size=8, device="cpu").load_state_dict(saved)

@@ -52,7 +52,7 @@ def test_shares_and_visits_of_each_label(caplog):
     sentence = (
         "Most samples of 1 label were quarantined or held back, so that the model may not learn it: 'rare' (60% of "
         "20); of all samples 26%. If they are right, train with noise_guard=False or with a larger "
-        "noise_guard_min_share (here 0.05, by default 0.05)."
+        "noise_guard_min_share (here 0.05)."
     )
     assert found == {"num_labels": 2, "all": pytest.approx(everything), "listed": rows, "warning": sentence}
     assert caplog.messages == [sentence]
@@ -109,6 +109,11 @@ def test_labels_are_found_in_each_kind_of_data():
     encoded = EncodedDataset([{"input_ids": [1], "labels": i} for i in (0, 0, 1)], [], 0)
     encoded.class_names = ["a", "b"]
     assert listed(encoded) == two_and_one
+    named = type("Named", (list,), {"class_names": ("a", "b")})([{"labels": i} for i in (0, 0, 1)])
+    assert listed(named) == two_and_one
+    for unlike in (None, {0: "a", 1: "b"}, [0, 1], len):
+        named.class_names = unlike
+        assert listed(named) == [("1", 1), ("0", 2)]
     features = datasets.Features({"label": datasets.ClassLabel(names=["a", "b"]), "x": datasets.Value("float32")})
     table = datasets.Dataset.from_dict({"label": [0, 0, 1], "x": [0.0] * 3}, features=features)
     assert listed(table) == two_and_one and listed(table.with_format("torch")) == two_and_one

@@ -138,7 +138,7 @@ def test_half_a_checkpoint_is_passed_over(whole, tmp_path):
     trainer = trainer_of(str(tmp_path))
     trainer.train(resume_from_checkpoint=True)
     assert after(summary(trainer), 10) == after(expected, 10)
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no whole checkpoint in output_dir .*/empty: give the output_dir of"):
         trainer_of(str(tmp_path / "empty")).train(resume_from_checkpoint=True)
 
 
@@ -147,6 +147,8 @@ def test_foreign_checkpoints_are_refused(whole, tmp_path):
     checkpoint = tmp_path / "checkpoint-10"
     shutil.copytree(folder / "checkpoint-10", checkpoint)
     args = trainer_of(str(tmp_path)).args
+    with pytest.raises(ValueError, match=r"folder of checkpoints: give one of them, the newest is .*/checkpoint-10"):
+        trainer_of(str(tmp_path)).train(resume_from_checkpoint=str(tmp_path))
     other = gk.GEKOTrainer(tiny_llama(), args, train_dataset=sentences(31))
     with pytest.raises(ValueError, match="state of 30 samples, but train_dataset has 31"):
         other.train(resume_from_checkpoint=str(checkpoint))

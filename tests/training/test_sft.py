@@ -233,6 +233,10 @@ def test_refused_by_name(tmp_path, name, value):
 def test_streams_and_other_losses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="load it without streaming"):
         trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text").to_iterable_dataset(), max_steps=1)
+    with pytest.raises(ValueError, match="got list: make one with datasets.Dataset.from_list"):
+        trainer_of(gk.GEKOSFTTrainer, tmp_path, rows("text").to_list())
+    with pytest.raises(TypeError, match="args must be a trl.SFTConfig, got GEKOTrainingArguments"):
+        gk.GEKOSFTTrainer("a model", gk.GEKOTrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(TypeError, match="DPOTrainer its own loss"):
         type("MyDPO", (gk.GEKOMixin, trl.DPOTrainer), {})
     assert issubclass(type("MySFT", (gk.GEKOSFTTrainer,), {}), trl.SFTTrainer)

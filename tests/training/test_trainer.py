@@ -210,6 +210,13 @@ def test_columns_that_the_model_does_not_take_are_named_as_the_reason(tmp_path):
         gk.GEKOTrainer(tiny_llama(), arguments(tmp_path), train_dataset=[{"text": "a"}] * 8).train()
 
 
+@pytest.mark.parametrize("column", ["labels", "label"])
+def test_labels_that_are_texts_are_refused_by_name(column):
+    items = gk.IdDataset([{"input_ids": [1, 2], column: text} for text in ("bad", "good")]).__getitems__([0, 1])
+    with pytest.raises(ValueError, match=f"column {column}, which holds texts, sample 0 has 'bad': number the classes"):
+        gk.IdCollator(default_data_collator)(items)
+
+
 def test_a_collator_that_hides_whose_tokens_they_are_is_refused(tmp_path):
     def merge(items):
         tokens = torch.tensor([token for item in items for token in item["input_ids"]])

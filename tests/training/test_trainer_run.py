@@ -217,6 +217,8 @@ def test_what_does_not_combine_is_named(tmp_path, options, message):
 def test_wrong_use_is_named(tmp_path):
     with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
         trainer_of(tmp_path, num_train_epochs=0).train()
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be at least 1, got 0"):
+        trainer_of(tmp_path, per_device_train_batch_size=0).train()
     with pytest.raises(ValueError, match="max_steps must be at least 1, or -1 for num_train_epochs to count, got 0"):
         trainer_of(tmp_path, max_steps=0).train()
     with pytest.raises(ValueError, match="compute_loss_func"):
@@ -224,7 +226,7 @@ def test_wrong_use_is_named(tmp_path):
     with pytest.raises(TypeError, match="config must be a GEKOConfig, got dict"):
         trainer_of(tmp_path, config={"selection": True})
     regression = [{"input_ids": [1, 2, 3], "labels": 0.5}] * 4
-    with pytest.raises(ValueError, match="labels must be integers"):
+    with pytest.raises(ValueError, match="labels must be integers, got torch.float32; train a regression"):
         trainer_of(tmp_path, regression, model=tiny_classifier(1), data_collator=default_data_collator).train()
     trainer = trainer_of(tmp_path)
     trainer.train_dataset = sentences(5)

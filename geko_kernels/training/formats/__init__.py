@@ -50,6 +50,8 @@ def load_dataset(
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be a tokenizer of Transformers, got {tokenizer!r}: AutoTokenizer makes one")
     records = read_records(data, label_column)
     classes = find_classes(records, class_names or {}) if records.is_classification else None
     numbers = classes.numbers(records) if classes else None

@@ -59,7 +59,10 @@ def find_loss_of(
     rest = {name: value for name, value in inputs.items() if name not in (label_name, "sample_ids", "shift_labels")}
     labels, sample_ids = inputs[label_name], inputs.get("sample_ids")
     if labels.is_floating_point():
-        raise ValueError(f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}")
+        raise ValueError(
+            f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}; train a "
+            "regression, or several labels at once, with transformers.Trainer"
+        )
     found, error = None, None
     with untouched(model, labels.device):
         try:

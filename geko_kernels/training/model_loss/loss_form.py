@@ -148,7 +148,10 @@ class Question:
         """Test labels for the few rows, on their device; (B, S) labels end with the rows' own."""
         classes = self.num_classes()
         if classes < 2:
-            raise ValueError("the model has one output, which is regression: GEKO's loss needs at least two classes")
+            raise ValueError(
+                "the model has one output, which is regression: GEKO's loss needs at least two classes. Give the model "
+                "num_labels=2 or more, or train a regression with transformers.Trainer"
+            )
         generator = torch.Generator().manual_seed(0)
         if self.labels.dim() == 1 or self.labels.shape[-1] == 1:
             rows = self.labels.shape[0]

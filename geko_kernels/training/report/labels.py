@@ -180,8 +180,9 @@ def _name(label: Hashable, dataset: Any, decode: Decode | None) -> str:
 
 
 def _class_names(dataset: Any) -> Sequence[str]:
-    if isinstance(dataset, EncodedDataset):
-        return dataset.class_names
+    own = getattr(dataset, "class_names", None)  # of `load_dataset`, or a user's
+    if isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own):
+        return own
     columns = dataset.features if is_hf(dataset) else {}
     return next((names for key in LABEL_KEYS if (names := getattr(columns.get(key), "names", None))), ())
 
@@ -204,9 +205,10 @@ def _warning(rows: Sequence[Figures], all_samples: Figures, config: GEKOConfig) 
         return None
     named = [f"'{row['label']}' ({_lost(row):.0%} of {row['samples']:,})" for row in lost[:_NAMED]]
     more = f" and {len(lost) - _NAMED:,} more" if len(lost) > _NAMED else ""
+    own, usual = config.noise_guard_min_share, GEKOConfig.noise_guard_min_share
     advice = (
         "If they are right, train with noise_guard=False or with a larger noise_guard_min_share (here "
-        f"{config.noise_guard_min_share:g}, by default {GEKOConfig.noise_guard_min_share:g})."
+        f"{own:g}{'' if own == usual else f', by default {usual:g}'})."
     )
     if sum((row["held_back"] - row["quarantined"]) * row["samples"] for row in lost) > 0:
         advice = "auto_stop holds whole `groups` back: give it smaller ones, or train with auto_stop=False."
