@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import cases
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import geko_kernels as gk
@@ -72,6 +72,7 @@ def test_row_lists_of_every_backend(backend, device, case, held):
     assert (rows[where - held] == kept).all()
 
 
+@settings(max_examples=30)
 @given(case=cases(dtypes=(torch.float32,)), update=st.booleans())
 def test_an_update_in_two_pieces_of_memory_is_the_op(backend, device, case, update):
     labels, ids = case.labels.to(device), None if case.sample_ids is None else case.sample_ids.to(device)
