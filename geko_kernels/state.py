@@ -271,10 +271,10 @@ def rules_tensor(config: GEKOConfig, device: torch.device) -> Tensor:
     )
 
 
-def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1) -> None:
+def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1, *, counted: bool = True) -> None:
     """Raise the `IndexError` that a kernel flagged in `error` () int64, and clear it; see `reference.layout.error_key`.
 
-    `num_samples` and `vocab`, where known (>= 0), go into the message.
+    `num_samples` and `vocab`, where known (>= 0), go into the message. `counted`: the rest of its batch was counted.
     """
     key = int(error)
     if key == NO_ERROR:
@@ -284,9 +284,11 @@ def raise_flagged(error: Tensor, num_samples: int = -1, vocab: int = -1) -> None
     value -= (value >> 31) << 32
     if is_label:
         name, allowed = "labels", "ignore_index nor " + (f"in [0, {vocab})" if vocab >= 0 else "inside the vocabulary")
+        advice = "Labels count from 0 and end below the number of logits: raise num_labels, or check ignore_index"
     else:
         name, allowed = "sample_ids", "-1 (padding) nor " + (f"in [0, {num_samples})" if num_samples >= 0 else "a row")
+        advice = "An id is the sample's number in the dataset, and the state is as long: SampleState(len(dataset))"
+    done = "its visit was left out of the loss and the state" if counted else "no loss was computed, no visit counted"
     raise IndexError(
-        f"{name}: {value} (token {position} of the flattened batch) is neither {allowed}; its visit was left out of "
-        "the loss and the state"
+        f"{name}: {value} (token {position} of the flattened batch) is neither {allowed}; {done}. {advice}"
     )

@@ -76,6 +76,7 @@ def panel(axes: Axes, task: str, rows: Rows) -> None:
     other = "accuracy, %" if measure.scale == 100 else "loss a token (lower is better)"
     axes.set_ylabel(UNITS.get(measure.key, other))
     axes.grid(alpha=0.3)
+    axes.margins(0.1)  # room for the numbers
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ def check_values(
         suspect = bool(sample_ids.min() < -1 or sample_ids.max() >= state.num_samples)
     if suspect:
         known = -1 if state is None else state.num_samples
-        raise_flagged(layout(labels, sample_ids, known, vocab, ignore_index, shift).error.clone(), known, vocab)
+        error = layout(labels, sample_ids, known, vocab, ignore_index, shift).error.clone()
+        raise_flagged(error, known, vocab, counted=False)
 
 
 def debugging() -> bool:

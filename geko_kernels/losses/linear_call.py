@@ -143,5 +143,8 @@ def autocast_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         return hidden.to(torch.get_autocast_dtype(kind))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} like hidden outside of autocast, got {tensor.dtype}")
+            autocast = "" if hidden.dtype == torch.float64 else f', or run under torch.autocast("{kind}")'
+            raise TypeError(
+                f"{name} must be {hidden.dtype} like hidden, got {tensor.dtype}: pass {name}.to(hidden.dtype){autocast}"
+            )
     return hidden

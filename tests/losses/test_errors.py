@@ -231,8 +231,10 @@ def test_bad_values_raise_at_once_on_the_cpu(backend, device, changes, message):
         row, position, value = changes["labels"]
         labels[row, position] = value
     ids[1] = changes.get("ids", 1)
-    with pytest.raises(IndexError, match=re.escape(message)):
+    with pytest.raises(IndexError, match=re.escape(message)) as raised:
         call(labels=labels, sample_ids=ids, state=state, ignore_index=changes.get("ignore_index", -100))
+    advice = "raise num_labels, or check" if "labels" in changes else "SampleState(len(dataset))"
+    assert "; no loss was computed, no visit counted. " in str(raised.value) and advice in str(raised.value)
     assert not state.times_seen.any() and not state.changed.any()
     state.check()
 
@@ -261,8 +263,9 @@ def test_a_bad_value_leaves_its_visit_out_and_sets_the_flag(backend, device, pac
     assert all(column.equal(clean.state_dict()[name]) for name, column in state.state_dict().items())
     grad = ops.logits_grad(torch.ones_like(loss), logits, labels, tokens, coeff, scale, token_visit, False, 0.0)
     assert grad[0].any() and not grad[1:].any()
-    with pytest.raises(IndexError, match=re.escape("labels: 5 (token 4 of the flattened batch)")):
+    with pytest.raises(IndexError, match=re.escape("labels: 5 (token 4 of the flattened batch)")) as raised:
         state.check()
+    assert "; its visit was left out of the loss and the state. Labels count from 0" in str(raised.value)
     state.check()
 
 

@@ -234,7 +234,17 @@ def test_bad_values_raise_on_the_cpu_before_anything_is_counted(reference):
         ({"hidden": None}, TypeError, "hidden must be a torch.Tensor"),
         ({"hidden": torch.zeros(4, 16, 24, dtype=torch.int64)}, TypeError, "hidden must be float32"),
         ({"weight": torch.zeros(50, 23)}, ValueError, r"weight must be \(V, 24\)"),
-        ({"weight": torch.zeros(50, 24, dtype=torch.bfloat16)}, TypeError, "weight must be torch.float32 like hidden"),
+        (
+            {"weight": torch.zeros(50, 24, dtype=torch.bfloat16)},
+            TypeError,
+            r"weight must be torch.float32 like hidden, got torch.bfloat16: pass weight.to\(hidden.dtype\), or "
+            r'run under torch.autocast\("cpu"\)$',
+        ),
+        (
+            {"hidden": torch.zeros(4, 16, 24, dtype=torch.float64)},
+            TypeError,
+            r"weight must be torch.float64 like hidden, got torch.float32: pass weight.to\(hidden.dtype\)$",
+        ),
         ({"weight": [1.0]}, TypeError, "weight must be a torch.Tensor"),
         ({"weight": torch.nn.Linear(24, 50)}, TypeError, "got Linear; pass its weight, and its bias as bias"),
         ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\)"),
