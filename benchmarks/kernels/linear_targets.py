@@ -36,7 +36,7 @@ def linear_targets(rows: list[Row]) -> Iterator[Target]:
 
 
 def _floors(name: str, case: dict[tuple, Row]) -> Iterator[Target]:
-    """The least that rows kept with share p need: one GEMM and 2p / 3 of two, one read of all logits, p written."""
+    """What a share p of kept rows needs at least: one GEMM, p of two more, all logits read, p of them written."""
     gemms, copy = case.get(("gemms", 1.0, 0.0)), case.get(("copy", 1.0, 0.0))
     if gemms is None or copy is None:
         return

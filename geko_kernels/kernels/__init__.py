@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial as _partial
+
 from geko_kernels.kernels import forward as _forward
 from geko_kernels.kernels import logits_grad as _logits_grad
 from geko_kernels.kernels import token_stats as _token_stats
 from geko_kernels.kernels.launch import on_own_device as _on_own_device
+from geko_kernels.kernels.memory import room_in_two as _room_in_two
 from geko_kernels.kernels.rows import clear as _clear_rows
 from geko_kernels.kernels.rows import column_sums as _column_sums
 from geko_kernels.kernels.rows import gradient as _gradient_rows
@@ -35,5 +38,5 @@ column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
 
 # what `ops.direct` runs instead: DIRECT always, UNASKED unless a backend was asked for by name
-DIRECT = {"sample_update_": _on_own_device(_sample_update.sample_update_in_two_)}
+DIRECT = {"sample_update_": _on_own_device(_partial(_sample_update.sample_update_, room=_room_in_two))}
 UNASKED = {"score_rows_": _on_own_device(_score_hopper.score_rows_)}

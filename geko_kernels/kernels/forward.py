@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from geko_kernels.columns import num_samples_of
+from geko_kernels.kernels.memory import room_apart
 from geko_kernels.kernels.one_pass.plan import PredictedPlan, predicted_plan
 from geko_kernels.kernels.plan import Plan, plan_of
-from geko_kernels.kernels.sample_update.kernel import empty_outputs
-from geko_kernels.kernels.sample_update.prepare import scratch_words
 from geko_kernels.kernels.table import pointers, prepared_of
 from geko_kernels.reference import ops as reference
 from geko_kernels.zero_share import ZeroShare
@@ -44,8 +43,7 @@ def loss_forward_(
     aligned = tuple(None if given is None else given.data_ptr() % 16 for given in weighing)
     plan = plan_of(logits, labels, sample_ids, num_items, columns, error, *options, aligned)
     statistics = torch.empty((5, plan.count), dtype=torch.float32, device=logits.device)
-    scratch = torch.empty(scratch_words(labels, plan.packed), dtype=torch.int32, device=logits.device)
-    outputs = empty_outputs(labels, plan.packed, reduction)
+    outputs, scratch = room_apart(labels, plan.packed, reduction)
     table = pointers(columns)
     plan.statistics_launch(logits, labels, sample_ids, statistics, *prepared_of(table), error, scratch)
     plan.update_launch(statistics, labels, sample_ids, rules, weights, num_items, *table, *weighing, scratch, *outputs)

@@ -71,12 +71,3 @@ def cdiv(size: int, step: int) -> int:
 def next_power_of_2(size: int) -> int:
     """`triton.next_power_of_2` for the host; see `cdiv`."""
     return 1 << (size - 1).bit_length()
-
-
-def starts(*words: int) -> list[int]:
-    """Where each part but the first starts, and where the last ends."""
-    ends, end = [], 0
-    for size in words:
-        end += (size + 3) // 4 * 4
-        ends.append(end)
-    return ends

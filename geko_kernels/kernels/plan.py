@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from geko_kernels.columns import num_samples_of
-from geko_kernels.kernels.launch import MOST, Launch, starts
+from geko_kernels.kernels.launch import MOST, Launch
 from geko_kernels.kernels.logits_grad import gradient_launch
+from geko_kernels.kernels.memory import starts
 from geko_kernels.kernels.sample_update.kernel import update_launch
 from geko_kernels.kernels.sample_update.prepare import scratch_words
 from geko_kernels.kernels.table import NO_STATE, pointers, prepared_of

@@ -28,7 +28,7 @@ AHEAD = 1e11  # multiply-adds queued while the host waits for the row count: 0.3
 SAMPLE = 1024  # first rows, which show whether most rows are kept, if no earlier call has shown it
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
 DENSE_SHARE = 0.95  # share of kept rows above which it is faster not to ask how many are kept, and to take all
-LEAST_FILL = 0.75  # share of a fill's rows that it has to keep for ending before a visit rather than in it
+LEAST_FILL = 0.75  # a fill ends before a visit, rather than in it, if it still takes this share of its rows
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
 
 
@@ -76,7 +76,7 @@ class Chunks:
         expected = None if share is None else 1 - share > FUSED_SHARE
         self.fused = (expects_all or expected) if able else False
         self.dense = expects_all and able and self._may_be_dense
-        self.asked = self.found = 0  # of how many rows the host asked whether they are kept, and of how many they were
+        self.asked = self.found = 0  # rows that the host asked about, and how many of them are kept
         self.buffer = head.hidden.new_empty(0, 0)
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 

@@ -54,11 +54,11 @@ def load_files(
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         told = f"it has no {', '.join(missing)}" if folder.is_dir() else "there is no such folder"
-        if folder.is_dir() and missing == list(names[:3]):
-            told += ". Another trainer wrote it: load the model from it, and start a new run"
         inside = last_complete(folder, _TRAINER_STATE) if folder.is_dir() else None
         if inside is not None:
             told += f". It is a folder of checkpoints: give one of them, the newest is {inside}"
+        elif folder.is_dir() and missing == list(names[:3]):
+            told += ". Another trainer wrote it: load the model from it, and start a new run"
         raise ValueError(f"{folder} cannot be resumed by GEKOTrainer: {told}")
     _check_trainer_state(folder / _TRAINER_STATE)
     state = SampleState.load(folder / STATE_NAME, device)

@@ -128,50 +128,38 @@ def test_a_list_that_changes_later_changes_nothing():
     assert share.values() == [0, 0, 0, 0, 9, 10]
 
 
-def test_calls_of_two_threads_do_not_count_below_0(monkeypatch):
-    """The second thread runs between the first one's look at the number of calls left and its count."""
+def interrupted(name, values, other):
+    """A share: after the next read of its attribute `name`, another thread's call `other(share)` comes between."""
 
     class Shared(ZeroShare):
-        @property
-        def _left(self):
-            left, others = self.left, self.others
-            self.others = 0
-            for _ in range(others):
-                self.due(torch.device("cpu"))
-            return left
+        waiting = False
 
-        @_left.setter
-        def _left(self, left):
-            self.left = left
+        def read(self):
+            value = self.__dict__[name]
+            if self.waiting:
+                self.waiting = False
+                other(self)
+            return value
 
-    share = Shared.__new__(Shared)
-    share.others = 0
-    ZeroShare.__init__(share, [1, 0, 0, 0, 0, 0])
-    share.others = 1
+        def write(self, value):
+            self.__dict__[name] = value
+
+    setattr(Shared, name, property(Shared.read, Shared.write))
+    share = Shared(values)
+    share.waiting = True
+    return share
+
+
+def test_calls_of_two_threads_do_not_count_below_0():
+    """The second thread runs between the first one's look at the number of calls left and its count."""
+    share = interrupted("_left", [1, 0, 0, 0, 0, 0], lambda share: share.due(torch.device("cpu")))
     assert not share.due(torch.device("cpu"))
     assert share.due(torch.device("cpu")), "both counted the same call"
 
 
 def test_linear_calls_of_two_threads_leave_a_share():
     """The second thread's call comes between the first one's reads: what is left has to be one of a state file."""
-
-    class Shared(ZeroShare):
-        @property
-        def _seen(self):
-            seen, others = self.seen, self.others
-            self.others = 0
-            for _ in range(others):
-                self.learn(0, 8)
-            return seen
-
-        @_seen.setter
-        def _seen(self, seen):
-            self.seen = seen
-
-    share = Shared.__new__(Shared)
-    share.others = 0
-    ZeroShare.__init__(share, [0, 0, 100, 100, 0, 0])
-    share.others = 1
+    share = interrupted("_seen", [0, 0, 100, 100, 0, 0], lambda share: share.learn(0, 8))
     share.learn(8, 8)
     assert ZeroShare(share.values()).share == share.share == 1
 

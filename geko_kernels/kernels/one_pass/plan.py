@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geko_kernels.kernels.launch import Launch, starts
+from geko_kernels.kernels.launch import Launch
+from geko_kernels.kernels.memory import starts
 from geko_kernels.kernels.one_pass import hopper
 from geko_kernels.kernels.one_pass.correct import correct_launch
 from geko_kernels.kernels.one_pass.predict import predict_launch, predict_parts

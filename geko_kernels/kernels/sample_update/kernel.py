@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.columns import num_samples_of
 from geko_kernels.kernels.batch import BATCH_INTS, id_strides, token_sample, visit_starts
-from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2, starts
+from geko_kernels.kernels.launch import MOST, Launch, cdiv, next_power_of_2
+from geko_kernels.kernels.memory import Outputs, room_apart
 from geko_kernels.kernels.sample_update.claims import writers
 from geko_kernels.kernels.sample_update.judge import judge_visits, old_rows, write_rows
 from geko_kernels.kernels.sample_update.means import add_exactly, is_finite, joined, run_length, visit_means
@@ -21,7 +20,6 @@ from geko_kernels.kernels.sample_update.prepare import (
     COUNT_PLANE,
     PREP_TILE,
     plane,
-    scratch_words,
     visit_prep_launch,
 )
 from geko_kernels.kernels.table import pointers, prepared_of
@@ -220,23 +218,6 @@ def update_launch(
     return Launch(_sample_update_kernel, programs, numbers, {**constants, **shape}, warps)
 
 
-def empty_outputs(
-    labels: Tensor, packed: bool, reduction: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the returns of `reference.sample_update_`."""
-    count, device = labels.numel(), labels.device
-    entries = count if packed else labels.shape[0]
-    return (
-        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device),
-        torch.empty((), dtype=torch.float32, device=device),
-        torch.empty(count, dtype=torch.float32, device=device),
-        torch.empty(count if packed else 0, dtype=torch.int32, device=device),
-        torch.empty((6, entries), dtype=torch.float32, device=device),
-        torch.empty((2, entries), dtype=torch.int64, device=device),
-        torch.empty((2, entries), dtype=torch.uint8, device=device),
-    )
-
-
 def visit_shape(length: int, packed: bool) -> tuple[int, int, int]:
     """(tokens in a step, visits at a time, warps): at most four tokens for each thread."""
     if packed:
@@ -264,73 +245,15 @@ def sample_update_(
     update: bool,
     token_weights: Tensor | None = None,
     sample_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.sample_update_`. Two launches: preparation and update."""
-    args = (statistics, labels, sample_ids, rules, weights, num_items, columns, error, vocab)
-    options = (reduction, ignore_index, shift, update, token_weights, sample_weights)
-    if not labels.numel():
-        return reference.sample_update_(*args, *options)
-    packed = sample_ids is not None and sample_ids.dim() == 2
-    scratch = torch.empty(scratch_words(labels, packed), dtype=torch.int32, device=labels.device)
-    outputs = empty_outputs(labels, packed, reduction)
-    _launch(outputs, scratch, *args, *options)
-    return outputs
-
-
-def sample_update_in_two_(
-    statistics: Tensor, labels: Tensor, sample_ids: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sample_update_` whose outputs lie in two pieces of memory, which an op may not return; the loss lies alone.
-
-    As in a `Plan`: what a backward keeps and what `SampleStats` keeps are apart, so neither holds the other's memory.
-    On an H200's host a piece of memory took 10 us, a launch 15.
-    """
-    if not labels.numel():
-        return reference.sample_update_(statistics, labels, sample_ids, *rest)
-    packed = sample_ids is not None and sample_ids.dim() == 2
-    reduction, device = rest[_REDUCTION], labels.device
-    count, entries = labels.numel(), labels.numel() if packed else labels.shape[0]
-    coeff, token_visit, words = starts(1, count, count if packed else 0)
-    kept = torch.empty(words, dtype=torch.float32, device=device)
-    floats, flags, scratch, words = starts(4 * entries, 6 * entries, -(-entries // 2), scratch_words(labels, packed))
-    visits = torch.empty(words, dtype=torch.float32, device=device)
-    outputs = (
-        torch.empty(() if reduction else (entries,), dtype=torch.float32, device=device),
-        kept[0],
-        kept[coeff : coeff + count],
-        kept[token_visit:][: count if packed else 0].view(torch.int32),
-        visits[floats : floats + 6 * entries].view(6, entries),
-        visits[: 4 * entries].view(torch.int64).view(2, entries),
-        visits[flags:scratch].view(torch.uint8)[: 2 * entries].view(2, entries),
-    )
-    _launch(outputs, visits[scratch:].view(torch.int32), statistics, labels, sample_ids, *rest)
-    return outputs
-
-
-_REDUCTION = 6  # place of `reduction` after `sample_ids`
-
-
-def _launch(
-    outputs: tuple[Tensor, ...],
-    scratch: Tensor,
-    statistics: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor | None,
-    rules: Tensor,
-    weights: Tensor,
-    num_items: Tensor | None,
-    columns: Sequence[Tensor],
-    error: Tensor | None,
-    vocab: int,
-    reduction: int,
-    ignore_index: int,
-    shift: bool,
-    update: bool,
-    token_weights: Tensor | None = None,
-    sample_weights: Tensor | None = None,
-) -> None:
-    """The two launches of `sample_update_` with outputs and scratch that are there."""
+    room: Callable[[Tensor, bool, int], tuple[Outputs, Tensor]] = room_apart,
+) -> Outputs:
+    """See `reference.sample_update_`. Two launches: preparation and update. `room`: one of `kernels/memory.py`."""
     rest = (reduction, ignore_index, shift, update)
+    if not labels.numel():
+        first = (statistics, labels, sample_ids, rules, weights, num_items)
+        return reference.sample_update_(*first, columns, error, vocab, *rest, token_weights, sample_weights)
+    packed = sample_ids is not None and sample_ids.dim() == 2
+    outputs, scratch = room(labels, packed, reduction)
     num_samples, table = num_samples_of(columns), pointers(columns)
     prepared = (labels, sample_ids, *prepared_of(table), error, scratch)
     weighing = (token_weights, sample_weights)
@@ -347,3 +270,4 @@ def _launch(
         launches = _launches[key] = prepare, update_launch(labels, sample_ids, num_samples, vocab, *rest)
     launches[0](*prepared)
     launches[1](*updated, *outputs)
+    return outputs

@@ -106,7 +106,7 @@ def _fused(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) 
 
 
 _MARK = 1024.0
-STEP_MIB = 512
+STEP_MIB = 512  # of logits that a step of training holds at a time, see `step_budget`
 
 
 @contextmanager
@@ -158,8 +158,8 @@ class LossHead:
 def step_budget(weight: Tensor, device: torch.device) -> int | None:
     """`chunk_mib` for a step of training, whose memory is highest at the loss, and of which the loss is a small part.
 
-    On a GPU several fills of the buffer cost it about 1 %. But in a gradient of 2 bytes an element their sum takes
-    memory of its own, often more than the smaller buffer saves.
+    A fill more costs the traffic of dW's float32 sum, 8 bytes an element. If dW has 2 bytes an element, that sum also
+    takes memory of its own, often more than the smaller buffer saves: None, the default of `weighted_linear_loss`.
     """
     narrow = weight.requires_grad and weight.element_size() == 2
     return None if narrow or device.type == "cpu" else STEP_MIB
