@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"sizes": TINY, "compile": False, "batch": 4},
 }
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-ROUNDS, WARM_UP, STEPS = 2, 5, 20
+ROUNDS, WARM_UP, STEPS = 3, 5, 20
 TABLE, EPOCHS = 10_000_000, 3
 
 

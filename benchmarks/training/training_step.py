@@ -99,6 +99,12 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", nargs="+", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["on", "off"])
     parser.add_argument(
+        "--attentions",
+        nargs="+",
+        choices=("flash_attention_2", "flex_attention", "sdpa"),
+        help="default: FlashAttention where it is installed, and SDPA",
+    )
+    parser.add_argument(
         "--tokens", type=int, help="a step, padding included; by default what the model is given room for"
     )
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="stop measuring after so long")
@@ -150,8 +156,8 @@ def main() -> None:
     run = apart if device.type == "cuda" else lambda function, *args: function(*args)
     shared = run(versions, device, given.commit)
     switches = [tuple(word == "on" for word in words) for words in (given.compile, given.checkpointing)]
-    attentions = ("flash_attention_2", "sdpa") if is_flash_attn_2_available() else ("sdpa",)
-    for point in points(given.models, given.lengths, given.forms, *switches, attentions):
+    attentions = given.attentions or (["flash_attention_2"] if is_flash_attn_2_available() else []) + ["sdpa"]
+    for point in points(given.models, given.lengths, given.forms, *switches, tuple(attentions)):
         for name in given.contenders:
             tokens = given.tokens or TOKENS[point.model]
             profile = given.profile and given.profile / f"{name}_{'_'.join(map(str, point))}.txt"
