@@ -36,7 +36,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.results import RESULTS, append, environment
 from benchmarks.training.models import MODELS
-from benchmarks.training.training_step_data import TOKENS, Point
+from benchmarks.training.training_step_data import TOKENS, WITHOUT_CUDNN, Point
 from benchmarks.training.training_step_run import CONTENDERS, measure
 
 FORMS = ("padded", "padding-free", "packed", "full")
@@ -101,7 +101,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attentions",
         nargs="+",
-        choices=("flash_attention_2", "flex_attention", "sdpa"),
+        choices=("flash_attention_2", "flex_attention", "sdpa", WITHOUT_CUDNN),
         help="default: FlashAttention where it is installed, and SDPA",
     )
     parser.add_argument(

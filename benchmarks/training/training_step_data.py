@@ -10,6 +10,7 @@ from transformers import DataCollatorWithFlattening
 from benchmarks.training.models import MODELS, new_model
 
 TOKENS = {"135m": 32768, "1b": 8192, "8b-lora": 4096, "tiny": 64, "tiny-lora": 64}  # a step's, where none are given
+WITHOUT_CUDNN = "sdpa-without-cudnn"  # of PyTorch's kernels for SDPA all but cuDNN's
 JOINED = 8192  # at most, of samples in one row under SDPA, whose mask is (tokens, tokens)
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16 of the SXM cards, by their data sheets
 
@@ -69,7 +70,8 @@ def packs_of(rows: list[dict[str, list[int]]], tokens: int) -> list[list[dict[st
 
 
 def model_of(point: Point, device: torch.device) -> Any:
-    return new_model(point.model, device, max(point.length, 2048), point.attention)
+    torch.backends.cuda.enable_cudnn_sdp(point.attention != WITHOUT_CUDNN)
+    return new_model(point.model, device, max(point.length, 2048), point.attention.removesuffix("-without-cudnn"))
 
 
 def collator_of(point: Point) -> Any:

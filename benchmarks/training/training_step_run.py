@@ -186,7 +186,7 @@ def measure(
     profile: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of one contender at one point; an error is a figure too. `deadline` is a time.perf_counter()."""
-    if point.joined and point.attention == "sdpa":
+    if point.joined and point.attention.startswith("sdpa"):
         tokens = max(min(tokens, JOINED), point.length)
     batch = max(tokens // point.length, 1)
     count = batch * (STEPS + 8) * (2 if point.form == "packed" else 1)  # no contender begins a second epoch
