@@ -153,6 +153,17 @@ def uniform(out: Path) -> dict[str, Any]:
     return {"ours": result(trainer), "theirs": result(reference)}
 
 
+def questions(out: Path) -> dict[str, Any]:
+    """The logits of the first process's batch are all 0: whether the model shifts takes it another question."""
+    model, asked = tiny_llama(), []
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1:3] = 0.0
+    model.register_forward_pre_hook(lambda _, args, named: asked.append(named["input_ids"].tolist()), with_kwargs=True)
+    args = arguments(out / "questions", **options(max_steps=1, train_sampling_strategy="sequential"))
+    gk.GEKOTrainer(model, args, train_dataset=sentences(8)).train()
+    return {"asked": asked[:-1], "trained": asked[-1]}
+
+
 def sync(out: Path) -> dict[str, Any]:
     """Sample 1 is visited by rank 0 alone, 2 by the last rank, 3 by all, 4 twice by rank 0 and once by the others."""
     state = gk.SampleState(6)
@@ -171,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, weighed, resumed, packed, packed_rows, uniform, sync, fsdp2):
+    for scenario in (selection, accumulation, weighed, resumed, packed, packed_rows, uniform, questions, sync, fsdp2):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():

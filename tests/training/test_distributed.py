@@ -9,7 +9,8 @@ import pytest
 import torch
 from launching import launch
 
-SCENARIOS = ("selection", "accumulation", "weighed", "resumed", "packed", "packed_rows", "uniform", "sync", "fsdp2")
+SCENARIOS = "selection accumulation weighed resumed packed packed_rows uniform questions sync fsdp2".split()
+COMPARED = [name for name in SCENARIOS if name not in ("uniform", "questions", "sync")]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in ("uniform", "sync")])
+@pytest.mark.parametrize("scenario", COMPARED)
 def test_every_rank_knows_the_same(runs, scenario):
     _, first, second = runs[scenario]
     for key in ("plan", "state", "epochs", "counts", "weights", "loss", "shares", "log"):
@@ -35,7 +36,7 @@ def test_every_rank_knows_the_same(runs, scenario):
     assert first["changed"] == second["changed"] == 0
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in ("uniform", "sync")])
+@pytest.mark.parametrize("scenario", COMPARED)
 def test_two_processes_equal_one(runs, scenario):
     """29 samples in batches of 4: accelerate's repeats count for nothing, in state, loss and report."""
     one, two, _ = runs[scenario]
@@ -97,6 +98,13 @@ def test_uniform_weights_give_the_standard_curve(runs):
         assert ours["steps"] == theirs["steps"] == 12
         for key in ("loss", "rate", "weights"):
             torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=1e-5, atol=1e-6)
+
+
+def test_all_processes_ask_the_model_the_same(runs):
+    """Under FSDP each forward takes all of them: with one fewer in one process the run would stand still."""
+    _, first, second = runs["questions"]
+    assert first["asked"] == second["asked"] and len(first["asked"]) > 5
+    assert first["trained"] != second["trained"]
 
 
 def test_sync_resolves_conflicts_alike(runs):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -64,6 +65,8 @@ def find_loss_of(
             "regression, or several labels at once, with transformers.Trainer"
         )
     found, error = None, None
+    if processes > 1:
+        rest, labels, sample_ids = _of_the_first(rest, labels, sample_ids)
     with untouched(model, labels.device):
         try:
             question = _question(model, base, rest, labels, sample_ids, label_name)
@@ -76,6 +79,20 @@ def find_loss_of(
         raise error
     assert found is not None
     return found
+
+
+def _of_the_first(
+    inputs: dict[str, Any], labels: Tensor, sample_ids: Tensor | None
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """The batch of process 0, in all processes: what is not a tensor stays each one's own.
+
+    How often the model is asked depends on its answers, and under FSDP all processes take part in each forward.
+    """
+    mine = {"inputs": {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, "labels": labels, "ids": sample_ids}
+    shared: list[Any] = [send_to_device(mine, "cpu")]
+    dist.broadcast_object_list(shared, src=0)
+    first = send_to_device(shared[0], labels.device)
+    return {**inputs, **first["inputs"]}, first["labels"], first["ids"]
 
 
 def _question(
