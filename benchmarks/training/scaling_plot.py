@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Row, read
 
+NAMES = {"standard": "Trainer", "geko": "GEKOTrainer"}
+
 
 def draw(rows: list[Row], path: Path) -> None:
     """One panel a model: tokens a second over GPUs, a line for each arm and kind."""
@@ -21,8 +23,10 @@ def draw(rows: list[Row], path: Path) -> None:
                 line = [row for row in line if row["kind"] in ("single", kind)]
                 line.sort(key=lambda row: row["gpus"])
                 values = [row["tokens_per_second"] / 1e3 for row in line]
-                axes.plot([row["gpus"] for row in line], values, style, color=color, label=f"{arm}, {kind}")
-        axes.set(title=model, xlabel="GPUs", ylabel="thousand tokens a second", xlim=(0, None), ylim=(0, None))
+                label = f"{NAMES[arm]}, {kind.upper()}"
+                axes.plot([row["gpus"] for row in line], values, style, color=color, label=label)
+        counts = sorted({row["gpus"] for row in rows})
+        axes.set(title=model, xlabel="GPUs", ylabel="thousand tokens a second", xticks=counts, ylim=(0, None))
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
