@@ -1,15 +1,17 @@
-"""The processes of torch.distributed: this one's rank, and whether all have the same settings."""
+"""The processes of torch.distributed: this one's rank, and whether all have the same settings and go the same way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from geko_kernels.sync import gather_rows
+
+_T = TypeVar("_T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -17,6 +19,30 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def in_step(ask: Callable[[], _T]) -> _T:
+    """`ask()` of the first process, in all processes; raises in all if it fails in one. All call it, one at a time.
+
+    What follows is then the same in all, although rounding and memory differ between them.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return ask()
+    result, error = None, None
+    try:
+        result = ask()
+    except Exception as reason:  # any error of the user's model
+        error = reason
+    all_of: list[Any] = [None] * world
+    dist.all_gather_object(all_of, (result, None if error is None else (isinstance(error, ValueError), str(error))))
+    if error is not None:
+        raise error
+    for rank, (_, failed) in enumerate(all_of):
+        if failed is not None:
+            is_value_error, text = failed
+            raise (ValueError if is_value_error else RuntimeError)(f"on process {rank}: {text}")
+    return all_of[0][0]
 
 
 def check_alike(values: Mapping[str, Any], device: torch.device) -> None:

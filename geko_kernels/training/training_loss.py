@@ -11,7 +11,13 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.data import LABEL_KEYS, CausalCollator, label_of
-from geko_kernels.training.model_loss.found_loss import FoundLoss, computes_loss, find_loss_of, trainer_counts
+from geko_kernels.training.model_loss.found_loss import (
+    FoundLoss,
+    check_labels,
+    computes_loss,
+    find_loss_of,
+    trainer_counts,
+)
 from geko_kernels.training.model_loss.loss_call import ModelLoss, forward_loss
 from geko_kernels.training.model_loss.own_loss import (
     Route,
@@ -55,7 +61,6 @@ class LossMixin(DataMixin):
                 takes_num_items=self._takes_num_items,
                 routes=self._routes(model),
                 fuse=not (self.is_deepspeed_enabled or in_one_graph(model, self._base())),
-                processes=self.args.world_size,
             )
             self._check_labels_given(self._found)
         return self._found
@@ -134,6 +139,7 @@ class LossMixin(DataMixin):
                 weights = self._answering(weights, inputs["sample_ids"])
         found = self._find_loss(model, inputs)
         sample_ids, labels = inputs.pop("sample_ids", None), inputs.pop(name)
+        check_labels(labels)
         labels = found.form.counted(labels, inputs.get("attention_mask"))
         shifted = inputs.pop("shift_labels", None)  # from collators that have shifted them
         outcome = forward_loss(

@@ -39,7 +39,7 @@ def test_the_loss_is_found_with_the_weights_gathered_and_nothing_compiled(mesh):
     assert module_to_call(compiled) is compiled and unwrap_compiled(compiled) is model
     labels = torch.randint(0, 16, (2, 6))
     inputs = {"input_ids": labels, "labels": labels, "sample_ids": torch.arange(2)}
-    asked = {"shift": None, "takes_num_items": True, "fuse": True, "processes": 1}
+    asked = {"shift": None, "takes_num_items": True, "fuse": True}
     found = find_loss_of(
         module_to_call(compiled), model, inputs, "labels", routes=(Route.LOSS_FUNCTION, Route.UNUSED), **asked
     )

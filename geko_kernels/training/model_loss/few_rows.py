@@ -34,7 +34,7 @@ def few_rows(
             return None
         run = int((sample_ids[0] == sample_ids[0, 0]).long().cumprod(0).sum())
         most_tokens = min(most_tokens, run)
-    if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
+    if any(value.dim() == 0 or len(value) != size or value.layout != torch.strided for value in tensors.values()):
         return None
     mask = inputs.get("attention_mask")
     masked = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length > 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -18,6 +19,7 @@ from geko_kernels.training.model_loss.head import LossHead, find_head
 from geko_kernels.training.model_loss.loss_form import WAY_OUT, LossForm, Question, find_loss_form
 from geko_kernels.training.model_loss.own_loss import Route
 from geko_kernels.training.model_loss.untouched import untouched
+from geko_kernels.training.processes import in_step, rank_and_world
 
 logger = logging.get_logger(__name__)
 _ROWS, _TOKENS = 4, 64  # of the first batch, for the test
@@ -41,9 +43,11 @@ def find_loss_of(
     takes_num_items: bool,
     routes: Sequence[Route],
     fuse: bool,
-    processes: int,
 ) -> FoundLoss:
     """Determine the loss of `model` from a few rows of `inputs`, and whether its head can be fused with the loss.
+
+    All processes call it. How often the model is asked depends on its answers, and under FSDP all processes take part
+    in each forward. So all ask about the batch of the first process, and go by the answers that it gets.
 
     Args:
         model: as `module_to_call` gives it; `base` is without PEFT and torch.compile too.
@@ -52,47 +56,52 @@ def find_loss_of(
         takes_num_items: Trainer passes `num_items_in_batch` to the model.
         routes: the ways in which the model can be called in training, the best first.
         fuse: look for a head.
-        processes: all of them call this and reach the same decision.
 
     Raises:
         ValueError: GEKO cannot train the model's own loss; gives the figures that show it.
     """
-    rest = {name: value for name, value in inputs.items() if name not in (label_name, "sample_ids", "shift_labels")}
+    in_step(lambda: check_labels(inputs[label_name]))
+    inputs, label_name = _of_the_first(inputs, label_name)
     labels, sample_ids = inputs[label_name], inputs.get("sample_ids")
+    rest = {name: value for name, value in inputs.items() if name not in (label_name, "sample_ids", "shift_labels")}
+    with untouched(model, labels.device):
+        question = _question(model, base, rest, labels, sample_ids, label_name)
+        return _ask(question, labels, shift, takes_num_items, routes, fuse)
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise `ValueError` for labels that are not the numbers of classes."""
     if labels.is_floating_point():
         raise ValueError(
             f"GEKO's loss is a cross-entropy over classes: labels must be integers, got {labels.dtype}; train a "
             "regression, or several labels at once, with transformers.Trainer"
         )
-    found, error = None, None
-    if processes > 1:
-        rest, labels, sample_ids = _of_the_first(rest, labels, sample_ids)
-    with untouched(model, labels.device):
-        try:
-            question = _question(model, base, rest, labels, sample_ids, label_name)
-            found = _ask(question, labels, shift, takes_num_items, routes, fuse)
-        except Exception as reason:
-            error = reason
-    if processes > 1:
-        found = _agreed(found, error, processes)
-    if error is not None:
-        raise error
-    assert found is not None
-    return found
 
 
-def _of_the_first(
-    inputs: dict[str, Any], labels: Tensor, sample_ids: Tensor | None
-) -> tuple[dict[str, Any], Tensor, Tensor | None]:
-    """The batch of process 0, in all processes: what is not a tensor stays each one's own.
-
-    How often the model is asked depends on its answers, and under FSDP all processes take part in each forward.
-    """
-    mine = {"inputs": {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, "labels": labels, "ids": sample_ids}
-    shared: list[Any] = [send_to_device(mine, "cpu")]
+def _of_the_first(inputs: Mapping[str, Any], label_name: str) -> tuple[dict[str, Any], str]:
+    """The batch of the first process and the name of its labels; a value that cannot be pickled is each one's own."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return dict(inputs), label_name
+    device = str(inputs[label_name].device)
+    shared: list[Any] = [(label_name, device, {name: _pickled(value) for name, value in inputs.items()})]
     dist.broadcast_object_list(shared, src=0)
-    first = send_to_device(shared[0], labels.device)
-    return {**inputs, **first["inputs"]}, first["labels"], first["ids"]
+    label_name, theirs, values = shared[0]
+    first = {name: inputs.get(name) for name, data in values.items() if data is not None or name in inputs}
+    if rank:
+        for name, data in values.items():
+            if data is not None:
+                first[name] = torch.load(io.BytesIO(data), map_location={theirs: device}, weights_only=False)
+    return first, label_name
+
+
+def _pickled(value: Any) -> bytes | None:
+    data = io.BytesIO()
+    try:
+        torch.save(value, data)  # unlike pickle it can be loaded to another device, however deep a tensor lies
+    except Exception:  # any error of the value's class
+        return None
+    return data.getvalue()
 
 
 def _question(
@@ -151,21 +160,6 @@ def _ask(
     except ValueError as reason:
         logger.info(f"GEKOTrainer computes the loss from all logits of the model: {reason}")
         return FoundLoss(form, own, None)
-
-
-def _agreed(found: FoundLoss | None, error: Exception | None, processes: int) -> FoundLoss | None:
-    """`found`, with a head only if all processes have one; raises on all processes if one has failed."""
-    mine = (None if error is None else str(error), None if found is None else (found.form, found.head is not None))
-    all_of: list[Any] = [None] * processes
-    dist.all_gather_object(all_of, mine)
-    if error is not None or found is None:
-        return None
-    other = next((text for text, _ in all_of if text is not None), None)
-    if other is not None:
-        raise ValueError(f"on another process: {other}")
-    if len({form for _, (form, _) in all_of}) > 1:
-        raise ValueError(f"the processes find different losses in their first batches: {[form for _, form in all_of]}")
-    return found if all(head for _, (_, head) in all_of) else found._replace(head=None)
 
 
 def computes_loss(base: nn.Module, label_name: str) -> bool:

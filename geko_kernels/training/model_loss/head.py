@@ -18,6 +18,7 @@ from geko_kernels.losses.linear import weighted_linear_loss
 from geko_kernels.state import SampleState
 from geko_kernels.training.model_loss.loss_form import LossForm, Question
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+from geko_kernels.training.processes import in_step
 
 
 def find_head(question: Question, form: LossForm) -> LossHead:
@@ -42,14 +43,14 @@ def find_head(question: Question, form: LossForm) -> LossHead:
 
 def _check_head(question: Question, head: nn.Linear, form: LossForm) -> None:
     labels = question.counted(next(question.made_up()), form)
-    logits, returned = _observe(question, head, labels)
-    if len(returned) != 1 or logits.dim() != 3 or not logits.float().equal(returned[0].float()):
+    expected = in_step(lambda: _observe(question, head, form, labels))
+    if expected is None:
         raise ValueError("its logits are not what its output embeddings return")
     try:
-        loss, terms = _fused(question, head, form, labels)
+        loss, terms = in_step(lambda: _fused(question, head, form, labels))
     except Exception as error:  # any error of a head or a model without logits
         raise ValueError(f"it does not run without logits ({type(error).__name__}: {error})") from error
-    expected, others = _plain(form, labels, logits), question.other_terms(labels, form.route)
+    others = question.other_terms(labels, form.route)
     if not (_close(loss, expected, 1e-2) and _close(terms, others, 1e-4)):
         raise ValueError(
             f"without logits its loss is {loss:.4f} + {terms:.4f}, with them {expected:.4f} + {others:.4f}"
@@ -60,8 +61,8 @@ def _close(found: float, expected: float, tolerance: float) -> bool:
     return abs(found - expected) <= tolerance * max(1.0, abs(expected))
 
 
-def _observe(question: Question, head: nn.Linear, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The model's logits, and what its head returned."""
+def _observe(question: Question, head: nn.Linear, form: LossForm, labels: Tensor) -> float | None:
+    """The loss from the model's logits; None if they are not what its head returns."""
     returned: list[Tensor] = []
 
     def observe(hidden: Tensor) -> Tensor:
@@ -70,7 +71,9 @@ def _observe(question: Question, head: nn.Linear, labels: Tensor) -> tuple[Tenso
 
     with _forward_of(head, observe):
         logits = find_logits(question.outputs(labels), labels)
-    return logits, returned
+    if len(returned) != 1 or logits.dim() != 3 or not logits.float().equal(returned[0].float()):
+        return None
+    return _plain(form, labels, logits)
 
 
 def _plain(form: LossForm, labels: Tensor, logits: Tensor) -> float:

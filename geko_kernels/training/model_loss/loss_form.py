@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from geko_kernels.torch_private import version_of
 from geko_kernels.training.model_loss.few_rows import HIDDEN
 from geko_kernels.training.model_loss.own_loss import Route, find_logits, find_loss, fit_labels, without_cross_entropy
+from geko_kernels.training.processes import in_step
 from geko_kernels.training.random_numbers import RandomNumbers
 
 _CLASSES = 64  # up to this many classes are all tested; of more, a random choice
@@ -61,7 +62,7 @@ class _Answer(NamedTuple):
 
 
 class Question:
-    """A model, a `few` rows of its inputs (without labels), and ways to run them.
+    """A model, a `few` rows of its inputs (without labels), and ways to run them; all processes get the same answers.
 
     Args:
         model: as `module_to_call` gives it; `base` is without PEFT and torch.compile too.
@@ -88,6 +89,9 @@ class Question:
 
     def answer(self, labels: Tensor, **more: Any) -> _Answer | None:
         """One forward with `labels`; None if the model returns no loss."""
+        return in_step(lambda: self._answer(labels, **more))
+
+    def _answer(self, labels: Tensor, **more: Any) -> _Answer | None:
         outputs = self.outputs(labels, **more)
         own = find_loss(outputs)
         if own is None:
@@ -108,9 +112,13 @@ class Question:
         """The model's loss without its cross-entropy."""
         if not route.has_terms:
             return 0.0
-        with without_cross_entropy(self.base, route):
-            loss = find_loss(self.outputs(labels))
-        return float("nan") if loss is None else float(loss)
+
+        def term() -> float:
+            with without_cross_entropy(self.base, route):
+                loss = find_loss(self.outputs(labels))
+            return float("nan") if loss is None else float(loss)
+
+        return in_step(term)
 
     def counted(self, labels: Tensor, form: LossForm) -> Tensor:
         return form.counted(labels, self.few.get("attention_mask"))
@@ -190,8 +198,7 @@ class Question:
         """The range of labels that the model accepts."""
         if self._classes is None:
             labels = torch.full_like(self.labels, self.plain_label())
-            logits = find_logits(self.outputs(labels), labels)
-            self._classes = logits.shape[-1]
+            self._classes = in_step(lambda: find_logits(self.outputs(labels), labels).shape[-1])
             config = getattr(self.base, "config", None)
             if getattr(config, "is_encoder_decoder", False):  # labels are inputs of the decoder
                 embeddings = self.base.get_input_embeddings()  # type: ignore[operator]
