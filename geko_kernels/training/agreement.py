@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import has_length
 
 from geko_kernels.training.fingerprint import named_items
-from geko_kernels.training.processes import check_alike, rank_and_world
+from geko_kernels.training.processes import check_alike, check_same, rank_and_world
+from geko_kernels.training.report.visits import VISITS_NAME
 
 # training arguments: of the plans, of the steps, and of what the processes do together
 _ARGUMENTS = """
@@ -19,7 +21,7 @@ _ARGUMENTS = """
 """.split()
 
 
-def check_processes(trainer: Any, checkpoint: str | bool | None) -> None:
+def check_processes(trainer: Any, checkpoint: str | os.PathLike[str] | bool | None) -> None:
     """Raise `ValueError` in all processes if they differ in data, config, settings or checkpoint; names one difference.
 
     The data are compared by their length and the fingerprint's rows. All processes call it.
@@ -35,10 +37,21 @@ def check_processes(trainer: Any, checkpoint: str | bool | None) -> None:
         "args.seed": args.seed if trainer.config.auto_stop else None,  # of what the looks compare
         "tokens in a packed row": trainer._row_tokens,
         "len(eval_dataset)": _lengths(trainer.eval_dataset),
-        "the checkpoint to resume from": Path(checkpoint).name if isinstance(checkpoint, str) else None,
+        "the checkpoint to resume from": Path(checkpoint).name if isinstance(checkpoint, str | os.PathLike) else None,
         **named_items(trainer._data(), "train_dataset"),
     }
     check_alike(values, args.device)
+
+
+def check_loaded(trainer: Any, position: int) -> None:
+    """Raise `ValueError` in all processes if their copies of the checkpoint differ in GEKO's files."""
+    device, visits = trainer.args.device, trainer.efficiency.visits
+    there = {
+        "the position in the checkpoint": position,
+        f"the epochs in the checkpoint's {VISITS_NAME}": visits and visits.mark(),
+    }
+    check_alike(there, device)
+    check_same("the learning state in the checkpoint", trainer.sample_state.loss_history, device)
 
 
 def _lengths(dataset: Any) -> Any:

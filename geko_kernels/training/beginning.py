@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from geko_kernels.state import SampleState
 from geko_kernels.training.loading import LoadingMixin
+from geko_kernels.training.model_loss.own_loss import is_ddp
 from geko_kernels.training.random_numbers import RandomNumbers
 from geko_kernels.training.report.efficiency import Efficiency
 from geko_kernels.training.report.visits import VisitLog
@@ -47,10 +48,22 @@ class BeginningMixin(LoadingMixin):
             self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
             if self.place_model_on_device:
                 self._move_model_to_device(self.model, self.args.device)
+        self._forget_evaluation()
         model, state = self._known
         if self.model_init is not None or (model is not whole and state is self.sample_state):
             self.sample_state = self._new_state()
         self._remember_model()
+
+    def _forget_evaluation(self) -> None:
+        """Let `train` wrap a model for DDP that was evaluated before.
+
+        accelerate (1.15) takes it for a model that is ready to be trained, and each process would train for itself.
+        """
+        shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size == 1 or shards or is_ddp(self.model_wrapped):
+            return
+        self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def _remember_model(self) -> None:
         """Remember which model the learning state belongs to."""

@@ -21,10 +21,18 @@ logger = logging.getLogger(__name__)
 class FiguresMixin(SamplesMixin, StoppingMixin):
     """`Trainer`'s log with GEKO's figures in it, and the report."""
 
+    _logs_step = False  # whether Trainer's own entry of a step is to come, in all processes
+
+    def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
+        self._logs_step = self.control.should_log
+        super()._maybe_log_save_evaluate(*args, **named)
+        self._logs_step = False
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; entries of training steps also have the keys listed in `efficiency.py`."""
         self._audit.saw("log")
-        if self.is_in_train and "loss" in logs and self.sampler is not None:
+        if self._logs_step and "loss" in logs:
+            self._logs_step = False  # an entry that a callback writes may be that of one process alone
             logs.update(self._measures())
         super().log(logs, start_time)
 

@@ -75,6 +75,7 @@ class GEKOLoader:
 
     Raises:
         TypeError, ValueError: a wrong argument, or one that differs between processes; names it.
+        ValueError: when the iteration begins, if only some processes have loaded a state_dict, or others than the rest.
         RuntimeError: while iterating, if a whole epoch or a whole round of probes has counted no visit, or if
             torch.distributed was initialised after the loader was made.
     """
@@ -149,6 +150,8 @@ class GEKOLoader:
                 f"processes) = {rank_and_world()}: make the loader after torch.distributed is initialised"
             )
         self._settle()
+        where = dict(zip(("epoch", "samples", "probed"), self._place(), strict=True))
+        check_alike({"the position in the run (load_state_dict in all processes, or in none)": where}, self.device)
         while self.epoch < self.num_epochs:
             before = self._place()
             yield self._batches(self.epoch)
@@ -229,10 +232,10 @@ class GEKOLoader:
 
     def _size_visited(self) -> int:
         """Samples of the current batch, or 0 if no process has counted a visit of it. All processes call it."""
-        if self._at_hand is None:
-            return 0
-        batch, size = self._at_hand
-        visited = self.counts.visited(batch).any().int()
+        size, visited = 0, torch.zeros((), dtype=torch.int32, device=self.device)
+        if self._at_hand is not None:
+            batch, size = self._at_hand
+            visited = self.counts.visited(batch).any().int()
         if self.world > 1:
             dist.all_reduce(visited, dist.ReduceOp.MAX)
         return size * int(visited)

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from geko_kernels.training.agreement import check_processes
+from geko_kernels.training.agreement import check_loaded, check_processes
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.beginning import BeginningMixin, liger_layers_alone
 from geko_kernels.training.checkpoint import (
@@ -117,6 +117,7 @@ class PlannedMixin(BeginningMixin):
         self.sample_state.load_state_dict(state.state_dict())
         self.sample_state.upstream.copy_(state.upstream)
         self.sample_state.zero_share = state.zero_share
+        check_loaded(self, self._resume["position"])
 
     def _data(self) -> dict[str, Any]:
         if self._fingerprint is None:

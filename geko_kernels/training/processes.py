@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from geko_kernels.sync import gather_rows
 
@@ -60,6 +62,13 @@ def check_alike(values: Mapping[str, Any], device: torch.device) -> None:
                     f"{name} must be the same in all processes, got {value!r} in rank 0 and {theirs[name]!r} in rank "
                     f"{rank}"
                 )
+
+
+def check_same(name: str, values: Tensor, device: torch.device) -> None:
+    """As `check_alike` for a tensor, by its length and a checksum of its bytes."""
+    if rank_and_world()[1] > 1:
+        data = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        check_alike({name: f"{len(values)} values with the checksum {zlib.crc32(data):08x}"}, device)
 
 
 def _of_all(values: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from geko_kernels.training.data import LABEL_KEYS, IdCollator, IdDataset
 from geko_kernels.training.kept_columns import check_kept, without_columns
 from geko_kernels.training.planning.packing import Packer
 from geko_kernels.training.planning.sampler import GEKOSampler
+from geko_kernels.training.random_numbers import fixed_random_numbers
 from geko_kernels.training.stopping.mixin import StoppingMixin
 from geko_kernels.training.token_batches import packer_of, sample_lengths
 from geko_kernels.training.weights import drawable
@@ -93,7 +94,8 @@ class DataMixin(StoppingMixin):
             raise ValueError("max_steps must be at least 1, or -1 for num_train_epochs to count, got 0")
         lengths = None
         if args.train_sampling_strategy == "group_by_length":
-            lengths = torch.tensor(super()._get_train_sampler(self.train_dataset).lengths)
+            with fixed_random_numbers():  # the same lengths in all processes, if items are random
+                lengths = torch.tensor(super()._get_train_sampler(self.train_dataset).lengths)
         step = self.get_total_train_batch_size(args)
         split = args.accelerator_config.split_batches
         self._micro_batch = self._train_batch_size if split else step // args.gradient_accumulation_steps

@@ -29,6 +29,7 @@ from geko_kernels.training.model_loss.own_loss import (
 )
 from geko_kernels.training.planning.orders import PaddedIds
 from geko_kernels.training.planning.packing import PackedIds
+from geko_kernels.training.processes import check_alike
 from geko_kernels.training.report.efficiency import count_tokens
 from geko_kernels.training.training_data import DataMixin
 from geko_kernels.training.weights import columns_beside
@@ -42,6 +43,7 @@ class LossMixin(DataMixin):
     _found: FoundLoss | None
     _evaluates_itself: bool | None  # whether a module from outside Transformers computes a loss
     _takes_num_items: bool
+    _weighed: list[str] | None  # the weight columns of the training batches, known from the first
     _entropy = False  # whether training needs the entropy
     _only_loss = False  # set during an evaluation that needs no logits
 
@@ -72,7 +74,7 @@ class LossMixin(DataMixin):
 
     def _forget_model(self) -> None:
         """Forget what is known about the model, which may have been replaced."""
-        self._found, self._evaluates_itself = None, None
+        self._found, self._evaluates_itself, self._weighed = None, None, None
         self._takes_num_items, self._counts_shifted = trainer_counts(self._base())
         self._weight_columns = columns_beside(self._base())
 
@@ -103,10 +105,30 @@ class LossMixin(DataMixin):
                     ]
         if name is not None and name != "labels":
             batch_samples = [{**batch, "labels": batch[name]} for batch in batch_samples]
-        weighed = "token_weights" in self._weight_columns and "token_weights" in batch_samples[0]
-        if weighed and "sample_ids" in batch_samples[0]:
+        if "sample_ids" in batch_samples[0] and "token_weights" in self._weights_of(batch_samples):
             return self._sum_of_weights(batch_samples, device)
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _weights_of(self, batches: list) -> list[str]:
+        """The weight columns of the training batches.
+
+        Raises:
+            ValueError: they are not the same in all batches of all processes.
+        """
+        found = [[name for name in self._weight_columns if name in batch] for batch in batches]
+        if self._weighed is None:
+            self._weighed = found[0]
+            check_alike(
+                {"the weight columns of train_dataset's items (all must have them, or none)": found[0]},
+                self.args.device,
+            )
+        other = next((names for names in found if names != self._weighed), None)
+        if other is not None:
+            raise ValueError(
+                f"the items of train_dataset must have the same weight columns: those of one batch have {other}, "
+                f"those of the first have {self._weighed}"
+            )
+        return self._weighed
 
     def _sum_of_weights(self, batches: list, device: torch.device) -> Tensor:
         """The sum of the token weights of the labels that `_get_num_items_in_batch` counts."""

@@ -86,6 +86,12 @@ def module_to_call(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_ddp(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel is among the wrappers of `model`."""
+    inner = _inside(model)
+    return isinstance(model, nn.parallel.DistributedDataParallel) or (inner is not None and is_ddp(inner))
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` is among the wrappers of `model`."""
     inner = _inside(model)

@@ -19,9 +19,11 @@ from geko_kernels.training.planning.guard import generalises, nearly_suspects, u
 from geko_kernels.training.planning.orders import iterate_padded
 from geko_kernels.training.planning.packing import Packer, iterate_packs
 from geko_kernels.training.planning.position import go_on_from, position_of
+from geko_kernels.training.processes import check_same
 from geko_kernels.training.report.efficiency import bucket_names
 
 ALARM = 0.1  # share of probed samples that were forgotten, from which on all are probed
+_DRAWN_FROM = "(drawn from the data's lengths and weights, the config, the seed and the learning state)"
 
 
 class GEKOSampler(PlanDrawer, Sampler[int]):
@@ -56,7 +58,8 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
                 position = sampler.state_dict(consumed=(step + 1) * B)  # for a checkpoint, beside model and state
 
     Several processes: give every rank the same arguments; `due_probes` and `set_epoch` sync the state and draw the
-    same plan everywhere. The sampler yields the whole plan, which accelerate shards (`accelerator.prepare`).
+    same plan everywhere, or raise `ValueError` in all. The sampler yields the whole plan, which accelerate shards
+    (`accelerator.prepare`).
 
     Args:
         state: the learning state; its config says which samples are left out.
@@ -141,6 +144,7 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
         self.note_forgotten_()
         self.plan = None  # frees its ids
         self.plan = self._draw(epoch, start)
+        check_same(f"the plan of epoch {epoch} {_DRAWN_FROM}", self.plan.ids, self.state.device)
         self.epoch, self.position, self.handed_out = epoch, 0, False
         self.advance(0)
 
@@ -215,6 +219,7 @@ class GEKOSampler(PlanDrawer, Sampler[int]):
             due = torch.cat([due, nearly_suspects(self.state)])
         if self.held_back is not None:
             due = due[~self.held_back[due]]
+        check_same(f"the samples to probe before epoch {epoch} {_DRAWN_FROM}", due, self.state.device)
         self.probes.hand_out_(due, self.state.times_seen)
         return due.cpu()
 

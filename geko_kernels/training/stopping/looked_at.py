@@ -89,6 +89,12 @@ def looked_at(trainer: Any, held: Tensor, collate: Callable[[list[Any]], Any]) -
     return LookedAt(source, dataset, held, seen, (pairs[0], pairs[1]) if possible else None)  # type: ignore[arg-type]
 
 
+def places_of(at: LookedAt | None) -> Tensor:
+    """(m,) int64: the samples that have a made-up item; empty without the swap test."""
+    parts = () if at is None or at.swapped is None else at.swapped
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(part.places for part in parts)])
+
+
 def _evaluated(dataset: Any, train: Any, label_names: Sequence[str]) -> Any:
     """The evaluation data as one set of items by index; None if they cannot be used.
 

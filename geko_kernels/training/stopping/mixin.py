@@ -18,7 +18,8 @@ from geko_kernels.losses.results import SampleStats
 from geko_kernels.training.audit import bypassed
 from geko_kernels.training.checkpoint import STATE_NAME
 from geko_kernels.training.planned import PlannedMixin
-from geko_kernels.training.random_numbers import RandomNumbers
+from geko_kernels.training.processes import check_same
+from geko_kernels.training.random_numbers import RandomNumbers, fixed_random_numbers
 from geko_kernels.training.resumed import ResumeError
 from geko_kernels.training.stopping.average import WeightAverage
 from geko_kernels.training.stopping.files import (
@@ -31,7 +32,7 @@ from geko_kernels.training.stopping.files import (
     save_values,
 )
 from geko_kernels.training.stopping.items import WithoutGroups
-from geko_kernels.training.stopping.looked_at import FEWEST, FEWEST_EVALUATED, Swapped, looked_at, sentinels
+from geko_kernels.training.stopping.looked_at import FEWEST, FEWEST_EVALUATED, Swapped, looked_at, places_of, sentinels
 from geko_kernels.training.stopping.rule import Look, StopRule
 from geko_kernels.training.stopping.run import DECIDED, LOOKS, TOO_LATE, StoppingRun, constant_rate
 
@@ -118,14 +119,18 @@ class StoppingMixin(PlannedMixin):
         if checkpoint is not None:
             values = load_run(checkpoint, self._shard, average, self._kept if self._writes else None)
         args, numbers = self.args, RandomNumbers(self.args.device, self.model)
-        if values is None:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            held = sentinels(self.train_dataset, seed, args)
-        else:
-            held = torch.tensor(values["held"], dtype=torch.int64)
         collate = self._get_collator_with_removed_columns(self.data_collator, "evaluation")
-        run = StoppingRun(average, StopRule(self.config.auto_measure), held, looked_at(self, held, collate))
+        with fixed_random_numbers():  # the same items in all processes, if they are random
+            if values is None:
+                seed = args.seed if args.data_seed is None else args.data_seed
+                held = sentinels(self.train_dataset, seed, args)
+            else:
+                held = torch.tensor(values["held"], dtype=torch.int64)
+            at = looked_at(self, held, collate)
         numbers.restore()
+        check_same("the samples that auto_stop holds back", held, args.device)
+        check_same("the made-up items of auto_stop's swap test", places_of(at), args.device)
+        run = StoppingRun(average, StopRule(self.config.auto_measure), held, at)
         if run.at is None:
             logger.warning(
                 f"auto_stop: none of the {len(self.train_dataset):,} samples of train_dataset is held back (that needs "
@@ -321,7 +326,7 @@ class StoppingMixin(PlannedMixin):
 
     @property
     def _writes(self) -> bool:
-        return self._shard is not None or self.is_world_process_zero()
+        return self._shard is not None or self.args.should_save
 
     @property
     def _kept(self) -> Path:
