@@ -21,6 +21,7 @@ from transformers import DataCollatorWithFlattening
 
 import geko_kernels as gk
 from geko_kernels import ops
+from geko_kernels.training.data import CausalCollator
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ADAM_OFF = {"optim": "sgd", "learning_rate": 0.3}  # Adam would blow up the rounding of gradients near 0
@@ -153,15 +154,44 @@ def uniform(out: Path) -> dict[str, Any]:
     return {"ours": result(trainer), "theirs": result(reference)}
 
 
+class Described:
+    """The default collator, with what is no tensor: the batch's width, and something that cannot be pickled."""
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        batch = CausalCollator(0)(items)
+        return {**batch, "width": [batch["input_ids"].shape[1]], "unlike": lambda: RANK}
+
+
 def questions(out: Path) -> dict[str, Any]:
-    """The logits of the first process's batch are all 0: whether the model shifts takes it another question."""
-    model, asked = tiny_llama(), []
+    """The logits of the first process's batch are all 0: whether the model shifts takes it another question.
+
+    The batch of another process is narrower, and has a mask that the first one's lacks.
+    """
+    model, asked, widths = tiny_llama(), [], []
     with torch.no_grad():
         model.get_input_embeddings().weight[1:3] = 0.0
-    model.register_forward_pre_hook(lambda _, args, named: asked.append(named["input_ids"].tolist()), with_kwargs=True)
-    args = arguments(out / "questions", **options(max_steps=1, train_sampling_strategy="sequential"))
-    gk.GEKOTrainer(model, args, train_dataset=sentences(8)).train()
-    return {"asked": asked[:-1], "trained": asked[-1]}
+
+    def record(_: Any, args: Any, named: dict[str, Any]) -> Any:
+        asked.append([named["input_ids"].tolist(), "attention_mask" in named])
+        widths.append(named["width"])
+        return args, {name: value for name, value in named.items() if name not in ("width", "unlike")}
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    data = sentences(8)
+    data[2] = {name: tokens[:6] for name, tokens in data[2].items()}
+    data[3] = {name: tokens[:5] for name, tokens in data[3].items()}
+    fields = options(max_steps=1, train_sampling_strategy="sequential", remove_unused_columns=False)
+    gk.GEKOTrainer(model, arguments(out / "questions", **fields), Described(), data).train()
+    return {"asked": asked[:-1], "trained": asked[-1], "widths": widths}
+
+
+def evaluated(out: Path) -> dict[str, Any]:
+    """`selection`, evaluated before: accelerate then takes the model for one that DDP has wrapped."""
+    args, data = arguments(out / "evaluated", **options(num_train_epochs=8)), sentences(29, ragged=True)
+    trainer = gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=learnable())
+    trainer.evaluate(data)
+    trainer.train()
+    return geko_result(trainer)
 
 
 def sync(out: Path) -> dict[str, Any]:
@@ -175,14 +205,31 @@ def sync(out: Path) -> dict[str, Any]:
     state.sync()
     state.sync()
     columns = {name: column.double().tolist() for name, column in state.state_dict().items()}
-    return {"state": columns, "changed": int(state.changed.sum()), "claim": int(state.claim.abs().sum())}
+    told = ""
+    try:
+        gk.GEKOSampler(state, seed=RANK).set_epoch(0)
+    except ValueError as error:
+        told = str(error)
+    return {"state": columns, "changed": int(state.changed.sum()), "claim": int(state.claim.abs().sum()), "told": told}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     ops._override = "reference"
     out = Path(sys.argv[1])
-    for scenario in (selection, accumulation, weighed, resumed, packed, packed_rows, uniform, questions, sync, fsdp2):
+    for scenario in (
+        selection,
+        accumulation,
+        weighed,
+        resumed,
+        packed,
+        packed_rows,
+        uniform,
+        questions,
+        evaluated,
+        sync,
+        fsdp2,
+    ):
         values = scenario(out)
         (out / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(values))
     if dist.is_initialized():

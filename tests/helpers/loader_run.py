@@ -106,6 +106,14 @@ def two(out: Path) -> None:
         for batch in resumed.loader:
             resumed.step(batch)
         results[f"resumed {number}"] = resumed.result()
+    if world > 1:
+        lone = Loop(world)
+        if rank == 0:
+            lone.load_state_dict(torch.load(copies[0][1]))
+        try:
+            next(iter(lone.loader))
+        except ValueError as error:
+            results["one loaded"] = str(error)
     for name, data, fields in (
         ("other seeds", Toy(20), {"seed": rank}),
         ("other config", Toy(20), {"config": gk.GEKOConfig.recommended(light_interval=2 + rank)}),

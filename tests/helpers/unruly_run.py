@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,10 @@ from transformers import TrainerCallback
 
 import geko_kernels as gk
 from geko_kernels import ops
+from geko_kernels.training.checkpoint import STATE_NAME
+from geko_kernels.training.data import CausalCollator
+from geko_kernels.training.model_loss import head, loss_form
+from geko_kernels.training.report.visits import VISITS_NAME
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SAVED, TROUBLE = 5, 12  # steps: of a checkpoint, and of what goes wrong
@@ -69,11 +74,11 @@ def selecting(out: Path, data: Any = None, config: Any = None, **fields: Any) ->
     return gk.GEKOTrainer(tiny_llama(), settings(out, **fields), train_dataset=data, config=config or easy())
 
 
-def automatic(out: Path, data: Any = None) -> gk.GEKOTrainer:
+def automatic(out: Path, data: Any = None, collator: Any = None) -> gk.GEKOTrainer:
     """130 samples, 20 of them held back."""
     args = settings(out, per_device_train_batch_size=20 // WORLD)
     data = noisy(150) if data is None else data
-    return gk.GEKOTrainer(tiny_llama(), args, train_dataset=data, config=gk.GEKOConfig.auto())
+    return gk.GEKOTrainer(tiny_llama(), args, collator, data, config=gk.GEKOConfig.auto())
 
 
 def tell(out: Path, name: str, values: Any) -> None:
@@ -155,7 +160,109 @@ def refused(out: Path) -> None:
         gk.GEKOTrainer(model, settings(out / "refused"), train_dataset=sentences(4))
     except ValueError as error:
         messages["tensor parallel"] = str(error)
+    apart(out, messages)
     tell(out, "refused", messages)
+
+
+def apart(out: Path, messages: dict[str, str]) -> None:
+    """Runs that begin alike, and in which one process then has something else."""
+    weighed = [{**item, "sample_weights": 0.5} if i % 4 > 1 else item for i, item in enumerate(sentences(29))]
+    unlike = out / f"unlike-{RANK}"
+    for name in ("visits", "state"):
+        shutil.copytree(out / "killed" / f"checkpoint-{SAVED}", unlike / name / f"checkpoint-{SAVED}")
+    if RANK:
+        (unlike / "visits" / f"checkpoint-{SAVED}" / VISITS_NAME).unlink()
+        file = unlike / "state" / f"checkpoint-{SAVED}" / STATE_NAME
+        state = gk.SampleState.load(file)
+        state.loss_history[0, -1] += 1
+        state.save(file)
+    runs = {
+        "weights of some": (selecting(out / "apart", weighed, train_sampling_strategy="sequential"), None),
+        "visits": (selecting(out / "apart"), str(unlike / "visits" / f"checkpoint-{SAVED}")),
+        "state": (selecting(out / "apart"), str(unlike / "state" / f"checkpoint-{SAVED}")),
+        "made-up items": (
+            automatic(out / "apart", collator=CausalCollator(0) if RANK == 0 else fails_at_first()),
+            None,
+        ),
+    }
+    for name, (trainer, checkpoint) in runs.items():
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except ValueError as error:
+            messages[name] = str(error)
+
+
+def fails_at_first() -> Any:
+    calls: list[Any] = []
+
+    def collate(items: Any) -> Any:
+        calls.append(items)
+        if len(calls) == 1:
+            raise KeyError("a word that only this process does not know")
+        return CausalCollator(0)(items)
+
+    return collate
+
+
+class Drawn(MapDataset):
+    """An item is drawn when it is read: its first token, or its length."""
+
+    def __init__(self, items: Any, lengths: bool = False) -> None:
+        super().__init__(items)
+        self.lengths = lengths
+
+    def __getitem__(self, index: int) -> Any:
+        item, drawn = super().__getitem__(index), int(torch.randint(2, 8, ()))
+        if self.lengths:
+            return {name: tokens[:1] * drawn for name, tokens in item.items()}
+        return {**item, "input_ids": [drawn, *item["input_ids"][1:]]}
+
+
+def drawn(out: Path) -> None:
+    """Each process draws from numbers of its own."""
+    torch.manual_seed(RANK)
+    trainer = automatic(out / "drawn", Drawn(noisy(150)))
+    trainer.train()
+    at = trainer._stopping.at
+    made = [part.places.tolist() for part in at.swapped]
+    torch.manual_seed(RANK)
+    data, by_length = Drawn(sentences(29), lengths=True), {"train_sampling_strategy": "group_by_length"}
+    trainer = selecting(out / "drawn", data, gk.GEKOConfig.uniform(), save_strategy="no", **by_length)
+    trainer.train()
+    tell(out, "drawn", {"held": at.held.tolist(), "made": made, **summary(trainer)})
+
+
+class Tells(TrainerCallback):
+    """The first process logs a loss of its own at odd steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if RANK == 0 and state.global_step % 2:
+            self.trainer.log({"loss": 0.0})
+
+
+def alone(out: Path) -> None:
+    """In one process the fused head fails, and every figure seems to fit; it logs alone, too."""
+    fused, error, forwards = head._fused, loss_form._relative_error, []
+    if RANK:
+        head._fused, loss_form._relative_error = fails_afterwards(fused), lambda *_: 10.0
+    trainer = selecting(out / "alone", save_strategy="no", max_steps=5, logging_steps=2)
+    trainer.model.register_forward_hook(lambda *_: forwards.append(0))
+    callback = Tells()
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    trainer.train()
+    head._fused, loss_form._relative_error = fused, error
+    values = {"forwards": len(forwards), "form": trainer._found.form.shift, "head": trainer._found.head is not None}
+    logged = [entry for entry in trainer.state.log_history if "geko/loss" in entry]
+    tell(out, "alone", {**values, "logged": [entry["geko/loss"] for entry in logged]})
+
+
+def fails_afterwards(ask: Any) -> Any:
+    def fails(*given: Any) -> Any:
+        ask(*given)
+        raise torch.OutOfMemoryError("only here")
+
+    return fails
 
 
 def whole(out: Path, name: str = "whole", resume: Any = None, **fields: Any) -> dict[str, Any]:
@@ -182,6 +289,8 @@ def rest(out: Path) -> None:
         tell(out, f"small {left}", small(out, left))
     tell(out, "small steps", small(out, 0, max_steps=3))
     refused(out)
+    drawn(out)
+    alone(out)
     tell(out, "from one", whole(out, "one", str(out / "one" / f"checkpoint-{2 * SAVED}")))
 
 

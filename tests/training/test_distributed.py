@@ -9,7 +9,7 @@ import pytest
 import torch
 from launching import launch
 
-SCENARIOS = "selection accumulation weighed resumed packed packed_rows uniform questions sync fsdp2".split()
+SCENARIOS = "selection accumulation weighed resumed packed packed_rows uniform questions evaluated sync fsdp2".split()
 COMPARED = [name for name in SCENARIOS if name not in ("uniform", "questions", "sync")]
 
 
@@ -104,7 +104,15 @@ def test_all_processes_ask_the_model_the_same(runs):
     """Under FSDP each forward takes all of them: with one fewer in one process the run would stand still."""
     _, first, second = runs["questions"]
     assert first["asked"] == second["asked"] and len(first["asked"]) > 5
-    assert first["trained"] != second["trained"]
+    assert first["widths"][:-1] == second["widths"][:-1] == [[8]] * len(first["asked"])
+    assert [run["trained"][1] for run in (first, second)] == [False, True] and second["widths"][-1] == [6]
+
+
+def test_other_plans_are_refused(runs):
+    alone, first, second = (run["told"] for run in runs["sync"])
+    assert first == second and alone == ""
+    assert first.startswith("the plan of epoch 0 (drawn from the data's lengths and weights, the config, the seed and the ")
+    assert "must be the same in all processes, got '6 values with the checksum " in first
 
 
 def test_sync_resolves_conflicts_alike(runs):

@@ -110,12 +110,32 @@ def test_a_plan_smaller_than_the_processes_is_that_of_one_process(runs, name, tm
         ("seed", "the seed of the order (args.data_seed, or args.seed) must be the same in all processes, got 42 in "),
         ("steps between checkpoints", "args.save_steps must be the same in all processes, got 5 in rank 0 and 6 in "),
         ("checkpoint", "the checkpoint to resume from must be the same in all processes, got 'checkpoint-5' in rank 0"),
+        (
+            "weights of some",
+            "the weight columns of train_dataset's items (all must have them, or none) must be the same in",
+        ),
+        ("visits", "the epochs in the checkpoint's geko_visits.safetensors must be the same in all processes, got "),
+        ("state", "the learning state in the checkpoint must be the same in all processes, got '29 values with the "),
+        ("made-up items", "the made-up items of auto_stop's swap test must be the same in all processes, got '"),
         ("tensor parallel", "GEKOTrainer does not combine with a model whose parameters were made DTensors before"),
     ],
 )
 def test_processes_that_disagree_are_refused_by_name(runs, name, said):
     for messages in results(runs, "refused"):
         assert messages[name].startswith(said)
+
+
+def test_items_that_are_drawn_when_they_are_read_are_planned_alike(runs):
+    first, second = results(runs, "drawn")
+    for key in ("held", "made", "plan", "weights"):
+        assert first[key] == second[key] and first[key], key
+    assert sorted(first["plan"]) == list(range(29)) and set(first["state"]["times_seen"]) == {3}
+
+
+def test_what_happens_in_one_process_alone_is_no_other_way_for_it(runs):
+    first, second = results(runs, "alone")
+    assert first == second
+    assert first["form"] and not first["head"] and len(first["logged"]) == 2
 
 
 def test_two_processes_resume_the_checkpoint_of_one(runs):

@@ -326,7 +326,7 @@ class StoppingMixin(PlannedMixin):
 
     @property
     def _writes(self) -> bool:
-        return self._shard is not None or self.args.should_save
+        return self._shard is not None or self.is_world_process_zero()
 
     @property
     def _kept(self) -> Path:
