@@ -12,12 +12,13 @@ from geko_kernels.training.fingerprint import named_items
 from geko_kernels.training.processes import check_alike, check_same, rank_and_world
 from geko_kernels.training.report.visits import VISITS_NAME
 
-# training arguments: of the plans, of the steps, and of what the processes do together
+# training arguments: of the plans, of the steps, and of what the processes do together, such as the number of forwards
 _ARGUMENTS = """
     num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
     dataloader_drop_last train_sampling_strategy length_column_name probe_batch_size average_tokens_across_devices
     optim learning_rate weight_decay max_grad_norm lr_scheduler_type warmup_steps
     logging_strategy logging_steps eval_strategy eval_steps eval_delay save_strategy save_steps save_only_model
+    per_device_eval_batch_size shift_labels label_names torch_compile
 """.split()
 
 

@@ -111,7 +111,9 @@ def test_all_processes_ask_the_model_the_same(runs):
 def test_other_plans_are_refused(runs):
     alone, first, second = (run["told"] for run in runs["sync"])
     assert first == second and alone == ""
-    assert first.startswith("the plan of epoch 0 (drawn from the data's lengths and weights, the config, the seed and the ")
+    assert first.startswith(
+        "the plan of epoch 0 (drawn from the data's lengths and weights, the config, the seed and the "
+    )
     assert "must be the same in all processes, got '6 values with the checksum " in first
 
 

@@ -100,7 +100,9 @@ def test_ranks_with_other_arguments_are_refused(runs):
         assert run["other config"].startswith(
             "config.light_interval must be the same in all processes, got 2 in rank 0"
         )
-        told = "the position in the run (load_state_dict in all processes, or in none) must be the same in all processes, "
+        told = (
+            "the position in the run (load_state_dict in all processes, or in none) must be the same in all processes, "
+        )
         assert run["one loaded"].startswith(told + "got {'epoch': ")
         assert run["other order"].startswith("dataset[0] must be the same in all processes, got 'an item with the dig")
 
