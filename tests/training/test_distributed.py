@@ -114,7 +114,7 @@ def test_other_plans_are_refused(runs):
     assert first.startswith(
         "the plan of epoch 0 (drawn from the data's lengths and weights, the config, the seed and the "
     )
-    assert "must be the same in all processes, got '6 values with the checksum " in first
+    assert "must be the same in all processes, got '4 values with the checksum " in first
 
 
 def test_sync_resolves_conflicts_alike(runs):
