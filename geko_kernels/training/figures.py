@@ -25,8 +25,10 @@ class FiguresMixin(SamplesMixin, StoppingMixin):
 
     def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
         self._logs_step = self.control.should_log
-        super()._maybe_log_save_evaluate(*args, **named)
-        self._logs_step = False
+        try:
+            super()._maybe_log_save_evaluate(*args, **named)
+        finally:
+            self._logs_step = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; entries of training steps also have the keys listed in `efficiency.py`."""

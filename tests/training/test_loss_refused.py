@@ -132,3 +132,32 @@ def test_a_model_gone_nan_is_told(tmp_path):
     nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="the model's loss is nan before its first step"):
         gk.GEKOTrainer(model, arguments(tmp_path), train_dataset=sentences(8)).train()
+
+
+def test_labels_of_a_later_batch_that_are_no_classes_are_refused(tmp_path):
+    batches = []
+
+    def collate(items):
+        batches.append(default_data_collator(items))
+        return {**batches[-1], "labels": batches[-1]["labels"].float()} if len(batches) > 2 else batches[-1]
+
+    trainer = gk.GEKOTrainer(tiny_llama(), arguments(tmp_path), collate, sentences(16))
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        trainer.train()
+    assert trainer.state.global_step > 0
+
+
+class Graph(OwnLoop):
+    def forward(self, input_ids, edges, labels=None):
+        assert edges.is_sparse
+        return super().forward(input_ids, labels)
+
+
+def test_a_sparse_input_is_not_cut(tmp_path):
+    def collate(items):
+        return {**default_data_collator(items), "edges": torch.eye(len(items)).to_sparse()}
+
+    args = arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False)
+    trainer = gk.GEKOTrainer(Graph(), args, collate, sentences(8))
+    trainer.train()
+    assert len(curve(trainer)) == 2

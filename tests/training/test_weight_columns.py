@@ -282,3 +282,10 @@ def test_a_collator_that_cuts_or_shifts_is_refused(tmp_path):
     shifts = lambda some: {**left(some), "shift_labels": left(some)["labels"]}  # noqa: E731
     with pytest.raises(ValueError, match="do not combine with a collator's shift_labels"):
         trainer_of(tmp_path, weighed(8), data_collator=shifts).train()
+
+
+def test_weights_that_only_some_batches_have_are_refused(tmp_path):
+    data = sentences(4) + weighed(4, ragged=False)
+    said = r"those of one batch have \['token_weights', 'sample_weights'\], those of the first have \[\]"
+    with pytest.raises(ValueError, match=said):
+        trainer_of(tmp_path, data, UNIFORM, train_sampling_strategy="sequential").train()
