@@ -84,7 +84,7 @@ def bench_gemms(case: Case) -> Row:
 
 
 def gemms_ms(case: Case) -> float:
-    """The same, right before and right after a contender: a warm GPU is up to 11 % slower than a cool one."""
+    """The same, for right before and right after a contender: the GPU's clock changes within a run."""
     return measure(gemms_of(case), case.device).median
 
 

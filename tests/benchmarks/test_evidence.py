@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.end_to_end import lengths_plot, real_report
+from benchmarks.end_to_end.arms import WHAT
 from benchmarks.end_to_end.lengths_report import FILE, best_length, epochs, load, seconds
-from benchmarks.end_to_end.rows import MEASURES, final, paired, t_interval
+from benchmarks.end_to_end.rows import MEASURES, Measure, Rows, final, paired, t_interval
+from benchmarks.results import read
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/evidence.md", "docs/length.md", "benchmarks/end_to_end/LOG.md")
@@ -111,6 +114,30 @@ def test_the_differences_on_real_tasks_are_those_of_the_rows():
                 for shown, exact in zip(re.findall(r"[-+][\d.]+", cell), (mean(found), low, high), strict=True):
                     assert abs(float(shown) - exact) <= 0.5001 * 10 ** -len(shown.partition(".")[2]), (task, arm, cell)
                 assert ("**" in cell) == (low > 0 if MEASURES[task].higher else high < 0), (task, arm, cell)
+
+
+def test_the_restarts_on_r3_are_those_of_the_rows():
+    rows: Rows = defaultdict(dict)
+    for row in read(FILE.with_name("r3_restarts_2026-11-28.jsonl.gz")):
+        rows[row["arm"]][row["seed"]] = row
+    measures = ((MEASURES["R3"], 4), (Measure("test_accuracy", True), 2))
+    lines = (ROOT / "benchmarks/end_to_end/LOG.md").read_text(encoding="utf-8").splitlines()
+    loss = {}
+    for arm, runs in rows.items():
+        loss[arm], accuracy = (mean(final(row, measure) for row in runs.values()) for measure, _ in measures)
+        cells = f"{len(runs)} | {loss[arm]:.4f} | {accuracy:.1f} | {mean(map(seconds, runs.values())):.1f}"
+        assert f"| {arm}: {WHAT[arm]} | {cells} |" in lines
+    for arm, other in [*((arm, "A") for arm in rows if arm != "A"), ("G", "A-restarts"), ("G", "A-phases")]:
+        cells = f"| {arm} | {other} | {len(rows[arm].keys() & rows[other].keys())} |"
+        for measure, digits in measures:
+            found = paired(rows, arm, other, lambda row, measure=measure: final(row, measure))
+            low, high = t_interval(found)
+            cells += f" {mean(found):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] |"
+        assert cells in lines
+    page = " ".join((ROOT / "docs/evidence.md").read_text(encoding="utf-8").split())
+    epoch, phase = (f"{100 * (loss[arm] / loss['A'] - 1):.0f} %" for arm in ("A-restarts", "A-phases"))
+    assert f"starts over in each epoch ended with {epoch} more loss" in page
+    assert f"in each phase of gekolib's plan, the loss is {phase} more" in page
 
 
 def test_the_runs_through_the_trainer_are_those_of_the_rows():

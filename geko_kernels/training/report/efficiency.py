@@ -95,12 +95,13 @@ from torch import Tensor
 from geko_kernels._files import write_whole
 from geko_kernels.config import Bucket
 from geko_kernels.losses.results import SampleStats
+from geko_kernels.training.report.pending import PendingVisits, Visited
 from geko_kernels.training.report.visits import VisitLog
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "geko_report.json"
-_COUNTS = ("samples", "tokens", "idle", "labels", "loss", "hits", "nonfinite", "predicted", "corrected")
+_COUNTS = ("tokens", "samples", "idle", "labels", "loss", "hits", "nonfinite", "predicted", "corrected")
 _PARTS = ("steps", "probes", "selection", "evaluation", "checkpoints", "other")
 
 
@@ -121,6 +122,7 @@ class Efficiency:
     ) -> None:
         self.reduce, self.visits = reduce, visits
         self.sums = torch.zeros(2, len(_COUNTS), dtype=torch.float64, device=device)  # (train, probe) since collect
+        self._pending, self._probes = PendingVisits(device), False  # of one kind, probes or not
         self.train = dict.fromkeys(_COUNTS, 0.0)
         self.probe = dict.fromkeys(_COUNTS, 0.0)
         self.spent = dict.fromkeys(_PARTS, 0.0)
@@ -137,20 +139,34 @@ class Efficiency:
     def count(self, stats: SampleStats, tokens: Tensor, probe: bool = False) -> None:
         """Add one forward's visits; `tokens` () is the number of tokens that the model read for them."""
         self.batches += not probe
-        seen, labelled, finite = stats.sample_ids >= 0, stats.num_tokens > 0, stats.loss.isfinite()
-        loss = torch.where(finite, stats.loss, 0).double()
+        self.sums[int(probe), 0].add_(tokens)
+        if probe != self._probes:
+            self._count_pending()
+            self._probes = probe
+        if not self._pending.add(stats):
+            self._count_pending()
+            if not self._pending.add(stats):
+                self._add(Visited.of(stats))
+
+    def _count_pending(self) -> None:
+        visited = self._pending.take()
+        if visited is not None:
+            self._add(visited)
+
+    def _add(self, visited: Visited) -> None:
+        seen, labelled, finite = visited.sample_ids >= 0, visited.num_tokens > 0, visited.loss.isfinite()
         parts = [
-            seen.sum(),
-            tokens,
-            (seen & ((stats.weight == 0) | ~labelled)).sum(),
-            stats.num_tokens.sum(),
-            (loss * stats.num_tokens).sum(),
-            (stats.accuracy.double() * stats.num_tokens).sum(),
-            (labelled & ~finite).sum(),
+            seen,
+            seen & ((visited.weight == 0) | ~labelled),
+            visited.num_tokens,
+            torch.where(finite, visited.loss, 0) * visited.num_tokens,
+            visited.accuracy * visited.num_tokens,
+            labelled & ~finite,
         ]
-        self.sums[int(probe), : len(parts)] += torch.stack([part.double() for part in parts])
+        sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+        self.sums[int(self._probes), 1 : 1 + len(sums)].add_(sums)
         if self.visits is not None:
-            self.visits.add(stats)
+            self.visits.add(visited)
 
     def switch(self, part: str | None) -> str | None:
         """Count wall time as `part` from now on; returns the part before."""
@@ -171,6 +187,7 @@ class Efficiency:
 
     def collect(self) -> dict[str, float]:
         """Move the device's counts into the totals (all processes call it); returns those of training."""
+        self._count_pending()
         if self.predictions is not None:
             self.sums[0, -2:] += self.predictions
             self.predictions.zero_()
@@ -201,6 +218,7 @@ class Efficiency:
     def flush_visits(self) -> None:
         """Move the visits so far to the host, as visits of the open epoch; all processes call it."""
         if self.visits is not None and self.open_epoch is not None:
+            self._count_pending()
             self.visits.flush(self.open_epoch)
 
     def end_epoch(self, step: int, marks: dict[str, Any]) -> None:
@@ -259,6 +277,7 @@ class Efficiency:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Carry on from `state_dict()`."""
+        self._pending.take()
         self.sums.zero_()
         self.batches = 0
         for name in self.state_dict():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geko_kernels._files import load_tensors, save_tensors
-from geko_kernels.losses.results import SampleStats
+from geko_kernels.training.report.pending import Visited
 
 VISITS_NAME = "geko_visits.safetensors"
 _FORMAT = "geko_kernels.VisitLog"
@@ -59,12 +59,14 @@ class VisitLog:
         self._new = torch.full((2, num_samples + 1), -math.inf, dtype=torch.float32, device=device)
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []  # epoch; sample, loss, hit
 
-    def add(self, stats: SampleStats) -> None:
-        """Record one forward's visits."""
-        ids, loss = stats.sample_ids, stats.loss
-        known = (ids >= 0) & (ids < self.num_samples) & (stats.num_tokens > 0) & loss.isfinite()
-        at = torch.where(known, ids, self.num_samples)
-        self._new.index_copy_(1, at, torch.stack([loss.float(), stats.accuracy.float()]))
+    def add(self, visited: Visited) -> None:
+        """Record visits."""
+        ids, loss = visited.sample_ids, visited.loss
+        known = (ids >= 0) & (ids < self.num_samples) & (visited.num_tokens > 0) & loss.isfinite()
+        at, order = torch.where(known, ids, self.num_samples).sort(stable=True)
+        earlier = at[1:] == at[:-1]  # another visit of the sample follows
+        at[:-1].masked_fill_(earlier, self.num_samples)
+        self._new.index_copy_(1, at, torch.stack([loss, visited.accuracy])[:, order].float())
 
     def flush(self, epoch: int) -> None:
         """Move the new visits to the host as visits of `epoch`. All processes call it, and then all have all visits."""
