@@ -67,8 +67,8 @@ def check_alike(values: Mapping[str, Any], device: torch.device) -> None:
 def check_same(name: str, values: Tensor, device: torch.device) -> None:
     """As `check_alike` for a tensor, by its length and a checksum of its bytes."""
     if rank_and_world()[1] > 1:
-        data = values.detach().cpu().numpy().tobytes()
-        check_alike({name: f"{len(values)} values with the checksum {zlib.crc32(data):08x}"}, device)
+        checksum = zlib.crc32(values.detach().cpu().contiguous().numpy())  # 1 GB/s, no copy
+        check_alike({name: f"{len(values)} values with the checksum {checksum:08x}"}, device)
 
 
 def _of_all(values: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
