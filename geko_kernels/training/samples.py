@@ -23,7 +23,8 @@ class SamplesMixin(PlannedMixin):
                                 be a list of dicts, a `datasets.Dataset` or of `load_dataset`
             epochs, losses      lists, one entry a visit since `train` was called: its planned epoch, from 0, and the
                                 mean loss of its tokens, nats, before weighting. Probes are visits of the epoch that
-                                they precede; visits without a label or a finite loss are left out
+                                they precede; visits without a label or a finite loss are left out. Samples that
+                                `auto_stop` holds back have one entry an epoch: the epoch's last evaluation
             label_probabilities exp(-loss) of each visit, the geometric mean of the label's probability over its tokens
             hits                for each visit, the share of its tokens predicted right
             bucket, times_seen  at the end of the run

@@ -96,6 +96,24 @@ def test_what_looks_cost_is_counted(whole):
     assert report["efficiency"]["samples_standard"] == round(run.rule.curve[-1][0] * 400)
 
 
+@pytest.mark.parametrize("judged_by", ["held_back", "eval_dataset"])
+def test_of_what_looks_see_only_samples_held_back_are_recorded(whole, tmp_path, judged_by):
+    """Made-up items and those of `eval_dataset` have ids that training samples have too."""
+    trainer, _ = whole
+    if judged_by == "eval_dataset":
+        trainer = auto_trainer(tmp_path, noisy(90), eval_dataset=noisy(50, seed=1), num_train_epochs=2)
+        trainer.train()
+    stopping, lines = report_of(trainer)["stopping"], Path(trainer.args.output_dir, "samples.jsonl").read_text()
+    assert stopping["looked_at"] == judged_by and stopping["swap_test"]
+    last = trainer.sample_state.loss_history[:, -1].tolist()
+    for row in map(json.loads, lines.splitlines()):
+        if row["id"] in stopping["held_back"]:
+            assert row["losses"] and not row["times_seen"]
+        else:
+            assert len(row["losses"]) == row["times_seen"]
+            assert row["losses"][-1] == pytest.approx(last[row["id"]], abs=1e-5)
+
+
 def test_looks_leave_the_run_alone(whole, tmp_path, monkeypatch):
     """Dropout and order included: the raw weights are those of a run that looks at nothing."""
     monkeypatch.setattr(mixin, "looked_at", lambda *_: None)

@@ -81,3 +81,28 @@ def test_what_was_not_counted_yet_is_dropped_with_the_rest():
     counts.count(forward(torch.Generator().manual_seed(0), 4), torch.tensor(1))
     counts.load_state_dict(before)
     assert not any(counts.collect().values())
+
+
+def test_the_first_forward_may_be_a_probe_in_inference_mode():
+    counts, generator = Efficiency(CPU, visits=VisitLog(SAMPLES, CPU)), torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        counts.count(forward(generator, 4), torch.tensor(4), probe=True)
+    counts.count(forward(generator, 3), torch.tensor(3))
+    counts.collect()
+    assert counts.probe["tokens"] == 4 and counts.train["tokens"] == 3
+
+
+def test_a_block_s_visits_may_be_counted_and_not_recorded():
+    counts, generator = Efficiency(CPU, visits=VisitLog(SAMPLES, CPU)), torch.Generator().manual_seed(0)
+    counts.begin_epoch(0, 0)
+    before = forward(generator, 4)
+    counts.count(before, torch.tensor(4), probe=True)
+    with counts.unrecorded():
+        counts.count(forward(generator, 40), torch.tensor(40), probe=True)
+    with pytest.raises(KeyboardInterrupt), counts.unrecorded():
+        counts.count(forward(generator, 40), torch.tensor(40), probe=True)
+        raise KeyboardInterrupt
+    counts.flush_visits()
+    counts.collect()
+    assert counts.probe["tokens"] == 84
+    assert set(counts.visits.visits().sample.tolist()) <= set(before.sample_ids.tolist())

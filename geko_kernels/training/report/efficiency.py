@@ -168,6 +168,18 @@ class Efficiency:
         if self.visits is not None:
             self.visits.add(visited)
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Count the block's forwards, but do not record their visits: their ids are not those of training samples."""
+        self._count_pending()
+        visits, self.visits = self.visits, None
+        try:
+            yield
+            self._count_pending()
+        finally:
+            self._pending.take()
+            self.visits = visits
+
     def switch(self, part: str | None) -> str | None:
         """Count wall time as `part` from now on; returns the part before."""
         now, before = self._clock(), self._part

@@ -40,8 +40,9 @@ class PendingVisits:
         if end > ENTRIES:
             return False
         if self._memory is None:
-            ints = torch.empty(2, ENTRIES, dtype=torch.int64, device=self._device)
-            self._memory = ints, torch.empty(3, ENTRIES, dtype=torch.float64, device=self._device)
+            with torch.inference_mode(False):  # the first forward may be a probe in it, later ones are written outside
+                ints = torch.empty(2, ENTRIES, dtype=torch.int64, device=self._device)
+                self._memory = ints, torch.empty(3, ENTRIES, dtype=torch.float64, device=self._device)
         ints, floats = self._memory
         ints[:, begin:end] = torch.stack((stats.sample_ids, stats.num_tokens))
         floats[:, begin:end] = torch.stack((stats.loss, stats.accuracy, stats.weight))

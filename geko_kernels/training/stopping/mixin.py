@@ -226,12 +226,14 @@ class StoppingMixin(PlannedMixin):
         with self.efficiency.timed("probes"):
             numbers = RandomNumbers(self.args.device, model)
             with self._averaged():
-                held, right, labelled = self._losses(model, at.dataset, at.held)
+                with nullcontext() if at.source == "held_back" else self.efficiency.unrecorded():
+                    held, right, labelled = self._losses(model, at.dataset, at.held)
                 held_swapped, seen, seen_swapped = held, torch.empty(0), torch.empty(0)
                 if at.swapped is not None and not rule.armed:
-                    held_swapped = self._swapped_losses(model, at.swapped[0], len(held))
-                    seen, _, _ = self._losses(model, self.train_dataset, at.seen)
-                    seen_swapped = self._swapped_losses(model, at.swapped[1], len(seen))
+                    with self.efficiency.unrecorded():
+                        held_swapped = self._swapped_losses(model, at.swapped[0], len(held))
+                        seen, _, _ = self._losses(model, self.train_dataset, at.seen)
+                        seen_swapped = self._swapped_losses(model, at.swapped[1], len(seen))
             numbers.restore()
             model.train()
         run.looked = self.state.global_step
