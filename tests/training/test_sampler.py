@@ -292,7 +292,7 @@ def test_planning_costs_little_time_and_memory():
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     memory, seconds = map(float, out.split())
     assert memory < 20
-    assert seconds < 3  # 1.3 here when quiet, 2.03 beside another test process
+    assert seconds < 4  # of the processor: 1.3 to 2.4 on a quiet machine, 3.04 beside another test process
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
