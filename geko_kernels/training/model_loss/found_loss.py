@@ -84,14 +84,19 @@ def _of_the_first(inputs: Mapping[str, Any], label_name: str) -> tuple[dict[str,
     if world == 1:
         return dict(inputs), label_name
     device = str(inputs[label_name].device)
-    shared: list[Any] = [(label_name, device, {name: _pickled(value) for name, value in inputs.items()})]
+    shared: list[Any] = [None]
+    if rank == 0:
+        shared = [(label_name, device, {name: _pickled(value) for name, value in inputs.items()})]
     dist.broadcast_object_list(shared, src=0)
+    if rank == 0:
+        return dict(inputs), label_name
     label_name, theirs, values = shared[0]
-    first = {name: inputs.get(name) for name, data in values.items() if data is not None or name in inputs}
-    if rank:
-        for name, data in values.items():
-            if data is not None:
-                first[name] = torch.load(io.BytesIO(data), map_location={theirs: device}, weights_only=False)
+    first = {}
+    for name, data in values.items():
+        if data is not None:
+            first[name] = torch.load(io.BytesIO(data), map_location={theirs: device}, weights_only=False)
+        elif name in inputs:
+            first[name] = inputs[name]
     return first, label_name
 
 
