@@ -31,8 +31,13 @@ class ZeroShare:
     Args: values: another object's `values()`; this one then goes on as that one would.
     Raises: ValueError: values that no object has.
 
-    Attributes: three_passes: whether calls take the path of three passes from now on.
+    Attributes:
+        three_passes: whether calls take the path of three passes from now on.
+        scored_share: of the tokens of the last linear call, the share with a label. It decides when memory is taken and
+            no path, so `values` lacks it.
     """
+
+    scored_share = 0.0
 
     def __init__(self, values: Sequence[float] = NO_LOOK) -> None:
         _check(values)

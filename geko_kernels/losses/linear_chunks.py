@@ -29,6 +29,7 @@ SAMPLE = 1024  # first rows, which show whether most rows are kept, if no earlie
 FUSED_SHARE = 0.75  # share of kept rows above which one launch for statistics and gradients is faster than two
 DENSE_SHARE = 0.95  # share of kept rows above which it is faster not to ask how many are kept, and to take all
 LEAST_FILL = 0.75  # a fill ends before a visit, rather than in it, if it still takes this share of its rows
+NEARLY_ALL = 0.9  # share of scored tokens from which on the next call takes room for all tokens
 EARLY_MIB = 512  # a buffer of up to this size for all tokens is taken before it is known how many are scored
 
 
@@ -110,17 +111,19 @@ class Chunks:
         self.rows, self.targets = scored.rows, scored.targets
         tokens = self.rows.shape[0]
         most = self._room(tokens)
-        ahead = min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), most) if self.fused is None else 0
-        known = not ahead or scored.copy.arrived()
+        ahead = self._ahead(tokens, most)
+        known = not ahead or scored.copy.arrived() or not (self.fused is None or self._most_scored)
         if not known:
-            early = most * self.budget.row <= EARLY_MIB * 2**20
-            self.hold(most if early else ahead)
+            early = self._most_scored or most * self.budget.row <= EARLY_MIB * 2**20
+            self.hold(most if early and not self.budget.by_blocks(tokens) else ahead)
             self.head.logits(self.rows[:ahead], self.buffer[:ahead])
         dtype = real_dtype(self.head.weight)
         self.statistics = torch.zeros(5, tokens, dtype=dtype, device=self.rows.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
         ahead = min(ahead, count)
+        if self.zero_share is not None:
+            self.zero_share.scored_share = count / tokens if tokens else 0.0
         gradients = self.gradients
         self.hold(most if count == tokens else self._room(count), 0 if known else ahead)
         if self.budget.by_blocks(count):  # score only, at first
@@ -168,6 +171,21 @@ class Chunks:
         self.asked, self.found = count, kept
         rows = self.statistics, positions[:kept], coeff
         add_blocks(self.head, self.batch, gradients, *rows, self.budget.columns(kept))
+
+    @property
+    def _most_scored(self) -> bool:
+        """Whether the state's last call scored nearly all tokens: then this one takes room for all before it knows."""
+        return self.zero_share is not None and self.zero_share.scored_share >= NEARLY_ALL
+
+    def _ahead(self, tokens: int, most: int) -> int:
+        """How many of the first rows' logits are a GEMM of their own, which may run before the host knows the others.
+
+        They always are, so that results do not depend on when a count arrives. Without a state there is no such GEMM.
+        """
+        if not most or (self.fused is not None and self.zero_share is None):
+            return 0
+        fill = -(-tokens // -(-tokens // most))
+        return min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), fill)
 
     def _room(self, scored: int) -> int:
         if self.gradients is None or self.budget.by_blocks(scored):

@@ -140,6 +140,37 @@ def test_a_device_that_lags_gets_the_same(backend, device, batch, monkeypatch, r
         torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("rows", "columns"), [(200, 0), (40, 0), (40, 16)])
+def test_a_states_later_calls_begin_before_the_count_is_known(backend, batch, monkeypatch, rows, columns):
+    """If the last one scored nearly all tokens. The bits do not depend on when a count arrives."""
+    held(monkeypatch, rows, columns)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
+    monkeypatch.setattr(linear_chunks, "AHEAD", 11 * 50 * COLUMNS)
+    events: list[str] = []
+    logits, wait = linear_chunks.Head.logits, linear_chunks.HostCopy.wait
+    monkeypatch.setattr(linear_chunks.Head, "logits", lambda *args: (events.append("logits"), logits(*args))[1])
+    monkeypatch.setattr(linear_chunks.HostCopy, "wait", lambda copy: (events.append("wait"), wait(copy))[1])
+    *inputs, labels, ids = batch(torch.float32, 50, learnt=[2])
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    masked = torch.where(torch.arange(LENGTH) < 9, -100, labels)
+    first, found = [], []
+    for arrived in (False, True):
+        monkeypatch.setattr(linear_chunks.HostCopy, "arrived", lambda self, arrived=arrived: arrived)
+        state, plain = gk.SampleState(ROWS), gk.SampleState(ROWS)
+        for targets in (labels, labels, masked, masked, labels):
+            events.clear()
+            loss = gk.weighted_linear_loss(inputs[0], inputs[1], targets, ids, state, bias=inputs[2])
+            first.append(events[0])
+            found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+            loss = gk.weighted_loss(F.linear(*inputs), targets, ids, plain)
+            for ours, want in zip(found[-1], [loss, *torch.autograd.grad(loss, inputs)], strict=True):
+                torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-5)
+    assert first == ["logits"] * 3 + ["wait"] * 2 + ["wait"] * 5
+    for late, early in zip(found[:5], found[5:], strict=True):
+        assert all(one.equal(other) for one, other in zip(late, early, strict=True))
+
+
 def test_two_calls_give_the_same_bits(backend, device, batch, monkeypatch):
     for rows, columns in ((20, 0), (20, 16)):
         held(monkeypatch, rows, columns)

@@ -56,7 +56,7 @@ def _scored_rows_kernel(
         tl.store(visits_ptr + 1 + at, visit, mask=scored)
         count += tl.sum(scored.to(tl.int32), 0)
     tl.store(visits_ptr, count)
-    for first in range(0, token_count, BLOCK):
+    for first in range(count // BLOCK * BLOCK, token_count, BLOCK):
         t = first + tl.arange(0, BLOCK)
         beyond = (t >= count) & (t < token_count)
         tl.store(rows_ptr + t, tl.zeros([BLOCK], tl.int64), mask=beyond)
@@ -82,7 +82,7 @@ def _kept_rows_kernel(
         end += tl.sum(_kept(coeff_ptr, row, i < new, token_count).to(tl.int32), 0)
     tl.store(end_ptr, end)
     movers = 0  # slots of kept rows behind the front; listed for now behind the front of `sources`
-    for first in range(0, new, BLOCK):
+    for first in range((end - held) // BLOCK * BLOCK, new, BLOCK):
         i = first + tl.arange(0, BLOCK)
         slot = held + i
         row = tl.load(rows_ptr + i, mask=i < new, other=0)
