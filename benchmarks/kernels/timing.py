@@ -10,7 +10,7 @@ import torch
 
 Step = Callable[[], object]
 _SECONDS = {"cuda": 0.25, "cpu": 1.5}  # aimed at per measurement
-_FLUSH_BYTES = 2**28  # several times the L2 of any GPU so far
+_FLUSH_BYTES, _FLUSHES = 2**30, 8  # many times the L2 of any GPU so far; together 2 to 3 ms of an H200 or H100
 
 
 class Timing(NamedTuple):
@@ -24,9 +24,10 @@ class Timing(NamedTuple):
 def measure(step: Step, device: torch.device, reset: Step | None = None, inner: int = 1) -> Timing:
     """Median and 20/80 quantiles of `step`'s time; `reset` runs before each measurement, outside of it.
 
-    On a GPU, device events enclose `inner` steps. With `inner` 1 the L2 is flushed first, and the launches queue up
-    behind that: the time is the device's. With more, nothing lies between the steps: where the device waits for the
-    host, the waiting counts. On a CPU it is the wall clock.
+    On a GPU, device events enclose `inner` steps. With `inner` 1 the L2 is flushed first, for so long that dozens of
+    launches queue up behind it, as they do behind a model's forward: the time is the device's, and where a step makes
+    the host wait for the device, what follows comes late. With more, nothing lies between the steps: where the device
+    waits for the host, the waiting counts. On a CPU it is the wall clock.
     """
     clock = _events if device.type == "cuda" else _wall
     guess = sorted(clock(step, reset, inner, 3))[1] * inner / 1e3
@@ -54,7 +55,8 @@ def _events(step: Step, reset: Step | None, inner: int, repeats: int) -> list[fl
         if reset:
             reset()
         if flush is not None:
-            flush.zero_()
+            for _ in range(_FLUSHES):
+                flush.zero_()
         start.record()
         for _ in range(inner):
             step()
