@@ -82,14 +82,15 @@ def _kept_rows_kernel(
         end += tl.sum(_kept(coeff_ptr, row, i < new, token_count).to(tl.int32), 0)
     tl.store(end_ptr, end)
     movers = 0  # slots of kept rows behind the front; listed for now behind the front of `sources`
-    for first in range((end - held) // BLOCK * BLOCK, new, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        slot = held + i
-        row = tl.load(rows_ptr + i, mask=i < new, other=0)
-        moves = _kept(coeff_ptr, row, i < new, token_count) & (slot >= end)
-        rank = movers + tl.cumsum(moves.to(tl.int32), 0) - 1
-        tl.store(sources_ptr + end + rank, slot.to(tl.int64), mask=moves)
-        movers += tl.sum(moves.to(tl.int32), 0)
+    for first in range(0, new, BLOCK):
+        if held + first + BLOCK > end:  # the others lie in the front
+            i = first + tl.arange(0, BLOCK)
+            slot = held + i
+            row = tl.load(rows_ptr + i, mask=i < new, other=0)
+            moves = _kept(coeff_ptr, row, i < new, token_count) & (slot >= end)
+            rank = movers + tl.cumsum(moves.to(tl.int32), 0) - 1
+            tl.store(sources_ptr + end + rank, slot.to(tl.int64), mask=moves)
+            movers += tl.sum(moves.to(tl.int32), 0)
     tl.debug_barrier()
     holes = 0
     for first in range(0, end - held, BLOCK):
