@@ -78,6 +78,22 @@ def test_a_call_that_begins_before_the_count_is_known_takes_no_more(gpu_memory, 
     assert begun == [True, True]
 
 
+@pytest.mark.parametrize("budget", [6, 4, 2])
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
+def test_memory_of_gradients_that_nobody_asks_for_is_not_lent_to_the_logits(gpu_memory, frozen, budget):
+    """A call by blocks first scores in the memory that dX and dW take later, so only in that of those that come."""
+    hidden, weight = torch.randn(8, 128, SHAPE.hidden).bfloat16(), torch.randn(SHAPE.vocab, SHAPE.hidden).bfloat16()
+    wanted = [tensor for name, tensor in (("hidden", hidden), ("weight", weight)) if frozen not in (name, "both")]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    labels = torch.randint(SHAPE.vocab, (8, 128))
+    with LiveMemory() as memory:
+        loss = gk.weighted_linear_loss(hidden, weight, labels, chunk_mib=budget)
+        grads = torch.autograd.grad(loss, wanted) if wanted else ()
+    later = sum(grad.nbytes for grad in grads) * (2 if frozen == "hidden" else 1)  # dW may be summed in float32
+    assert memory.peak <= later + (budget + 0.2) * MIB
+
+
 def test_the_model_explains_what_was_measured():
     """MiB on an H200, 2026-11-22, when the product of dX took 16 MiB of its own where all rows were held at once."""
     a, b, c = Shape(8192, 4096, 32000), Shape(8192, 2048, 151936), Shape(16384, 576, 49152)
