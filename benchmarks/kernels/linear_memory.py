@@ -28,7 +28,7 @@ def plan_of(
     like = torch.empty(0, dtype={2: torch.bfloat16, 4: torch.float32}[itemsize], device="meta")
     vocab = shape.vocab if shape.vocab % 8 == 0 else shape.aligned_vocab
     head = Head(like.new_empty(shape.tokens, shape.hidden), like.new_empty(vocab, shape.hidden), None, shape.vocab)
-    budget = Budget(head, chunk_mib, itemsize == 2, True)
+    budget = Budget(head, chunk_mib, itemsize == 2, True, True)
     if budget.by_blocks(scored):
         return budget.score_rows(scored), min(budget.columns(round(kept_share * scored)), shape.vocab)
     return budget.rows(scored), 0

@@ -122,7 +122,7 @@ def _gradients_by_visit(ctx: Any, grad_output: Tensor) -> Gradients:
     positions, sources = torch.empty_like(every), torch.empty_like(every)
     kept = int(HostCopy(ops.direct.kept_rows_(coeff, every, positions, sources, 0, 0, len(every))).wait())
     positions = positions[:kept]
-    budget = Budget(head, ctx.call.chunk_mib, gradients.narrow, gradients.hidden_needed)
+    budget = Budget(head, ctx.call.chunk_mib, *gradients.wanted)
     if budget.by_blocks(kept):
         add_blocks(head, batch, gradients, statistics, positions, coeff, budget.columns(kept))
     else:

@@ -41,8 +41,7 @@ class Call:
 
     def score(self, head: Head, gradients: HeadGradients | None) -> ForwardResult:
         """Compute the loss; `gradients` collects the gradients without the upstream factor."""
-        wanted = (gradients.narrow, gradients.hidden_needed) if gradients is not None else (False, False)
-        budget = Budget(head, self.chunk_mib, *wanted)
+        budget = Budget(head, self.chunk_mib, *(gradients.wanted if gradients is not None else (False, False, False)))
         zero_share = self.state.zero_share if self.state is not None and gradients is not None else None
         chunks = Chunks(head, self.batch, budget, gradients, self._expects_all, zero_share, self.entropy)
         rules, weights, columns, error = state_arguments(self.state, head.hidden.device, eager=True)
@@ -88,7 +87,7 @@ class Call:
             or head.hidden.dtype != torch.float32
             or tokens * head.vocab > _AT_ONCE
             or int(self.scored.copy.values[0]) != tokens
-            or (self.chunk_mib is not None and Budget(head, self.chunk_mib, False, True).rows(tokens) != tokens)
+            or (self.chunk_mib is not None and Budget(head, self.chunk_mib, False, True, True).rows(tokens) != tokens)
         ):
             return None
         hidden, batch = head.hidden, self.batch

@@ -86,15 +86,11 @@ class Chunks:
         """float16 fits its range to the kept rows, and a row of weight 0 may be infinite."""
         return self.head.weight.dtype != torch.float16
 
-    def hold(self, rows: int, keep: int = 0) -> None:
-        """Take the memory of `rows` slots, if there is less, and move the logits in the first `keep` there."""
-        if keep and len(self.buffer) >= rows:
-            return
+    def hold(self, rows: int) -> None:
+        """Take the memory of `rows` slots; that of earlier ones is given back before."""
         weight = self.head.weight
-        buffer = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        if keep:
-            buffer[:keep] = self.buffer[:keep]
-        self.buffer = buffer
+        self.buffer = weight.new_empty(0, weight.shape[0])
+        self.buffer = weight.new_empty(rows, weight.shape[0])
         self.positions = torch.empty(rows, dtype=torch.int64, device=weight.device)  # token of each slot
         self.sources = torch.empty_like(self.positions)
 
@@ -112,25 +108,23 @@ class Chunks:
         tokens = self.rows.shape[0]
         most = self._room(tokens)
         ahead = self._ahead(tokens, most)
-        known = not ahead or scored.copy.arrived() or not (self.fused is None or self._most_scored)
-        if not known:
-            early = self._most_scored or most * self.budget.row <= EARLY_MIB * 2**20
-            self.hold(most if early and not self.budget.by_blocks(tokens) else ahead)
-            self.head.logits(self.rows[:ahead], self.buffer[:ahead])
+        begun = ahead > 0 and self._begins(most) and not scored.copy.arrived()
+        if begun:
+            self.hold(most)
+            self._first_logits(ahead)
         dtype = real_dtype(self.head.weight)
         self.statistics = torch.zeros(5, tokens, dtype=dtype, device=self.rows.device)
         found = scored.copy.wait().numpy()
         count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
-        ahead = min(ahead, count)
         if self.zero_share is not None:
             self.zero_share.scored_share = count / tokens if tokens else 0.0
-        gradients = self.gradients
-        self.hold(most if count == tokens else self._room(count), 0 if known else ahead)
-        if self.budget.by_blocks(count):  # score only, at first
+        gradients, blocks, room = self.gradients, self.budget.by_blocks(count), self._room(count)
+        if not begun or room < ahead or room > most or blocks != self.budget.by_blocks(tokens):
+            ahead = min(ahead, room)
+            self.hold(room)
+            self._first_logits(ahead)
+        if blocks:  # score only, at first
             self.gradients, self.fused = None, False
-        if known:
-            self._logits(0, ahead, 0)
-        room = len(self.buffer)
         crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
         part, held = slice(0, 0), 0
         while part.stop < count:
@@ -172,10 +166,14 @@ class Chunks:
         rows = self.statistics, positions[:kept], coeff
         add_blocks(self.head, self.batch, gradients, *rows, self.budget.columns(kept))
 
-    @property
-    def _most_scored(self) -> bool:
-        """Whether the state's last call scored nearly all tokens: then this one takes room for all before it knows."""
-        return self.zero_share is not None and self.zero_share.scored_share >= NEARLY_ALL
+    def _begins(self, most: int) -> bool:
+        """Whether room for `most` rows, all or what the budget holds, is taken before the host knows how many it needs.
+
+        That is so if the state's last call scored nearly all tokens; or if it has no last call, and the room is small.
+        """
+        if self.zero_share is not None and self.zero_share.scored_share >= NEARLY_ALL:
+            return True
+        return self.fused is None and most * self.budget.row <= EARLY_MIB * 2**20
 
     def _ahead(self, tokens: int, most: int) -> int:
         """How many of the first rows' logits are a GEMM of their own, which may run before the host knows the others.
@@ -186,6 +184,11 @@ class Chunks:
             return 0
         fill = -(-tokens // -(-tokens // most))
         return min(max(SAMPLE, int(AHEAD / max(self.head.weight.numel(), 1))), fill)
+
+    def _first_logits(self, ahead: int) -> None:
+        """Logits of the first `ahead` rows, in each case from a copy of their hidden states: cuBLAS minds addresses."""
+        if ahead:
+            self.head.logits(self.rows[:ahead], self.buffer[:ahead])
 
     def _room(self, scored: int) -> int:
         if self.gradients is None or self.budget.by_blocks(scored):

@@ -143,7 +143,8 @@ class HeadGradients:
         self.hidden_needed = hidden_needed
         self.hidden_dtype = self._held(hidden.dtype)
         weight_dtype, bias_dtype = self._held(weight_dtype), self._held(bias_dtype)
-        self.narrow = weight_dtype is not None and weight_dtype.itemsize == 2
+        narrow = weight_dtype is not None and weight_dtype.itemsize == 2
+        self.wanted = narrow, hidden_needed, weight_dtype is not None  # as `Budget` takes it
         self.factor: Tensor | None = None  # of the float16 rows in the sum of dW
         self.ahead: Tensor | None = None  # what `scale_ahead` left
         self.hidden_grad: Tensor | None = None

@@ -70,17 +70,17 @@ class Budget:
 
     Args:
         narrow: dW has 2 bytes an element, so several flushes sum it in float32, which takes as much again as dW.
-        dx: dX is asked for.
+        dx, dw: dX and dW are asked for.
     """
 
-    def __init__(self, head: Head, mib: float | None, narrow: bool, dx: bool) -> None:
+    def __init__(self, head: Head, mib: float | None, narrow: bool, dx: bool, dw: bool) -> None:
         (self.tokens, self.width), self.size = head.hidden.shape, head.weight.element_size()
         self.vocab = head.weight.shape[0]
         self.row = self.vocab * self.size
         self.bytes = int((CHUNK_MIB if mib is None else mib) * 2**20)
         self.spared = self.vocab * self.width * 2 if narrow else 0
         self.whole = self.spared + (WHOLE_MIB * 2**20 if mib is None else self.bytes)
-        self.dx = dx
+        self.dx, self.dw = dx, dw
 
     def rows(self, scored: int) -> int:
         """How many of `scored` rows to hold.
@@ -114,6 +114,7 @@ class Budget:
         return ((room - operands - sums) // (max(kept, 1) * self.size) - 2 * EDGE) // 64 * 64
 
     def score_rows(self, scored: int) -> int:
-        """How many of `scored` rows to hold that are only scored, while there are no dX and dW yet."""
-        later = (self.tokens + self.vocab) * self.width * self.size if self.by_blocks(scored) else 0
-        return min(scored, SCORE_ROWS, max((self.bytes + later) // self.row, 8))
+        """How many of `scored` rows to hold that are only scored, while there are no dX and dW yet, if they come."""
+        later = (self.tokens * self.dx + self.vocab * self.dw) * self.width * self.size
+        room = self.bytes + (later if self.by_blocks(scored) else 0)
+        return min(scored, SCORE_ROWS, max(room // self.row, 8))

@@ -21,7 +21,7 @@ def test_the_buffer_keeps_to_its_budget():
     def rows(tokens, columns, vocab, mib, narrow=True, scored=None):
         like = torch.empty(0, dtype=torch.bfloat16, device="meta")
         head = linear_head.Head(like.new_empty(tokens, columns), like.new_empty(vocab, columns), None, vocab)
-        return linear_head.Budget(head, mib, narrow, True).rows(tokens if scored is None else scored)
+        return linear_head.Budget(head, mib, narrow, True, True).rows(tokens if scored is None else scored)
 
     assert rows(8192, 4096, 128256, 1024) == 8192, "2 GiB of logits instead of 1 GiB and 1 GiB more for dW's sum"
     assert rows(8192, 4096, 128256, 1024, narrow=False) * (128256 + 4096) * 2 <= 1004 * 2**20
