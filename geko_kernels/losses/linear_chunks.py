@@ -104,26 +104,9 @@ class Chunks:
 
         Args: update: statistics (5, T) -> `ForwardResult`, with True at its last call, when all statistics are there.
         """
-        self.rows, self.targets = scored.rows, scored.targets
-        tokens = self.rows.shape[0]
-        most = self._room(tokens)
-        ahead = self._ahead(tokens, most)
-        begun = ahead > 0 and self._begins(most) and not scored.copy.arrived()
-        if begun:
-            self.hold(most)
-            self._first_logits(ahead)
-        dtype = real_dtype(self.head.weight)
-        self.statistics = torch.zeros(5, tokens, dtype=dtype, device=self.rows.device)
-        found = scored.copy.wait().numpy()
-        count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
-        if self.zero_share is not None:
-            self.zero_share.scored_share = count / tokens if tokens else 0.0
-        gradients, blocks, room = self.gradients, self.budget.by_blocks(count), self._room(count)
-        if not begun or room < ahead or room > most or blocks != self.budget.by_blocks(tokens):
-            ahead = min(ahead, room)
-            self.hold(room)
-            self._first_logits(ahead)
-        if blocks:  # score only, at first
+        gradients = self.gradients
+        count, ahead, room = self._begin(scored)
+        if self.budget.by_blocks(count):  # score only, at first
             self.gradients, self.fused = None, False
         crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
         part, held = slice(0, 0), 0
@@ -155,6 +138,34 @@ class Chunks:
         if self.zero_share is not None and self.asked:
             self.zero_share.learn(self.asked - self.found, self.asked)
         return result
+
+    def _begin(self, scored: Scored) -> tuple[int, int, int]:
+        """Learn how many rows are scored, take the buffer, and compute the first logits.
+
+        They may come before the host knows that number, see `_begins`.
+
+        Returns: the scored rows, how many have logits, and how many the buffer is for.
+        """
+        self.rows, self.targets = scored.rows, scored.targets
+        tokens = self.rows.shape[0]
+        most = self._room(tokens)
+        ahead = self._ahead(tokens, most)
+        begun = ahead > 0 and self._begins(most) and not scored.copy.arrived()
+        if begun:
+            self.hold(most)
+            self._first_logits(ahead)
+        dtype = real_dtype(self.head.weight)
+        self.statistics = torch.zeros(5, tokens, dtype=dtype, device=self.rows.device)
+        found = scored.copy.wait().numpy()
+        count, self.visit = int(found[0]), found[1 : 1 + int(found[0])]
+        if self.zero_share is not None:
+            self.zero_share.scored_share = count / tokens if tokens else 0.0
+        room = self._room(count)
+        if not begun or room < ahead or room > most or self.budget.by_blocks(count) != self.budget.by_blocks(tokens):
+            ahead = min(ahead, room)
+            self.hold(room)
+            self._first_logits(ahead)
+        return count, ahead, room
 
     def _by_blocks(self, gradients: HeadGradients, count: int, weights: Tensor, coeff: Tensor) -> None:
         """The gradients of the scored rows whose weight (T,) is not 0, by blocks of the vocabulary."""
