@@ -2,13 +2,14 @@
 
 Where the share is large, Hopper's one pass through given logits is slower than three. `weighted_loss` learns the share
 by looks: every `INTERVAL` calls it copies the visits of one call asynchronously, and uses them `INTERVAL` calls later,
-when they have long arrived. `weighted_linear_loss` knows how many rows each call has kept. So the path of a call
-follows from the calls before it, and never from when a copy arrives: the same run takes the same paths, and gives the
-same bits.
+when they have long arrived. `weighted_linear_loss` learns how many rows each call has kept, at the latest when the next
+one starts. So the path of a call follows from the calls before it, and never from when a copy arrives: the same run
+takes the same paths, and gives the same bits.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,9 +47,11 @@ class ZeroShare:
         self.three_passes = bool(three_passes)
         self._seen = zero, tokens  # by all looks but the last, and by all linear calls
         self._last: Callable[[], Sequence[float]] = lambda: last
+        self._later: deque[tuple[HostCopy, int]] = deque()  # kept rows, tokens of linear calls that are not counted yet
 
     def values(self) -> list[float]:
         """All that decides the paths of later calls; waits for a copy that is under way."""
+        self._catch_up()
         return [self._left, int(self.three_passes), *self._seen, *self._last()]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,7 +59,8 @@ class ZeroShare:
 
     @property
     def share(self) -> float | None:
-        """The share by now, the look under way apart; None if nothing is known."""
+        """The share by now, the look under way apart; None if nothing is known. Waits for a linear call's copy."""
+        self._catch_up()
         zero, tokens = self._seen
         return zero / tokens if tokens else None
 
@@ -64,6 +68,15 @@ class ZeroShare:
         """Count a linear call that has counted `tokens` with a label on the host, `zero` of them of weight 0."""
         before = self._seen  # read once: another thread may count a call meanwhile
         self._seen = before[0] / 2 + zero, before[1] / 2 + tokens
+
+    def learn_later(self, kept: HostCopy, tokens: int) -> None:
+        """Count a linear call at the next question: `kept` () of its `tokens` with a label have a nonzero weight."""
+        self._later.append((kept, tokens))
+
+    def _catch_up(self) -> None:
+        while self._later:
+            copy, tokens = self._later.popleft()
+            self.learn(tokens - int(copy.wait()), tokens)
 
     def due(self, device: torch.device) -> bool:
         """Count a call on `device`; whether it has to be given to `look`. Then `three_passes` is new, too.
@@ -76,6 +89,7 @@ class ZeroShare:
             return False
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
+        self._catch_up()
         zero, tokens = (before / 2 + last for before, last in zip(self._seen, self._last(), strict=True))
         self._left, self._seen, self._last = INTERVAL - 1, (zero, tokens), lambda: (0, 0)
         bar = ONE_PASS_BELOW if self.three_passes else THREE_PASSES_FROM

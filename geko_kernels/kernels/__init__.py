@@ -14,6 +14,7 @@ from geko_kernels.kernels.rows import column_sums as _column_sums
 from geko_kernels.kernels.rows import gradient as _gradient_rows
 from geko_kernels.kernels.rows import lists as _linear_rows
 from geko_kernels.kernels.rows import move as _move_rows
+from geko_kernels.kernels.rows import products as _products
 from geko_kernels.kernels.rows import rescale as _rescale
 from geko_kernels.kernels.rows import score as _score_rows
 from geko_kernels.kernels.rows import score_hopper as _score_hopper
@@ -36,6 +37,8 @@ scatter_rows_ = _on_own_device(_move_rows.scatter_rows_)
 clear_rows_ = _on_own_device(_clear_rows.clear_rows_)
 column_sums = _on_own_device(_column_sums.column_sums)
 rescale_ = _on_own_device(_rescale.rescale_)
+weight_product_ = _on_own_device(_products.weight_product_)
+hidden_product_ = _on_own_device(_products.hidden_product_)
 
 # what `ops.direct` runs instead: DIRECT always, UNASKED unless a backend was asked for by name
 DIRECT = {"sample_update_": _on_own_device(_partial(_sample_update.sample_update_, room=_room_in_two))}

@@ -2,10 +2,12 @@
 
 The buffer is filled with logits, whose statistics give the visits' weights. Rows of nonzero weight are turned into
 gradients and kept at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. An
-asynchronous copy tells the host how many rows are kept. Where nearly all are, the next fills take all rows, those of
-weight 0 as zeros, and the host does not wait for them. A fill ends with a visit where that costs little room. If a
-visit continues in the next fill, its weight is estimated from the rows scored so far; if the estimate was wrong, the
-rows of that visit are computed again.
+asynchronous copy tells the host how many rows are kept. Where earlier calls or fills have kept nearly all, the host
+does not wait for it: the next fill takes all rows, those of weight 0 as zeros. Nor does it where earlier calls have kept
+few: then the GEMMs read the number on the device.
+
+A fill ends with a visit where that costs little room. If a visit continues in the next fill, its weight is estimated
+from the rows scored so far; if the estimate was wrong, the rows of that visit are computed again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from geko_kernels import ops
 from geko_kernels.host_copy import HostCopy
 from geko_kernels.losses.linear_blocks import add_blocks
+from geko_kernels.losses.linear_expected import Expected
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget, Head, LabelBatch
 from geko_kernels.losses.results import ForwardResult
@@ -72,12 +75,11 @@ class Chunks:
         self.head, self.batch, self.budget = head, batch, budget
         self.gradients, self.entropy = gradients, entropy
         able = gradients is not None and ops.backend_name(head.hidden.device, head.weight.dtype) == "triton"
+        self.able = able  # to launch work over rows whose number is not known yet
         self.zero_share = zero_share if able else None
-        share = zero_share.share if zero_share is not None else None
-        expected = None if share is None else 1 - share > FUSED_SHARE
-        self.fused = (expects_all or expected) if able else False
-        self.dense = expects_all and able and self._may_be_dense
-        self.asked = self.found = 0  # rows that the host asked about, and how many of them are kept
+        self.expected = Expected(self.zero_share, expects_all)
+        self.fused = (None if self.expected.share is None else self.expected.above(FUSED_SHARE)) if able else False
+        self.dense = able and self._may_be_dense and self.expected.above(DENSE_SHARE)
         self.buffer = head.hidden.new_empty(0, 0)
         self.used: Tensor | None = None  # (T,) coefficients used in flushes, once one was estimated
 
@@ -109,7 +111,7 @@ class Chunks:
         if self.budget.by_blocks(count):  # score only, at first
             self.gradients, self.fused = None, False
         crossing: dict[int, Tensor] = {}  # rows of each visit that did not fit into one fill
-        part, held = slice(0, 0), 0
+        part, held, kept = slice(0, 0), 0, None
         while part.stop < count:
             part = self._next(part.stop, count, room - held)
             ready_from = self._score(part, held, ahead, update)
@@ -131,12 +133,16 @@ class Chunks:
         result = update(self.statistics, True)
         if self.gradients is not None:
             coeff = result.coeff * factor(result)
-            held = self._keep(result, coeff, part, held, ready_from) if count else 0
-            self._finish(coeff, held, list(crossing.values()))
+            alone = count > 0 and part == slice(0, count) and not (self.fused or self.dense)  # the only fill
+            if alone and self.expected.few(count, self.head, self.gradients):
+                end, kept = self._list(result.coeff, part, held, ready_from)
+                self.gradients.add_all(self.buffer, self.positions, coeff, end)
+            else:
+                held = self._keep(result, coeff, part, held, ready_from, last=True) if count else 0
+                self._finish(coeff, held, list(crossing.values()))
         elif gradients is not None:
             self._by_blocks(gradients, count, result.coeff, result.coeff * factor(result))
-        if self.zero_share is not None and self.asked:
-            self.zero_share.learn(self.asked - self.found, self.asked)
+        self.expected.tell(count, kept, result.coeff)
         return result
 
     def _begin(self, scored: Scored) -> tuple[int, int, int]:
@@ -173,7 +179,7 @@ class Chunks:
         positions, sources = torch.empty_like(self.rows), torch.empty_like(self.rows)
         lists = (self.rows, positions, sources, 0, 0, count)
         kept = int(HostCopy(ops.direct.kept_rows_(weights, *lists)).wait())
-        self.asked, self.found = count, kept
+        self.expected.count(count, kept)
         rows = self.statistics, positions[:kept], coeff
         add_blocks(self.head, self.batch, gradients, *rows, self.budget.columns(kept))
 
@@ -272,24 +278,37 @@ class Chunks:
         self.statistics.index_copy_(1, self.rows[stop:end], expected.expand(-1, end - stop))
         return {start: self.rows[start:end]}
 
-    def _keep(self, result: ForwardResult, coeff: Tensor, part: slice, held: int, ready_from: int) -> int:
-        """Turn the logits of the rows `part`, in slots from `held` on, into gradients; returns the new `held`."""
+    def _list(self, coeff: Tensor, part: slice, held: int, ready_from: int) -> tuple[Tensor, HostCopy]:
+        """Turn the logits of the kept rows of `part`, in slots from `held` on, into gradients from there on.
+
+        Returns: the first slot behind them, () int32, and that on the host.
+        """
+        batch, count = self.batch, part.stop - part.start
+        self.tokens = self.positions
+        end = ops.direct.kept_rows_(coeff, self.rows, self.positions, self.sources, held, part.start, count)
+        copy = HostCopy(end)
+        where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
+        ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
+        return end, copy
+
+    def _keep(
+        self, result: ForwardResult, coeff: Tensor, part: slice, held: int, ready_from: int, last: bool = False
+    ) -> int:
+        """`_list`, and wait for the number of kept rows; or take all rows. `last`: a flush will follow.
+
+        Returns: the new `held`.
+        """
         count = part.stop - part.start
         if self.dense:
             self.tokens = self.rows[part]
             return count
-        self.tokens = self.positions
-        end = ops.direct.kept_rows_(result.coeff, self.rows, self.positions, self.sources, held, part.start, count)
-        kept = HostCopy(end)
-        batch = self.batch
-        where = (self.positions, self.sources, end, batch.labels, self.statistics, held, held + count)
-        ops.direct.gradient_rows_(self.buffer, *where, ready_from, self.head.vocab, batch.shift, batch.softcap)
-        foreseen = self.fused and self.buffer.dtype != torch.float16  # most rows are kept: a flush will follow
+        _, kept = self._list(result.coeff, part, held, ready_from)
+        foreseen = (self.fused or (last and self.able)) and self.buffer.dtype != torch.float16
         if self.gradients is not None:
             ahead = held + count if foreseen and not kept.arrived() else 0
             self.gradients.scale_ahead(self.positions, coeff, ahead)
         now = int(kept.wait())
-        self.asked, self.found = self.asked + count, self.found + now - held
+        self.expected.count(count, now - held)
         return now
 
     def _flush(self, coeff: Tensor, held: int, last: bool) -> None:

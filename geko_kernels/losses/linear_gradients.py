@@ -183,6 +183,32 @@ class HeadGradients:
         if self.hidden_needed:
             self._add_hidden(tile, positions, coeff)
 
+    def counts_on_device(self) -> bool:
+        """Whether `add_all` runs: where it was measured, in bfloat16 on compute capability 9.0 with aligned rows."""
+        vocab, columns = self.weight.shape
+        return (
+            self.bias_grad is None
+            and self.weight.dtype == torch.bfloat16
+            and vocab % 64 == 0
+            and columns % 16 == 0
+            and self.weight.is_cuda
+            and torch.cuda.get_device_capability(self.weight.device) == (9, 0)
+        )
+
+    def add_all(self, tile: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
+        """`add` of the first `end` () rows of `tile` alone: nothing was added before, and nothing will follow.
+
+        The host need not know their number, see `kernels/rows/products.py`. The other rows of `tile` are overwritten.
+        """
+        rest = positions, coeff, end
+        if self.weight_grad is not None:
+            result = self.weight_grad.result
+            ops.direct.weight_product_(result, tile, self.hidden, *rest)
+            self.weight_grad.parts = [result]
+        if self.hidden_needed:
+            self.hidden_grad = torch.empty_like(self.hidden, dtype=self.hidden_dtype)
+            ops.direct.hidden_product_(self.hidden_grad, tile, self.weight, *rest)
+
     def scale_ahead(self, positions: Tensor, missing: Tensor, count: int) -> None:
         """Launch `scale` for the next call of `add` already, which will take the first of these tokens, if any."""
         self.ahead = self.scale(positions, missing, count) if count and self.weight_grad is not None else None

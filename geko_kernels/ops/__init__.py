@@ -46,6 +46,9 @@ _SCHEMAS = {
     "clear_rows_": "(Tensor(a!) tile, Tensor positions, Tensor coeff) -> ()",
     "column_sums": "(Tensor tile, Tensor by_row) -> Tensor",
     "rescale_": "(Tensor(a!) values, Tensor factor) -> ()",
+    "weight_product_": "(Tensor(a!) out, Tensor tile, Tensor hidden, Tensor positions, Tensor coeff, Tensor end) -> ()",
+    "hidden_product_": "(Tensor(a!) out, Tensor(b!) tile, Tensor weight, Tensor positions, Tensor coeff, Tensor end) "
+    "-> ()",
 }
 # the argument that says which backend runs
 _PROBES = ("logits", "hidden", "out", "tokens", "coeff", "labels", "tile", "values")
@@ -164,6 +167,8 @@ scatter_rows_ = torch.ops.geko.scatter_rows_.default
 clear_rows_ = torch.ops.geko.clear_rows_.default
 column_sums = torch.ops.geko.column_sums.default
 rescale_ = torch.ops.geko.rescale_.default
+weight_product_ = torch.ops.geko.weight_product_.default
+hidden_product_ = torch.ops.geko.hidden_product_.default
 
 
 def _direct(op: str) -> Callable[..., Any]:
@@ -189,7 +194,7 @@ def _direct(op: str) -> Callable[..., Any]:
 
 
 _ROW_OPS = ("scored_rows", "kept_rows_", "gradient_rows_", "score_rows_", "gather_rows", "scatter_rows_")
-_OWN_OPS = (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_", "sample_update_")
+_OWN_OPS = (*_ROW_OPS, "clear_rows_", "column_sums", "rescale_", "weight_product_", "hidden_product_", "sample_update_")
 direct = SimpleNamespace(**{op: _direct(op) for op in _OWN_OPS})
 
 

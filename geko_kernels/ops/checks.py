@@ -284,6 +284,25 @@ def _rescale(values: Tensor, factor: Tensor) -> None:
     _check("factor", factor, (), _REAL, values.device)
 
 
+def _kept_rows_product(tile: Tensor, positions: Tensor, coeff: Tensor, tokens: int, end: Tensor) -> None:
+    _check("tile", tile, (None, None), _REAL, tile.device)
+    _check("positions", positions, (len(tile),), _INT64, tile.device)
+    _check("coeff", coeff, (tokens,), _STATISTICS, tile.device)
+    _check("end", end, (), _INT32, tile.device)
+
+
+def _weight_product(out: Tensor, tile: Tensor, hidden: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
+    _check("hidden", hidden, (None, None), (tile.dtype,), tile.device)
+    _kept_rows_product(tile, positions, coeff, len(hidden), end)
+    _check("out", out, (tile.shape[1], hidden.shape[1]), _REAL, tile.device)
+
+
+def _hidden_product(out: Tensor, tile: Tensor, weight: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
+    _check("out", out, (None, None), _REAL, tile.device)
+    _kept_rows_product(tile, positions, coeff, len(out), end)
+    _check("weight", weight, (tile.shape[1], out.shape[1]), (tile.dtype,), tile.device)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "token_stats": _token_stats,
     "sample_update_": _sample_update,
@@ -299,4 +318,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "clear_rows_": _clear_rows,
     "column_sums": _column_sums,
     "rescale_": _rescale,
+    "weight_product_": _weight_product,
+    "hidden_product_": _hidden_product,
 }

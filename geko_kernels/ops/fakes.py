@@ -67,4 +67,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "clear_rows_": lambda *_: None,
     "column_sums": lambda tile, _by_row: tile.new_empty(tile.shape[1], dtype=sum_dtype(tile.device)),
     "rescale_": lambda *_: None,
+    "weight_product_": lambda *_: None,
+    "hidden_product_": lambda *_: None,
 }

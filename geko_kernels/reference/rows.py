@@ -188,3 +188,24 @@ def rescale_(values: Tensor, factor: Tensor) -> None:
     """`values.mul_(factor)`; factor () float32. On a GPU a factor of 1 costs no memory traffic."""
     if factor != 1:
         values.mul_(factor)
+
+
+def weight_product_(out: Tensor, tile: Tensor, hidden: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
+    """`out = tile[:end].T @ gather_rows(hidden, positions, coeff, end)`: dW, out (V, H), summed in float32.
+
+    Args: tile (R, V), hidden (T, H), positions (R,) int64, coeff (T,), end () int32, on the device.
+    """
+    count = int(end)
+    scaled = gather_rows(hidden, positions, coeff, count).to(coeff.dtype)
+    out.copy_(tile[:count].t().to(coeff.dtype) @ scaled)
+
+
+def hidden_product_(out: Tensor, tile: Tensor, weight: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
+    """`out.zero_()`, then `scatter_rows_(out, tile[:end] @ weight, positions, coeff, 0)`: dX, out (T, H).
+
+    Args: tile (R, V), of which a backend may overwrite the rows from `end` on; weight (V, H), positions (R,) int64,
+        coeff (T,), end () int32.
+    """
+    count = int(end)
+    out.zero_()
+    scatter_rows_(out, tile[:count].to(coeff.dtype) @ weight.to(coeff.dtype), positions, coeff, 0)

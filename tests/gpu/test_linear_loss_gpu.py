@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import geko_kernels as gk
-from geko_kernels.losses import linear_chunks
+from geko_kernels.losses import linear_chunks, linear_expected
+from geko_kernels.losses.linear_gradients import HeadGradients
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -108,6 +109,7 @@ def test_nothing_waits_for_the_device(reduction):
 def test_another_stream_gets_the_same():
     hidden, weight, labels, ids = batch(10007)
     state = gk.SampleState(16, device="cuda")
+    gk.weighted_linear_loss(hidden, weight, labels, ids, state, update=False, chunk_mib=40)  # what later calls expect
     want = gk.weighted_linear_loss(hidden, weight, labels, ids, state, update=False, chunk_mib=40)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -195,3 +197,43 @@ def test_entropy(vocab, dtype, learnt):
     logits = F.linear(hidden.detach(), weight.detach()).float()
     want = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill(labels == -100, 0)
     torch.testing.assert_close(entropy[0], want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's path")
+@pytest.mark.parametrize(("expected", "learnt"), [(1.0, 1.0), (0.9, 0.9), (0.9, 0.0)])
+@pytest.mark.parametrize(("vocab", "columns"), [(4096, 256), (10007, 576), (50304, 768), (1024, 48)])
+def test_few_rows_are_summed_without_waiting_for_their_number(monkeypatch, vocab, columns, expected, learnt):
+    """Within twice torch's error, the same bits each time, no memory beyond that of a call that waits."""
+    hidden, weight, labels, ids = batch(vocab, rows=32, columns=columns, learnt=learnt)
+    found, peaks, taken = [], [], []
+    add_all = HeadGradients.add_all
+    monkeypatch.setattr(HeadGradients, "add_all", lambda *args: (taken.append(1), add_all(*args))[1])
+
+    def grads(cast, waits, linear=True):
+        inputs = hidden.detach().to(cast).requires_grad_(), weight.detach().to(cast).requires_grad_()
+        state = gk.SampleState(32, device="cuda")
+        state.zero_share.learn(round(1000 * expected), 1000)
+        state.zero_share.scored_share = 0.75
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with monkeypatch.context() as patch:
+            patch.setattr(linear_expected, "FEW", -1 if waits else 1e15)
+            if linear:
+                loss = gk.weighted_linear_loss(*inputs, labels, ids, state)
+            else:
+                loss = gk.weighted_loss(F.linear(*inputs), labels, ids, state)
+            result = loss.detach(), *grads_of(loss, inputs)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        return result
+
+    exact, torchs = grads(torch.float64, True, linear=False), grads(torch.bfloat16, True, linear=False)
+    grads(torch.bfloat16, False)  # scratch memory of the libraries
+    assert len(taken) == 1
+    found = [grads(torch.bfloat16, waits) for waits in (True, False, False)]
+    assert len(taken) == 3
+    for want, peer, ours in zip(exact, torchs, found[1], strict=True):
+        assert (ours.double() - want).norm() <= 2 * (peer.double() - want).norm() + 1e-6 * want.norm()
+    assert all(one.equal(other) for one, other in zip(*found[1:], strict=True))
+    of_weight = weight.numel() * 2 if learnt == 1 else 0  # made without rows, that waits for their memory
+    assert peaks[-1] <= peaks[-3] + of_weight + 2**21

@@ -120,6 +120,12 @@ def call_rows(dtype: torch.dtype, vocab: int, shift: bool, softcap: float) -> No
     kernels.clear_rows_(tile, slots, tokens[0])
     kernels.column_sums(tile, tokens[0, :64])
     kernels.rescale_(tile, torch.ones(()))
+    if dtype == torch.bfloat16:
+        few, coeff = torch.empty(64, 1024, dtype=dtype), tokens[0]
+        for columns in (256, 576, 128):
+            x, weight = torch.empty(2000, columns, dtype=dtype), torch.empty(1024, columns, dtype=dtype)
+            kernels.weight_product_(weight, few, x, slots, coeff, end)
+            kernels.hidden_product_(x, few, weight, slots, coeff, end)
 
 
 def resources(kernel: Any) -> tuple[int, int]:

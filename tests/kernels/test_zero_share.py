@@ -11,6 +11,7 @@ import torch
 
 import geko_kernels as gk
 from geko_kernels import zero_share
+from geko_kernels.host_copy import HostCopy
 from geko_kernels.zero_share import ZeroShare
 
 GPU = torch.cuda.is_available()
@@ -334,3 +335,23 @@ def test_a_prediction_is_in_float32_whatever_the_default_dtype(emulated, dtype):
         assert state.upstream.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("ask", [ZeroShare.values, copy.deepcopy, pickle.dumps, lambda share: share.share])
+def test_a_linear_call_counts_at_the_next_question(ask):
+    """However its copy is looked at first, it counts once, and before the next one."""
+    share = ZeroShare()
+    share.learn_later(HostCopy(torch.tensor(25)), 100)
+    ask(share)
+    assert share.share == 0.75
+    share.learn_later(HostCopy(torch.tensor(100)), 100)
+    ask(share)
+    assert share.share == 0.25 and ZeroShare(share.values()).share == 0.25
+    told(share, 0, 0)
+    assert share.share == 0.25
+
+
+def test_a_look_counts_linear_calls_before_it():
+    share = ZeroShare()
+    share.learn_later(HostCopy(torch.tensor(10)), 100)
+    assert told(share, 0, 0).three_passes

@@ -203,8 +203,8 @@ def test_with_weights_above_zero_nobody_asks_how_many_rows_are_kept(backend, bat
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-@pytest.mark.parametrize(("rows", "shares"), [(200, (0.57, 0.8)), (32, (0.82, 0.93))])  # or 24 of 84 rows are asked for
-def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatch, rows, shares):
+@pytest.mark.parametrize("rows", [200, 32])  # all rows at once, or in fills of which the host asks about the first
+def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatch, rows):
     """Then no first rows have to show it. What was expected wrongly costs time only, and is known from then on."""
     held(monkeypatch, rows, 0)
     monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
@@ -225,9 +225,64 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
             torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
         seen.append((any(samples), round(state.zero_share.share, 2)))
         del samples[:]
-    assert seen == [(True, 0.0), (False, 0.0), (False, shares[0]), (False, shares[1])]
+    assert seen == [(True, 0.0), (False, 0.0), (False, 0.57), (False, 0.8)]
     gk.weighted_linear_loss(hidden, weight, labels, ids, state)
-    assert round(state.zero_share.share, 2) == shares[1], "without gradients it is not asked how many rows are kept"
+    assert round(state.zero_share.share, 2) == 0.8, "without gradients it is not asked how many rows are kept"
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("vocab", [50, 64])
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_few_kept_rows_are_summed_without_waiting_for_their_number(backend, batch, monkeypatch, vocab, needed):
+    """However many they are in the end. The number is known from the next call on, and decides what that one does."""
+    held(monkeypatch, 200, 0)
+    monkeypatch.setattr(HeadGradients, "counts_on_device", lambda self: True)
+    waits, summed, wait, add_all = [], [], linear_chunks.HostCopy.wait, HeadGradients.add_all
+    monkeypatch.setattr(linear_chunks.HostCopy, "wait", lambda copy: (waits.append(copy), wait(copy))[1])
+    monkeypatch.setattr(HeadGradients, "add_all", lambda *args: (summed.append(1), add_all(*args))[1])
+    state, twin, found = gk.SampleState(ROWS), gk.SampleState(ROWS), []
+    for learnt in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 4, 5], [], [0, 1, 2, 3, 4, 5], range(6), range(6)):
+        hidden, weight, _, labels, ids = batch(torch.float32, vocab, learnt)
+        inputs = [tensor.requires_grad_(wanted) for tensor, wanted in zip((hidden, weight), needed, strict=True)]
+        inputs = [tensor for tensor in inputs if tensor.requires_grad]
+        other = copy.deepcopy(state)
+        results = []
+        for each in (state, twin):
+            waits.clear()
+            summed.clear()
+            loss = gk.weighted_linear_loss(hidden, weight, labels, ids, each)
+            results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+        found.append((len(waits), len(summed)))
+        loss = gk.weighted_loss(F.linear(hidden, weight), labels, ids, other)
+        for ours, again, want in zip(*results, (loss, *torch.autograd.grad(loss, inputs)), strict=True):
+            torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-5)
+            assert ours.equal(again)
+    # the number of scored rows; that of kept ones, or of those that the call before kept
+    assert found == [(2, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 1)]
+    assert state.zero_share.share == twin.zero_share.share > 0.6
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("rows", [200, 20])
+def test_once_all_rows_were_kept_the_next_call_takes_all(backend, batch, monkeypatch, rows):
+    """It does not ask how many are kept, and those of weight 0 are zeros; but the call after it knows."""
+    held(monkeypatch, rows, 0)
+    asks, kept_rows, shares = [], ops.direct.kept_rows_, []
+    monkeypatch.setattr(ops.direct, "kept_rows_", lambda *call: (asks.append(1), kept_rows(*call))[1])
+    state = gk.SampleState(ROWS)
+    for learnt in ([], [], [0, 5], [0, 5]):
+        asks.clear()
+        hidden, weight, bias, labels, ids = batch(torch.float32, 50, learnt)
+        inputs, other = [tensor.requires_grad_() for tensor in (hidden, weight, bias)], copy.deepcopy(state)
+        loss = gk.weighted_linear_loss(hidden, weight, labels, ids, state, bias=bias)
+        ours = loss.detach(), *torch.autograd.grad(loss, inputs)
+        loss = gk.weighted_loss(F.linear(*inputs), labels, ids, other)
+        for one, want in zip(ours, (loss, *torch.autograd.grad(loss, inputs)), strict=True):
+            torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
+        shares.append(
+            (len(asks) == (rows < 84), round(state.zero_share.share, 2))
+        )  # in fills: which estimates were wrong
+    assert shares == [(False, 0.0), (True, 0.0), (True, 0.2), (False, 0.29)]
 
 
 def test_a_loaded_state_goes_on_with_the_same_bits(backend, device, batch, monkeypatch, tmp_path):

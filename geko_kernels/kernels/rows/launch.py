@@ -36,10 +36,10 @@ class KeyedLaunch:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def programs_for(work: int, each: int, tensor: Tensor) -> int:
     """Programs of a kernel that loops over `work` items: at most `each` on a multiprocessor of the tensor's device."""
-    return min(work, each * _multiprocessors(tensor.get_device())) if tensor.is_cuda else work
+    return min(work, each * multiprocessors(tensor.get_device())) if tensor.is_cuda else work

@@ -13,8 +13,7 @@ from torch import Tensor
 from geko_kernels.kernels.batch import BATCH_INTS, token_target, visit_starts
 from geko_kernels.kernels.rows.launch import KeyedLaunch
 
-BLOCK = 8192
-WARPS = 32
+BLOCK, WARPS = 4096, 16  # on an H200, 8192 and 32 took up to a third more
 
 
 @triton.jit(do_not_specialize=BATCH_INTS)

@@ -19,6 +19,7 @@ def _move_rows_kernel(
     x_ptr,
     positions_ptr,
     coeff_ptr,
+    end_ptr,
     first,
     count,
     token_count,
@@ -30,6 +31,8 @@ def _move_rows_kernel(
 
     A coefficient of 0 gives zeros. A position that is no token gathers zeros and scatters nothing.
     """
+    if end_ptr is not None:
+        count = tl.minimum(count, tl.load(end_ptr))
     width = tl.full([], columns, tl.int64)
     for i in range(tl.program_id(0), count, tl.num_programs(0)):
         t = tl.load(positions_ptr + first + i)
@@ -50,25 +53,37 @@ def _move_rows_kernel(
 _launch = KeyedLaunch(_move_rows_kernel)
 
 
-def _move(out: Tensor, x: Tensor, positions: Tensor, coeff: Tensor, first: int, count: int, scatter: bool) -> None:
+def _move(
+    out: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    coeff: Tensor,
+    end: Tensor | None,
+    first: int,
+    count: int,
+    scatter: bool,
+) -> None:
     if not count:
         return
     columns = x.shape[1]
     block = min(next_power_of_2(columns), BLOCK)
     programs = programs_for(count, PROGRAMS, x)
     places = (x.data_ptr() % 16, out.data_ptr() % 16, positions.data_ptr() % 16)
-    key = (x.get_device(), x.dtype, out.dtype, columns, *places, scatter)
-    args = (out, x, positions, coeff, first, count, coeff.shape[0], columns)
+    key = (x.get_device(), x.dtype, out.dtype, columns, *places, end is None, scatter)
+    args = (out, x, positions, coeff, end, first, count, coeff.shape[0], columns)
     _launch(key, programs, args, {"SCATTER": scatter, "BLOCK": block}, 4)
 
 
-def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int) -> Tensor:
-    """See `reference.rows.gather_rows`; `hidden` contiguous. One launch."""
+def gather_rows(hidden: Tensor, positions: Tensor, coeff: Tensor, count: int, end: Tensor | None = None) -> Tensor:
+    """See `reference.rows.gather_rows`; `hidden` contiguous. One launch.
+
+    Args: end () int32: rows from this one on are left undefined.
+    """
     out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
-    _move(out, hidden, positions, coeff, 0, count, False)
+    _move(out, hidden, positions, coeff, end, 0, count, False)
     return out
 
 
 def scatter_rows_(out: Tensor, product: Tensor, positions: Tensor, coeff: Tensor, first: int) -> None:
     """See `reference.rows.scatter_rows_`; all contiguous. One launch."""
-    _move(out, product, positions, coeff, first, len(product), True)
+    _move(out, product, positions, coeff, None, first, len(product), True)
