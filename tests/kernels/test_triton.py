@@ -165,4 +165,5 @@ def test_every_kind_of_call_compiles_for_hopper():
         allowed = 8 if name in ("_correct_kernel", "_predict_kernel") else 0
         alone = name in ("_sample_update_kernel", "_scored_rows_kernel")  # beside them a few bytes count for nothing
         assert int(spilled) <= allowed or alone, f"{name} spills {spilled} bytes"
-        assert int(registers) <= 128, line
+        matrices = name.endswith("_product_kernel")  # whose tiles take all registers of a multiprocessor
+        assert int(registers) <= (255 if matrices else 128), line

@@ -72,6 +72,32 @@ def test_row_lists_of_every_backend(backend, device, case, held):
     assert (rows[where - held] == kept).all()
 
 
+@pytest.mark.parametrize("form", ["row", "packed"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("rows", "length"), [(3, 1200), (7, 1024), (70, 1000)])
+def test_row_lists_of_many_tokens(backend, device, form, shift, rows, length):
+    """Which several programs of a kernel share."""
+    labels = torch.randint(-1, 40, (rows, length), device=device)
+    labels[rows // 2], labels[:, :9] = -1, 99  # a row without a label, and labels outside
+    ids = torch.arange(rows, device=device)
+    if form == "packed":
+        ids = torch.arange(length, device=device).div(37, rounding_mode="floor").expand(rows, length).clone()
+        ids[:, 50:60] = -1
+    found = [lists(labels, ids, 40, -1, shift) for lists in (ops.scored_rows, reference_rows.scored_rows)]
+    (listed, targets, visits), (want_listed, want_targets, want) = found
+    count = int(want[0])
+    assert listed.equal(want_listed) and targets.equal(want_targets) and int(visits[0]) == count
+    assert (visits[1 : 1 + count].diff() > 0).equal(want[1 : 1 + count].diff() > 0)
+    for share in (0.0, 0.3, 1.0):
+        coeff = (torch.rand(rows * length, device=device) < share).float()
+        kept = []
+        for kept_rows_ in (ops.kept_rows_, reference_rows.kept_rows_):
+            positions, sources = torch.full((2, 5 + count), -7, device=device)
+            end = int(kept_rows_(coeff, listed, positions, sources, 5, 0, count))
+            kept.append((positions[:end], sources[:end]))
+        assert kept[0][0].equal(kept[1][0]) and kept[0][1].equal(kept[1][1])
+
+
 @settings(max_examples=30)
 @given(case=cases(dtypes=(torch.float32,)), update=st.booleans())
 def test_an_update_in_two_pieces_of_memory_is_the_op(backend, device, case, update):
