@@ -41,7 +41,7 @@ class Expected:
         """Whether gradients may be summed without the host knowing how many of the `scored` rows are kept."""
         if self.share is None or self.share * scored * head.weight.numel() > FEW:
             return False
-        return gradients.counts_on_device()
+        return head.weight.is_contiguous() and gradients.counts_on_device()  # the kernels take no strides
 
     def count(self, asked: int, kept: int) -> None:
         self._asked, self._kept = self._asked + asked, self._kept + kept

@@ -1,0 +1,81 @@
+"""What earlier calls have kept decides how `weighted_linear_loss` gets its gradients, and never their values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import geko_kernels as gk
+from geko_kernels.losses import linear_call, linear_chunks
+from geko_kernels.losses.linear_gradients import HeadGradients
+from geko_kernels.losses.linear_head import Budget
+
+COLUMNS = 24  # hidden
+pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def many_paths(monkeypatch):
+    """A small call too goes by rows, and few kept rows are summed by GEMMs that read their number on the device."""
+    monkeypatch.setattr(linear_call, "_AT_ONCE", 0)
+    monkeypatch.setattr(linear_chunks, "SAMPLE", 4)
+    monkeypatch.setattr(Budget, "by_blocks", lambda *_: False)
+    monkeypatch.setattr(HeadGradients, "counts_on_device", lambda self: self.bias_grad is None)
+
+
+def grads(loss, inputs):
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("hard", [4, 10])  # tokens: the visit's weight is 0 at its end and was not before; or higher
+@pytest.mark.parametrize("arrived", [True, False])
+def test_nothing_is_kept_of_the_last_fill_and_a_visit_is_corrected(backend, monkeypatch, arrived, hard):
+    """dW's operand for the last fill, made ahead of its count, is not that of the corrected rows."""
+    monkeypatch.setattr(Budget, "rows", lambda self, scored: min(20, scored))
+    monkeypatch.setattr(linear_chunks.HostCopy, "arrived", lambda _: arrived)
+    weight, labels = torch.randn(50, COLUMNS) / 2, torch.randint(50, (1, 60))
+    hidden, ids = 8 * weight[labels], torch.arange(60)[None] // 40  # a visit of two fills, and one that is learnt
+    hidden[0, :hard] = torch.randn(hard, COLUMNS) / 10
+    inputs, state = [tensor.requires_grad_() for tensor in (hidden, weight)], gk.SampleState(2)
+    state.zero_share.learn(50, 100)
+    other = copy.deepcopy(state)
+    ours = grads(gk.weighted_linear_loss(*inputs, labels, ids, state), inputs)
+    for one, want in zip(ours, grads(gk.weighted_loss(F.linear(*inputs), labels, ids, other), inputs), strict=True):
+        torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second row", "some columns"])
+def test_a_weight_may_lie_in_memory_as_it_likes(backend, layout):
+    weight = torch.randn(128, 2 * COLUMNS) / 2
+    weight = {
+        "transposed": weight[:64, :COLUMNS].t().contiguous().t(),
+        "every second row": weight[:, :COLUMNS].contiguous()[::2],
+        "some columns": weight[:64, 5 : 5 + COLUMNS],
+    }[layout]
+    assert not weight.is_contiguous()
+    labels, ids, state = torch.randint(64, (6, 15)), torch.arange(6), gk.SampleState(6)
+    state.zero_share.learn(50, 100)
+    other, inputs = copy.deepcopy(state), [torch.randn(6, 15, COLUMNS).requires_grad_(), weight.requires_grad_()]
+    ours = grads(gk.weighted_linear_loss(*inputs, labels, ids, state), inputs)
+    for one, want in zip(ours, grads(gk.weighted_loss(F.linear(*inputs), labels, ids, other), inputs), strict=True):
+        torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
+
+
+def test_the_bits_of_few_rows_do_not_depend_on_when_a_count_arrives(backend, monkeypatch):
+    """A buffer that was taken for all tokens has more room for parts of dX's sums than one for the scored rows."""
+    monkeypatch.setattr(linear_chunks, "AHEAD", 11 * 896 * COLUMNS)
+    weight, labels = torch.randn(896, COLUMNS) / 2, torch.randint(896, (6, 15))
+    hidden = 8 * weight[labels]
+    hidden[0] = torch.randn(15, COLUMNS)
+    labels[1, :6] = -100
+    inputs, found = [tensor.requires_grad_() for tensor in (hidden, weight)], []
+    for arrived in (True, False):
+        monkeypatch.setattr(linear_chunks.HostCopy, "arrived", lambda _, arrived=arrived: arrived)
+        state = gk.SampleState(6)
+        state.zero_share.learn(80, 100)
+        state.zero_share.scored_share = 1.0
+        found.append(grads(gk.weighted_linear_loss(*inputs, labels, torch.arange(6), state), inputs))
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
