@@ -3,8 +3,8 @@
 The buffer is filled with logits, whose statistics give the visits' weights. Rows of nonzero weight are turned into
 gradients and kept at the front of the buffer until it is half full, so that the gradient GEMMs run at full size. An
 asynchronous copy tells the host how many rows are kept. Where earlier calls or fills have kept nearly all, the host
-does not wait for it: the next fill takes all rows, those of weight 0 as zeros. Nor does it where earlier calls have kept
-few: then the GEMMs read the number on the device.
+does not wait for it: the next fill takes all rows, those of weight 0 as zeros. Nor does it where earlier calls have
+kept few: then the GEMMs read the number on the device.
 
 A fill ends with a visit where that costs little room. If a visit continues in the next fill, its weight is estimated
 from the rows scored so far; if the estimate was wrong, the rows of that visit are computed again.

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 import geko_kernels as gk
 from geko_kernels.losses import linear_call, linear_chunks
@@ -47,21 +48,57 @@ def test_nothing_is_kept_of_the_last_fill_and_a_visit_is_corrected(backend, monk
         torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every second row", "some columns"])
-def test_a_weight_may_lie_in_memory_as_it_likes(backend, layout):
-    weight = torch.randn(128, 2 * COLUMNS) / 2
-    weight = {
-        "transposed": weight[:64, :COLUMNS].t().contiguous().t(),
-        "every second row": weight[:, :COLUMNS].contiguous()[::2],
-        "some columns": weight[:64, 5 : 5 + COLUMNS],
-    }[layout]
-    assert not weight.is_contiguous()
+class Wrapped(torch.Tensor):
+    """Has no memory of its own, as a quantized weight."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Wrapped, lambda wrapped: wrapped.inner, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+KINDS = {
+    "transposed": lambda x: x[:64, :COLUMNS].t().contiguous().t(),
+    "every second row": lambda x: x[:, :COLUMNS].contiguous()[::2],
+    "some columns": lambda x: x[:64, 5 : 5 + COLUMNS],
+    "negated lazily": lambda x: torch._neg_view(x[:64, :COLUMNS].contiguous()),
+    "without memory": lambda x: Wrapped(x[:64, :COLUMNS].contiguous()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_may_lie_in_memory_as_it_likes(backend, kind):
+    """PyTorch's own products take each of these."""
+    weight, hidden = KINDS[kind](torch.randn(128, 2 * COLUMNS) / 2), torch.randn(6, 15, COLUMNS).requires_grad_()
     labels, ids, state = torch.randint(64, (6, 15)), torch.arange(6), gk.SampleState(6)
     state.zero_share.learn(50, 100)
-    other, inputs = copy.deepcopy(state), [torch.randn(6, 15, COLUMNS).requires_grad_(), weight.requires_grad_()]
-    ours = grads(gk.weighted_linear_loss(*inputs, labels, ids, state), inputs)
-    for one, want in zip(ours, grads(gk.weighted_loss(F.linear(*inputs), labels, ids, other), inputs), strict=True):
+    other, inputs = copy.deepcopy(state), [hidden]
+    if kind != "without memory":
+        inputs.append(weight.requires_grad_())
+    ours = grads(gk.weighted_linear_loss(hidden, weight, labels, ids, state), inputs)
+    for one, want in zip(
+        ours, grads(gk.weighted_loss(F.linear(hidden, weight), labels, ids, other), inputs), strict=True
+    ):
         torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("zeros", [0, 50, 100])
+def test_hidden_states_may_be_negated_lazily(backend, zeros):
+    weight, base = (torch.randn(64, COLUMNS) / 2).requires_grad_(), torch.randn(6, 15, COLUMNS).requires_grad_()
+    labels, ids, state = torch.randint(64, (6, 15)), torch.arange(6), gk.SampleState(6)
+    state.zero_share.learn(zeros, 100)
+    other, hidden = copy.deepcopy(state), torch._neg_view(base)
+    ours = grads(gk.weighted_linear_loss(hidden, weight, labels, ids, state), (base, weight))
+    want = grads(gk.weighted_loss(F.linear(hidden, weight), labels, ids, other), (base, weight))
+    for one, each in zip(ours, want, strict=True):
+        torch.testing.assert_close(one, each, rtol=2e-4, atol=2e-5)
 
 
 def test_the_bits_of_few_rows_do_not_depend_on_when_a_count_arrives(backend, monkeypatch):
