@@ -180,7 +180,7 @@ def test_rescale_of_every_backend(backend, device, factor):
 
 
 @pytest.mark.parametrize("count", [0, 1, 37, 120, 200, 400])
-@pytest.mark.parametrize(("vocab", "columns"), [(192, 48), (192, 384), (192, 512), (100, 300)])
+@pytest.mark.parametrize(("vocab", "columns"), [(320, 48), (192, 384), (192, 512), (100, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_every_backend(backend, device, dtype, vocab, columns, count):
     """Over rows whose number is on the device; behind them are any values, and any tokens or none."""
@@ -207,3 +207,7 @@ def test_products_of_every_backend(backend, device, dtype, vocab, columns, count
     again = torch.full_like(hidden, torch.nan)
     ops.hidden_product_(again, tile, weight, positions, coeff, end)
     assert again.equal(of_hidden), "parts are added in a fixed order"
+    tile[: count // 2], coeff[at[: count // 2]] = torch.inf, 0
+    ops.hidden_product_(of_hidden, tile, weight, positions, coeff, end)
+    want[at[: count // 2]] = 0
+    torch.testing.assert_close(of_hidden.double(), want, **close)
