@@ -78,7 +78,7 @@ def _split(end_ptr, row_count, vocab, columns, programs, SIZE: tl.constexpr, BLO
 
 @triton.jit
 def _scatter(out_ptr, values, row, column, positions_ptr, coeff_ptr, count, columns, token_count):
-    """`out[t] = values * coeff[t]` with t = positions[row], for rows below `count`; 0 if coeff is. No token: nothing."""
+    """`out[t] = values * coeff[t]` with t = positions[row], for rows below `count`; 0 if coeff is. No token: none."""
     t = tl.load(positions_ptr + row, mask=row < count, other=-1)
     known = (t >= 0) & (t < token_count)
     coefficient = tl.load(coeff_ptr + t, mask=known, other=0.0)
