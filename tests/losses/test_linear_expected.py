@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 import geko_kernels as gk
-from geko_kernels.losses import linear_call, linear_chunks
+from geko_kernels.losses import linear_call, linear_chunks, linear_expected
 from geko_kernels.losses.linear_gradients import HeadGradients
 from geko_kernels.losses.linear_head import Budget
 
@@ -29,6 +29,36 @@ def many_paths(monkeypatch):
 
 def grads(loss, inputs):
     return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+@pytest.mark.parametrize(
+    ("zeros", "most", "rows", "taken"),
+    [
+        (50, 1e9, 200, 1),
+        (50, 0.5 * 90 * 64 * COLUMNS - 1, 200, 0),
+        (50, 1e9, 40, 0),
+        (10, 1e9, 200, 0),
+        (0, 1e9, 200, 0),
+    ],
+)
+def test_only_few_rows_of_a_single_fill_are_summed_without_their_number(
+    backend, monkeypatch, zeros, most, rows, taken, learnt
+):
+    """If more are expected, or several fills, cuBLAS is faster. The values are right though all or none are kept."""
+    monkeypatch.setattr(linear_expected, "FEW", most)
+    monkeypatch.setattr(Budget, "rows", lambda self, scored: min(rows, scored))
+    calls, add_all = [], HeadGradients.add_all
+    monkeypatch.setattr(HeadGradients, "add_all", lambda *args: (calls.append(1), add_all(*args))[1])
+    weight, labels, ids = torch.randn(64, COLUMNS) / 2, torch.randint(64, (6, 15)), torch.arange(6)
+    hidden, state = 8 * weight[labels] if learnt else torch.randn(6, 15, COLUMNS), gk.SampleState(6)
+    state.zero_share.learn(zeros, 100)
+    other, inputs = copy.deepcopy(state), [tensor.requires_grad_() for tensor in (hidden, weight)]
+    ours = grads(gk.weighted_linear_loss(*inputs, labels, ids, state), inputs)
+    for one, want in zip(ours, grads(gk.weighted_loss(F.linear(*inputs), labels, ids, other), inputs), strict=True):
+        torch.testing.assert_close(one, want, rtol=2e-4, atol=2e-5)
+    assert len(calls) == taken
+    assert state.zero_share.values()[2:4] == [zeros / 2 + 90 * learnt, 50 + 90]
 
 
 @pytest.mark.parametrize("hard", [4, 10])  # tokens: the visit's weight is 0 at its end and was not before; or higher
