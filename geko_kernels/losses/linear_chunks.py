@@ -136,7 +136,7 @@ class Chunks:
             alone = count > 0 and part == slice(0, count) and not (self.fused or self.dense)  # the only fill
             if alone and self.expected.few(count, self.head, self.gradients):
                 end, kept = self._list(result.coeff, part, held, ready_from)
-                self.gradients.add_all(self.buffer, self.positions, coeff, end)
+                self.gradients.add_all(self.buffer[:count], self.positions[:count], coeff, end)
             else:
                 held = self._keep(result, coeff, part, held, ready_from, last=True) if count else 0
                 self._finish(coeff, held, list(crossing.values()))
@@ -323,6 +323,7 @@ class Chunks:
 
     def _finish(self, coeff: Tensor, held: int, crossing: list[Tensor]) -> None:
         """The last flush; then the rows of visits whose weight differs from its estimate, once more."""
+        assert self.gradients is not None
         wrong = 0
         if self.used is not None:
             tokens = self.tokens[:held]
@@ -332,6 +333,8 @@ class Chunks:
             wrong = int(HostCopy(ops.direct.kept_rows_(missing, rows, again, sources, 0, 0, len(rows))).wait())
         if held:
             self._flush(coeff, held, last=not wrong)
+        else:
+            self.gradients.ahead = None  # of rows none of which is kept
         if wrong:
             self.add_rows(self.statistics, again[:wrong], missing, coeff)
 

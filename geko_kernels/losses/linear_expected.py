@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from geko_kernels.host_copy import HostCopy
 from geko_kernels.losses.linear_gradients import HeadGradients
@@ -41,7 +42,7 @@ class Expected:
         """Whether gradients may be summed without the host knowing how many of the `scored` rows are kept."""
         if self.share is None or self.share * scored * head.weight.numel() > FEW:
             return False
-        return gradients.counts_on_device()
+        return _plain(head.weight) and gradients.counts_on_device()
 
     def count(self, asked: int, kept: int) -> None:
         self._asked, self._kept = self._asked + asked, self._kept + kept
@@ -57,3 +58,8 @@ class Expected:
             self._told.learn(self._asked - self._kept, self._asked)
         else:
             self._told.learn_later(kept or HostCopy(coeff.count_nonzero()), scored)
+
+
+def _plain(weight: Tensor) -> bool:
+    """Whether a kernel may read it from its address on, as PyTorch's own products need not."""
+    return type(weight) in (Tensor, Parameter) and weight.is_contiguous() and not weight.is_neg()

@@ -337,16 +337,22 @@ def test_a_prediction_is_in_float32_whatever_the_default_dtype(emulated, dtype):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("ask", [ZeroShare.values, copy.deepcopy, pickle.dumps, lambda share: share.share])
-def test_a_linear_call_counts_at_the_next_question(ask):
-    """However its copy is looked at first, it counts once, and before the next one."""
+SHARES = {
+    "itself": lambda share: share,
+    "values": lambda share: ZeroShare(share.values()),
+    "a copy": copy.deepcopy,
+    "pickled": lambda share: pickle.loads(pickle.dumps(share)),
+}
+
+
+@pytest.mark.parametrize("of", SHARES)
+def test_a_linear_call_counts_at_the_next_question(of):
+    """However it is looked at first, it counts once, and before the next one."""
     share = ZeroShare()
     share.learn_later(HostCopy(torch.tensor(25)), 100)
-    ask(share)
-    assert share.share == 0.75
+    assert SHARES[of](share).share == share.share == 0.75
     share.learn_later(HostCopy(torch.tensor(100)), 100)
-    ask(share)
-    assert share.share == 0.25 and ZeroShare(share.values()).share == 0.25
+    assert SHARES[of](share).share == share.share == 0.25
     told(share, 0, 0)
     assert share.share == 0.25
 

@@ -194,6 +194,7 @@ def test_with_weights_above_zero_nobody_asks_how_many_rows_are_kept(backend, bat
         inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
         if linear:
             loss = gk.weighted_linear_loss(*inputs[:2], labels, ids, state, bias=inputs[2])
+            assert state.zero_share.share is None, "nor counts them for later"
         else:
             loss = gk.weighted_loss(F.linear(*inputs), labels, ids, state)
         found.append((loss.detach(), *torch.autograd.grad(loss, inputs)))

@@ -205,11 +205,11 @@ def test_rescale_of_every_backend(backend, device, factor):
     torch.testing.assert_close(values, want)  # Triton's interpreter rounds bfloat16 toward 0
 
 
-@pytest.mark.parametrize("count", [0, 1, 37, 200, 400])
-@pytest.mark.parametrize(("vocab", "columns"), [(192, 48), (192, 384), (192, 512), (100, 300)])
+@pytest.mark.parametrize("count", [0, 1, 37, 120, 200, 400])
+@pytest.mark.parametrize(("vocab", "columns"), [(320, 48), (192, 384), (192, 512), (100, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_every_backend(backend, device, dtype, vocab, columns, count):
-    """Over rows whose number is on the device; the rows behind them hold anything, and so do their positions."""
+    """Over rows whose number is on the device; behind them are any values, and any tokens or none."""
     if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices")
     tile, weight = (
@@ -218,7 +218,7 @@ def test_products_of_every_backend(backend, device, dtype, vocab, columns, count
     )
     hidden, coeff = torch.randn(500, columns, device=device).to(dtype), torch.rand(500, device=device) + 0.5
     positions = torch.randperm(500, device=device)[:400]
-    tile[count:], positions[count:] = torch.nan, 2**40
+    tile[count:], positions[count::2] = torch.nan, 2**40
     end = torch.tensor(count, dtype=torch.int32, device=device)
     left, right, at = tile[:count].double(), hidden[positions[:count]].double(), positions[:count]
     of_weight, of_hidden = torch.full_like(weight, torch.nan), torch.full_like(hidden, torch.nan)
@@ -233,3 +233,7 @@ def test_products_of_every_backend(backend, device, dtype, vocab, columns, count
     again = torch.full_like(hidden, torch.nan)
     ops.hidden_product_(again, tile, weight, positions, coeff, end)
     assert again.equal(of_hidden), "parts are added in a fixed order"
+    tile[: count // 2], coeff[at[: count // 2]] = torch.inf, 0
+    ops.hidden_product_(of_hidden, tile, weight, positions, coeff, end)
+    want[at[: count // 2]] = 0
+    torch.testing.assert_close(of_hidden.double(), want, **close)

@@ -78,13 +78,13 @@ def _split(end_ptr, row_count, vocab, columns, programs, SIZE: tl.constexpr, BLO
 
 @triton.jit
 def _scatter(out_ptr, values, row, column, positions_ptr, coeff_ptr, count, columns, token_count):
-    """`out[t] = values * coeff[t]` with t = positions[row], for rows below `count`. No token: nothing."""
+    """`out[t] = values * coeff[t]` with t = positions[row], for rows below `count`; 0 if coeff is. No token: none."""
     t = tl.load(positions_ptr + row, mask=row < count, other=-1)
     known = (t >= 0) & (t < token_count)
     coefficient = tl.load(coeff_ptr + t, mask=known, other=0.0)
     out = out_ptr + t[:, None] * columns + column[None, :]
-    values = (values * coefficient[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out, values, mask=known[:, None] & (column < columns)[None, :])
+    values = tl.where(coefficient[:, None] != 0, values * coefficient[:, None], 0.0)
+    tl.store(out, values.to(out_ptr.dtype.element_ty), mask=known[:, None] & (column < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["row_count", "token_count"])
