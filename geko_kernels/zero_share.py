@@ -74,8 +74,11 @@ class ZeroShare:
         self._later.append((kept, tokens))
 
     def _catch_up(self) -> None:
-        while self._later:
-            copy, tokens = self._later.popleft()
+        while True:
+            try:
+                copy, tokens = self._later.popleft()
+            except IndexError:  # none, or another thread took it
+                return
             self.learn(tokens - int(copy.wait()), tokens)
 
     def due(self, device: torch.device) -> bool:

@@ -26,16 +26,17 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._known.add(tensor.untyped_storage()._cdata)
+            self._add(tensor.untyped_storage(), counted=False)
         outputs = func(*args, **(kwargs or {}))
         for tensor in _tensors(outputs):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._add(storage)
+            self._add(tensor.untyped_storage())
         return outputs
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, storage: torch.UntypedStorage, counted: bool = True) -> None:
+        """Know a storage until it is freed, as another may have its address then."""
+        key, size = storage._cdata, storage.nbytes() if counted else 0
+        if key in self._known:
+            return
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -40,6 +40,12 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes that one program may take."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def programs_for(work: int, each: int, tensor: Tensor) -> int:
     """Programs of a kernel that loops over `work` items: at most `each` on a multiprocessor of the tensor's device."""
     return min(work, each * multiprocessors(tensor.get_device())) if tensor.is_cuda else work

@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from geko_kernels.kernels.launch import cdiv
-from geko_kernels.kernels.rows.launch import KeyedLaunch, multiprocessors
+from geko_kernels.kernels.rows.launch import KeyedLaunch, multiprocessors, shared_memory
 from geko_kernels.kernels.rows.move import gather_rows
 from geko_kernels.reference import rows as reference_rows
 
 BLOCK, WIDE, STEP = 128, 256, 128  # rows and columns of an output tile, bytes of a row of operands at a time
 WARPS, STAGES_OF_WEIGHT, STAGES_OF_HIDDEN = 8, 3, 4  # 4 and 3 stages are 2 to 11 % slower on an H200
+SHARED = 192 * 2**10  # bytes of shared memory that the stages of dX take
 ADDED = 16  # rows of parts that a program adds at a time
 PROGRAMS = 8  # of those, on a multiprocessor
 CPU_PROGRAMS = 5  # under the interpreter
@@ -166,7 +167,10 @@ _launch_parts = KeyedLaunch(_add_parts_kernel)
 
 
 def weight_product_(out: Tensor, tile: Tensor, hidden: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
-    """See `reference.rows.weight_product_`; all contiguous. Two launches."""
+    """See `reference.rows.weight_product_`, which runs where shared memory is small; all contiguous. Two launches."""
+    if not _fits(tile):
+        reference_rows.weight_product_(out, tile, hidden, positions, coeff, end)
+        return
     (vocab, columns), rows = out.shape, len(tile)
     scaled = gather_rows(hidden, positions, coeff, rows, end)
     constants = {"BLOCK": BLOCK, "WIDE": WIDE, "STEP": STEP // tile.itemsize, "STAGES": STAGES_OF_WEIGHT}
@@ -176,9 +180,9 @@ def weight_product_(out: Tensor, tile: Tensor, hidden: Tensor, positions: Tensor
 
 
 def hidden_product_(out: Tensor, tile: Tensor, weight: Tensor, positions: Tensor, coeff: Tensor, end: Tensor) -> None:
-    """See `reference.rows.hidden_product_`; all contiguous, V a multiple of 64, else it runs. Three launches."""
+    """See `reference.rows.hidden_product_`, which runs there too, and for V % 64 != 0. Three launches."""
     (vocab, columns), rows, tokens = weight.shape, len(tile), len(out)
-    if vocab * tile.itemsize % STEP:
+    if vocab * tile.itemsize % STEP or not _fits(tile):
         reference_rows.hidden_product_(out, tile, weight, positions, coeff, end)
         return
     programs = multiprocessors(tile.get_device()) if tile.is_cuda else CPU_PROGRAMS
@@ -191,6 +195,10 @@ def hidden_product_(out: Tensor, tile: Tensor, weight: Tensor, positions: Tensor
     _launch_hidden(key, programs, args, constants, WARPS)
     added = (out, parts, positions, coeff, end, *sizes, programs, vocab, columns)
     _launch_parts(key, programs * PROGRAMS, added, {**shape, "ADDED": ADDED}, 4)
+
+
+def _fits(tile: Tensor) -> bool:
+    return not tile.is_cuda or shared_memory(tile.get_device()) >= SHARED
 
 
 def _about(out: Tensor, *operands: Tensor) -> tuple[object, ...]:
