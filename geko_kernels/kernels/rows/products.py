@@ -17,7 +17,7 @@ from geko_kernels.kernels.rows.move import gather_rows
 from geko_kernels.reference import rows as reference_rows
 
 BLOCK, WIDE, STEP = 128, 256, 128  # rows and columns of an output tile, bytes of a row of operands at a time
-WARPS, STAGES_OF_WEIGHT, STAGES_OF_HIDDEN = 8, 3, 4  # 4 and 3 stages are 2 to 11 % slower on an H200
+WARPS, STAGES_OF_WEIGHT, STAGES_OF_HIDDEN = 8, 3, 4  # 4 and 3 take 1 to 15 % longer on an H200
 SHARED = 192 * 2**10  # bytes of shared memory that the stages of dX take
 ADDED = 16  # rows of parts that a program adds at a time
 PROGRAMS = 8  # of those, on a multiprocessor
