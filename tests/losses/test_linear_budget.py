@@ -232,8 +232,9 @@ def test_a_call_expects_what_the_calls_before_it_kept(backend, batch, monkeypatc
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-@pytest.mark.parametrize("vocab", [50, 64])
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("vocab", "needed"), [(50, (True, True)), (64, (True, True)), (64, (True, False)), (64, (False, True))]
+)
 def test_few_kept_rows_are_summed_without_waiting_for_their_number(backend, batch, monkeypatch, vocab, needed):
     """However many they are in the end. The number is known from the next call on, and decides what that one does."""
     held(monkeypatch, 200, 0)
