@@ -36,7 +36,7 @@ def _scored_rows_kernel(
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program lists `each` tokens. All count the tokens before theirs, which takes less time than a second launch."""
+    """A program lists `each` tokens. It counts all tokens first, which takes less time than a second launch."""
     batch = (labels_ptr, label_b, label_s, ids_ptr, id_b, id_s, length, ignore_index)
     begin = tl.program_id(0) * each
     every, before, starts_before = tl.zeros([COUNTED], tl.int32), tl.zeros([COUNTED], tl.int32), 0
