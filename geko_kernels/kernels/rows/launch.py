@@ -43,7 +43,7 @@ def multiprocessors(device: int) -> int:
 @functools.cache
 def shared_memory(device: int) -> int:
     """Bytes that one program may take."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined,no-any-return]
 
 
 def programs_for(work: int, each: int, tensor: Tensor) -> int:
