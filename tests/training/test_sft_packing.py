@@ -77,6 +77,7 @@ def test_each_documents_loss_is_the_one_computed_alone(tmp_path, attention, fiel
         output_dir=str(tmp_path), num_train_epochs=1, learning_rate=0.0, report_to="none", use_cpu=not on_gpu,
         bf16=False, save_strategy="no", per_device_train_batch_size=2, disable_tqdm=True, use_cache=True, **fields,
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # else Trainer takes nn.DataParallel where several GPUs are visible
     data = rows("text", 20)
     trainer = gk.GEKOSFTTrainer(model, args, train_dataset=data, processing_class=chat_tokenizer(), config=UNIFORM())
     trainer.train()
