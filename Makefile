@@ -20,7 +20,7 @@ demo: $(READY)
 	$(PYTHON) examples/demo.py
 
 test: lint
-	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 $(COVERAGE)
+	$(PYTHON) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal $(COVERAGE)
 
 # as test, 7 to 17 % slower; the last line is the share of lines run, without kernels/ and subprocesses
 coverage:
