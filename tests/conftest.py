@@ -77,7 +77,7 @@ def quicken():
 
 
 def share_attributes(of, key, *own):
-    """Instances of `of` whose arguments have the same key share their attributes but for `own`, the arguments' names."""
+    """Instances of `of` whose arguments have the same key share all attributes but `own`, the arguments themselves."""
     init, made = of.__init__, {}
 
     def quick_init(self, first, second):
