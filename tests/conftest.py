@@ -84,7 +84,7 @@ def share_attributes(of, key, *own):
         attributes = made.get(name := key(first, second))
         if attributes is None:
             init(self, first, second)
-            made[name] = {name: value for name, value in vars(self).items() if name not in own}
+            made[name] = {attribute: value for attribute, value in vars(self).items() if attribute not in own}
         else:
             vars(self).update(attributes)
             for attribute, value in zip(own, (first, second), strict=False):

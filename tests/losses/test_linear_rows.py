@@ -119,15 +119,15 @@ def test_an_update_in_two_pieces_of_memory_is_the_op(backend, device, case, upda
 @pytest.mark.parametrize("reduction", ["token_mean", "none"])
 def test_statistics_do_not_keep_the_memory_of_tokens(backend, device, reduction):
     """Nor does the backward keep that of the visits' entries, of which packed ids have one a token."""
-    labels = torch.randint(50, (2, 512), device=device)
-    hidden, weight = torch.randn(2, 512, 8, device=device), torch.randn(50, 8, device=device, requires_grad=True)
+    labels = torch.randint(50, (2, 128), device=device)
+    hidden, weight = torch.randn(2, 128, 8, device=device), torch.randn(50, 8, device=device, requires_grad=True)
     state = gk.SampleState(2, device=device)
     options = {"reduction": reduction, "return_stats": True}
     ids = torch.arange(2, device=device)
     _, stats = gk.weighted_linear_loss(hidden, weight, labels, ids, state, **options)
     for name, column in stats._asdict().items():
         assert column.untyped_storage().nbytes() < labels.numel(), f"a list of {name} would grow with the tokens"
-    loss, _ = gk.weighted_linear_loss(hidden, weight, labels, ids[:, None].expand(2, 512), state, **options)
+    loss, _ = gk.weighted_linear_loss(hidden, weight, labels, ids[:, None].expand(2, 128), state, **options)
     for kept in loss.grad_fn.saved[1:] if reduction == "none" else ():
         assert kept.untyped_storage().nbytes() <= 9 * labels.numel()
 
