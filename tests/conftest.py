@@ -87,8 +87,7 @@ def share_attributes(of, key, *own):
             made[name] = {attribute: value for attribute, value in vars(self).items() if attribute not in own}
         else:
             vars(self).update(attributes)
-            for attribute, value in zip(own, (first, second), strict=False):
-                setattr(self, attribute, value)
+            vars(self).update(zip(own, (first, second), strict=False))  # a block's shape is shared
 
     of.__init__ = quick_init
 
